@@ -1,0 +1,29 @@
+# `make demo` and `make test` need python3 >= 3.11, a C++ compiler and make; they build .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all lint clean
+
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[demo,lightning,dev]'
+	touch $@
+
+demo: .venv/ready
+	$(BIN)/python -m examples.demo $(ARGS)
+
+test: .venv/ready lint
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m 'not full' $(ARGS)
+
+test-all: .venv/ready lint
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv build dist *.egg-info

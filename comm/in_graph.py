@@ -1,0 +1,247 @@
+"""Collectives inside the backward graph: two ops, and the pass that places them.
+
+The pass works in Inductor's post-grad slot on the backward graph. For every bucket of the plan it
+inserts `magi_train::bucket_launch` right after the bucket's last gradient is computed and
+`magi_train::bucket_wait` at the end, and cuts the gradients out of the flat tensor:
+
+    grads ... -> bucket_launch 0 -> more backward -> bucket_launch 1 -> ... -> wait 0 -> wait 1
+
+The order is pinned twice. Launches and waits form one chain through their `after` arguments, so
+every rank issues one sequence. And the next matrix product after a launch gets a control dependency
+on it, since Inductor's reordering for peak memory otherwise moves collectives to their waits.
+
+The ops are opaque on purpose: whether this backward synchronises, what an earlier one left in
+`.grad` and the wire format are the reducer's business at run time, so accumulation needs no second
+graph, and one rank may run eagerly beside a compiled one. They name the reducer by its ordinal,
+which is the same in every process that prepares its modules in the same order: nothing has to be
+registered while compiling, and cached code works in a new process.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from magi_train.comm.plan import CommPlan
+from magi_train.comm.reducer import reducer_of
+from magi_train.core import compat
+from magi_train.core.graph import call_with_metadata
+from magi_train.core.passes import Plan
+
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
+
+@torch.library.custom_op("magi_train::bucket_launch", mutates_args=(), tags=_TAGS)
+def bucket_launch(
+    grads: list[Tensor],
+    positions: list[int],
+    reducer: int,
+    bucket: int,
+    numel: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    after: list[Tensor],
+) -> Tensor:
+    """Pack `grads` into a new flat tensor `[numel]` and start its all-reduce; see Reducer.launch.
+
+    Args:
+        grads: Gradients of the slots in `positions`.
+        positions: Indices of the bucket's slots.
+        reducer: Ordinal of the reducer.
+        bucket: Index in its plan.
+        numel: Elements of the result.
+        dtype: Of the result.
+        device: Of the result.
+        after: Ignored; makes this op run after those that produced it.
+    """
+    owner = reducer_of(reducer)
+    slots = owner.plan.buckets[bucket].slots
+    return owner.launch(bucket, grads, [slots[i].name for i in positions])
+
+
+@bucket_launch.register_fake
+def _(grads, positions, reducer, bucket, numel, dtype, device, after):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    return torch.empty(numel, dtype=dtype, device=device)
+
+
+@torch.library.custom_op("magi_train::bucket_wait", mutates_args=("flat",), tags=_TAGS)
+def bucket_wait(flat: Tensor, reducer: int, bucket: int, after: list[Tensor]) -> None:
+    """Wait until `flat` holds the averages of its bucket."""
+    reducer_of(reducer).wait(bucket, flat)
+
+
+@bucket_wait.register_fake
+def _(flat, reducer, bucket, after):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    return None
+
+
+@dataclass(frozen=True)
+class InGraphPlan(Plan):
+    """Where the collectives of a backward graph went.
+
+    Attributes:
+        buckets: All-reduces in the graph.
+        gradients: Gradients that they carry.
+        unused: Parameters of the plan without a gradient in this graph.
+        compute_after_first_launch: Matrix products that may run beside the first collective.
+    """
+
+    buckets: int
+    gradients: int
+    unused: tuple[str, ...]
+    compute_after_first_launch: int
+
+
+class PlaceCollectives:
+    """Put the communication plan into a backward graph.
+
+    Args:
+        plan: The agreed buckets.
+        reducer: Ordinal of the reducer that runs them.
+        names: Parameter name by position among the captured graph's inputs.
+        strides: Strides of each parameter, in which its gradient lies in the bucket.
+    """
+
+    name = "place_collectives"
+    stage = "backward"
+
+    def __init__(
+        self,
+        plan: CommPlan,
+        reducer: int,
+        names: dict[int, str],
+        strides: dict[str, tuple[int, ...]],
+    ) -> None:
+        self.comm_plan, self.reducer, self.names, self.strides = plan, reducer, names, strides
+
+    def fingerprint(self) -> tuple[object, ...]:
+        """Return what compiled code depends on."""
+        names = tuple((i, name, self.strides[name]) for i, name in sorted(self.names.items()))
+        return (self.comm_plan.fingerprint(), self.reducer, names)
+
+    def plan(self, graph: Graph) -> InGraphPlan | None:
+        """Return what will be placed, or None where the graph has no parameter's gradient."""
+        grads = self._gradients(graph)
+        if not grads:
+            return None
+        nodes = list(graph.nodes)
+        order = {n: i for i, n in enumerate(nodes)}
+        slots = self.comm_plan.buckets[0].slots
+        first = max((order[grads[s.name][1]] for s in slots if s.name in grads), default=0)
+        after = sum(_is_compute(n) for n in nodes[first + 1 :])
+        every = [s.name for b in self.comm_plan.buckets for s in b.slots]
+        unused = tuple(name for name in every if name not in grads)
+        return InGraphPlan(len(self.comm_plan.buckets), len(grads), unused, after)
+
+    def apply(self, graph: Graph, *, pin: bool) -> None:
+        """Insert launches, waits and views; `pin` their places against Inductor's reordering."""
+        grads = self._gradients(graph)
+        output = graph.output_node()
+        outputs = list(output.args[0])
+        device = next(iter(grads.values()))[1].meta["val"].device
+        order = {n: i for i, n in enumerate(graph.nodes)}
+        first_compute = next(n for n in graph.nodes if n.op != "placeholder")
+        launches: list[Node] = []
+        latest = first_compute.prev
+        for index, bucket in enumerate(self.comm_plan.buckets):
+            present = [(i, grads[s.name][1]) for i, s in enumerate(bucket.slots) if s.name in grads]
+            latest = max([latest, *(n for _, n in present)], key=lambda n: order[n])
+            anchor = latest if latest.op != "placeholder" else first_compute.prev
+            with graph.inserting_after(anchor):
+                launch = call_with_metadata(
+                    graph,
+                    torch.ops.magi_train.bucket_launch.default,
+                    (
+                        [n for _, n in present],
+                        [i for i, _ in present],
+                        self.reducer,
+                        index,
+                        bucket.numel,
+                        bucket.torch_dtype(),
+                        device,
+                        launches[-1:],
+                    ),
+                )
+            order[launch] = order[anchor]
+            latest = launch
+            launches.append(launch)
+        previous = launches[-1]
+        with graph.inserting_before(output):
+            for index, launch in enumerate(launches):
+                after = [previous] if previous is not launch else []
+                args = (launch, self.reducer, index, after)
+                call_with_metadata(graph, torch.ops.magi_train.bucket_wait.default, args)
+                previous = launch
+            for launch, bucket in zip(launches, self.comm_plan.buckets, strict=True):
+                for slot in bucket.slots:
+                    if slot.name in grads:
+                        position, _ = grads[slot.name]
+                        shape = list(outputs[position].meta["val"].shape)
+                        view = (launch, shape, list(self.strides[slot.name]), slot.offset)
+                        outputs[position] = call_with_metadata(
+                            graph, torch.ops.aten.as_strided.default, view
+                        )
+                        compat.set_output_stride(output, position, self.strides[slot.name])
+        output.args = (tuple(outputs),)
+        if pin:
+            self._pin(graph, launches)
+
+    def _gradients(self, graph: Graph) -> dict[str, tuple[int, Node]]:
+        """Return {parameter: (position in the output, node to pack)}."""
+        output = graph.output_node()
+        found = {}
+        for position, (node, what) in enumerate(
+            zip(output.args[0], output.meta.get("desc") or [], strict=False)
+        ):
+            if (
+                isinstance(what, compat.GradAOTOutput)
+                and isinstance(what.grad_of, compat.PlainAOTInput)
+                and isinstance(node, Node)
+                and what.grad_of.idx in self.names
+            ):
+                found[self.names[what.grad_of.idx]] = (position, _before_widening(node))
+        return found
+
+    @staticmethod
+    def _pin(graph: Graph, launches: list[Node]) -> None:
+        after: dict[Node, list[Node]] = {}
+        for launch in launches:
+            node = launch.next
+            while node.op != "output" and not _is_compute(node):
+                node = node.next
+            if node.op != "output":
+                after.setdefault(node, []).append(launch)
+        if after:
+            compat.ordered(graph, after)
+
+
+def _is_compute(node: Node) -> bool:
+    """Return whether `node` is a kernel of its own that is worth hiding a collective behind."""
+    packet = getattr(node.target, "overloadpacket", None)
+    name = str(packet)
+    return node.op == "call_function" and (
+        packet in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+        or name.endswith("convolution_backward")
+        or ("attention" in name and name.endswith(("backward", "backward_for_cpu")))
+    )
+
+
+def _before_widening(node: Node) -> Node:
+    """Return what a cast to a wider dtype reads: packing casts while it copies anyway."""
+    casts = (torch.ops.prims.convert_element_type.default, torch.ops.aten._to_copy.default)
+    source = node.args[0] if node.op == "call_function" and node.args else None
+    if node.target not in casts or not isinstance(source, Node):
+        return node
+    narrow, wide = source.meta["val"], node.meta["val"]
+    same_shape = narrow.shape == wide.shape and narrow.device == wide.device
+    floats = narrow.is_floating_point() and wide.is_floating_point()
+    return source if same_shape and floats and narrow.itemsize < wide.itemsize else node
+
+
+def place(graph: Graph, collectives: PlaceCollectives, *, pin: bool) -> InGraphPlan | None:
+    """Plan and apply on `graph`; return the plan, None for a graph without gradients."""
+    plan = collectives.plan(graph)
+    if plan is not None:
+        collectives.apply(graph, pin=pin)
+    return plan

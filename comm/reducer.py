@@ -1,0 +1,400 @@
+"""The reducer: executes the communication plan at run time, for every tier.
+
+Two callers start a bucket's all-reduce, and both end up in `launch`:
+
+* the compiled backward (GRAPH tier), through the ops of `comm.in_graph`, as soon as the bucket's
+  gradients exist, while the rest of the backward still computes;
+* gradient hooks (REGION and EAGER), when the last gradient of a bucket has been accumulated.
+
+Buckets leave strictly in plan order, so a compiled and an eager rank stay in step. What one
+backward does, in order:
+
+1. `begin` (at the forward) notes whether this backward synchronises, as DDP does.
+2. `launch` packs the gradients of a bucket, adds what earlier unsynchronised backwards left in
+   `.grad`, divides, and starts the all-reduce. Without sync it only packs.
+3. `wait` ends it. `.grad` then is a view into the bucket (as DDP's gradient_as_bucket_view).
+4. `_finish`, a callback at the end of the backward: launches what no gradient came for, gives
+   parameters that only other ranks used their average, leaves parameters that no rank used alone,
+   takes rank 0's buffers, and checks that every gradient was reduced exactly once.
+
+The check at 4: after an in-graph reduction `.grad` must be the very memory of the bucket. If not,
+the parameter has another contribution, outside of the captured graph. On the first synchronised
+backward the ranks then agree to reduce everything from hooks from now on, and reduce once more:
+averaging is linear and leaves averaged addends alone, so the result is right. Later it is an error.
+"""
+
+import itertools
+import logging
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from magi_train.comm.plan import Bucket, CommPlan, plan_buckets
+from magi_train.core import compat
+from magi_train.core.config import CommConfig
+from magi_train.core.errors import MagiError, UnreducedGradientError
+from magi_train.core.report import PassRow, Report
+from magi_train.core.world import World
+
+logger = logging.getLogger(__name__)
+
+_reducers: "weakref.WeakValueDictionary[int, Reducer]" = weakref.WeakValueDictionary()
+_ordinals = itertools.count()
+
+
+def reducer_of(ordinal: int) -> "Reducer":
+    """Return the reducer that a compiled graph names by its ordinal.
+
+    Raises:
+        MagiError: The model that the graph was compiled for no longer exists.
+    """
+    try:
+        return _reducers[ordinal]
+    except KeyError:
+        raise MagiError(
+            f"a compiled graph needs reducer {ordinal}, which is gone; keep the prepared module "
+            "alive as long as its graphs are used"
+        ) from None
+
+
+@dataclass
+class _Backward:
+    """What happened so far in the backward that is running."""
+
+    sync: bool
+    in_graph: bool
+    ready: set[str] = field(default_factory=set)
+    next_bucket: int = 0
+    flats: list[tuple[int, Tensor, list[str], set[str]]] = field(default_factory=list)
+    works: dict[int, tuple["dist.Work", Tensor]] = field(default_factory=dict)
+
+
+class Reducer:
+    """Averages the gradients of one module over all ranks.
+
+    Args:
+        parameters: `named_parameters()` of the module, in registration order.
+        buffers: `named_buffers()` of the module.
+        world: The ranks.
+        config: Buckets and wire format.
+        timeout_seconds: For agreements between ranks.
+        report: Gets the plan.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, Tensor]],
+        buffers: Iterable[tuple[str, Tensor]],
+        world: World,
+        config: CommConfig,
+        timeout_seconds: float,
+        report: Report,
+    ) -> None:
+        self.ordinal = next(_ordinals)
+        _reducers[self.ordinal] = self
+        self.parameters = dict(parameters)
+        self.world, self.config, self.report = world, config, report
+        self.sync = True
+        self.hooks_only = False
+        self._timeout_seconds = timeout_seconds
+        self._buffers = [b for _, b in buffers]
+        self._plans: dict[tuple[bool, ...], CommPlan] = {}
+        self._armed = (True, False)
+        self._backward: _Backward | None = None
+        self._proven = False
+        self._flag_cache: dict[tuple[int, tuple[str, ...]], Tensor] = {}
+        self._hooks: dict[str, RemovableHandle] = {}
+        self.refresh()
+
+    def close(self) -> None:
+        """Take the hooks off the parameters: their gradients are the user's own again."""
+        for handle in self._hooks.values():
+            handle.remove()
+        self._hooks.clear()
+
+    # -- the plan ------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Make and agree on the plan for the parameters that are trainable now."""
+        signature = self._trainable()
+        if signature not in self._plans:
+            plan = plan_buckets(self.parameters.items(), self.config, self.world.size)
+            self.world.agree(
+                "communication plan",
+                {"fingerprint": plan.fingerprint(), "trainable": sum(signature)},
+                self._timeout_seconds,
+            )
+            self._plans[signature] = plan
+            self.report.add(PassRow("communication_plan", "run_time", _summary(plan), 0.0))
+        self._signature, self.plan = signature, self._plans[signature]
+        self.planned = frozenset(s.name for b in self.plan.buckets for s in b.slots)
+        for name in self.planned - self._hooks.keys() if self.world.size > 1 else ():
+            parameter = self.parameters[name]
+            self._hooks[name] = parameter.register_post_accumulate_grad_hook(self._hook_for(name))
+
+    def _trainable(self) -> tuple[bool, ...]:
+        return tuple(p.requires_grad for p in self.parameters.values())
+
+    def broadcast_state(self) -> None:
+        """Give every rank the parameters and buffers of rank 0."""
+        self._broadcast([p.detach() for p in self.parameters.values()] + self._buffers)
+
+    def _broadcast(self, tensors: list[Tensor]) -> None:
+        if self.world.size == 1 or not tensors:
+            return
+        with torch.no_grad():
+            by_dtype: dict[torch.dtype, list[Tensor]] = {}
+            for t in tensors:
+                by_dtype.setdefault(t.dtype, []).append(t)
+            for group in by_dtype.values():
+                flat = torch.cat([t.reshape(-1) for t in group])
+                work = dist.broadcast(flat, 0, async_op=True)
+                self.world.wait(work, flat.device, "the broadcast of rank 0's weights and buffers")
+                if self.world.rank == 0:
+                    continue
+                for t, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
+                    t.copy_(part.view_as(t))
+
+    # -- one backward --------------------------------------------------------------------------
+
+    def begin(self, in_graph: bool) -> None:
+        """Note, at a forward with gradients, how its backward reduces.
+
+        Args:
+            in_graph: The forward is a captured graph whose backward launches the buckets.
+        """
+        if self.world.size == 1:
+            return
+        self.world.check()
+        if self._trainable() != self._signature:
+            self.refresh()
+        self._armed = (self.sync, in_graph and not self.hooks_only)
+        if self._backward is not None:  # the last backward raised before its end
+            self._backward = None
+
+    def launch(self, index: int, grads: list[Tensor], names: list[str]) -> Tensor:
+        """Pack `grads` into bucket `index` and, on a synchronising backward, start its all-reduce.
+
+        Args:
+            index: Bucket in the plan.
+            grads: One gradient for each of `names`, shaped as its parameter; a lower precision
+                than the parameter's is converted while packing.
+            names: Parameters that have a gradient; the others of the bucket count as unused.
+
+        Returns:
+            The bucket's flat tensor, `[bucket.numel]`. Its content is final after `wait`.
+        """
+        state = self._state()
+        bucket = self.plan.buckets[index]
+        flat = torch.empty(bucket.numel, dtype=bucket.torch_dtype(), device=self._device())
+        reduce_now = state.sync and state.in_graph
+        with torch.no_grad():
+            used = self._pack(flat, bucket, dict(zip(names, grads, strict=True)), fold=reduce_now)
+        if reduce_now:
+            self._start(state, index, flat)
+        state.flats.append((index, flat, list(names), used))
+        return flat
+
+    def wait(self, index: int, flat: Tensor) -> None:
+        """Wait until `flat`, which `launch` returned, holds the averages."""
+        if self._backward is None or flat.data_ptr() not in self._backward.works:
+            return
+        work, wire = self._backward.works.pop(flat.data_ptr())
+        names = [s.name for s in self.plan.buckets[index].slots]
+        self.world.wait(work, flat.device, f"bucket {index} ({names[0]} .. {names[-1]})")
+        if wire is not flat:
+            flat.copy_(wire)
+
+    def _state(self) -> _Backward:
+        if self._backward is None:
+            if self._trainable() != self._signature:  # toggled since the forward
+                self.refresh()
+            self._backward = _Backward(*self._armed)
+            compat.queue_backward_callback(self._finish)
+        return self._backward
+
+    def _pack(
+        self, flat: Tensor, bucket: Bucket, grads: dict[str, Tensor], *, fold: bool
+    ) -> set[str]:
+        """Fill `flat`; return the parameters that have a contribution on this rank."""
+        views, values, used = [], [], set(grads)
+        for slot in bucket.slots:
+            p = self.parameters[slot.name]
+            view = slot_view(flat, p, slot.offset)
+            old = p.grad if fold else None
+            if slot.name in grads:
+                views.append(view)
+                values.append(grads[slot.name])
+            elif old is not None:
+                view.copy_(old)
+                used.add(slot.name)
+            else:
+                view.zero_()
+        if views:
+            torch._foreach_copy_(views, values)
+        if fold:
+            for slot in bucket.slots:
+                p = self.parameters[slot.name]
+                if slot.name in grads and p.grad is not None:
+                    slot_view(flat, p, slot.offset).add_(p.grad)
+                    p.grad = None
+        flat[bucket.flags_offset :].copy_(self._flags(bucket, used))
+        return used
+
+    def _flags(self, bucket: Bucket, used: set[str]) -> Tensor:
+        pattern = tuple(s.name for s in bucket.slots if s.name in used)
+        key = (id(bucket), pattern)
+        if key not in self._flag_cache:
+            values = [1.0 if s.name in used else 0.0 for s in bucket.slots]
+            self._flag_cache[key] = torch.tensor(
+                values, dtype=bucket.torch_dtype(), device=self._device()
+            )
+        return self._flag_cache[key]
+
+    def _start(self, state: _Backward, index: int, flat: Tensor) -> None:
+        bucket = self.plan.buckets[index]
+        op = dist.ReduceOp.AVG
+        if not self.world.uses_nccl(flat.device):  # gloo knows sums only
+            op = dist.ReduceOp.SUM
+            flat.div_(self.world.size)
+        wire = flat.to(getattr(torch, bucket.wire_dtype))  # itself where the dtype is the same
+        work = dist.all_reduce(wire, op, async_op=True)
+        state.works[flat.data_ptr()] = (work, wire)
+
+    def _device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
+    # -- hooks: REGION, EAGER, and whatever the graph does not cover -----------------------------
+
+    def _hook_for(self, name: str) -> Callable[[Tensor], None]:
+        self_ref = weakref.ref(self)
+
+        def hook(_: Tensor) -> None:
+            reducer = self_ref()
+            if reducer is not None:
+                reducer._accumulated(name)
+
+        return hook
+
+    def _accumulated(self, name: str) -> None:
+        state = self._state()
+        if not state.sync or state.in_graph or name not in self.planned:
+            return
+        state.ready.add(name)
+        buckets = self.plan.buckets
+        while state.next_bucket < len(buckets) and all(
+            s.name in state.ready for s in buckets[state.next_bucket].slots
+        ):
+            self._launch_from_grads(state)
+
+    def _launch_from_grads(self, state: _Backward) -> None:
+        index = state.next_bucket
+        state.next_bucket += 1
+        bucket = self.plan.buckets[index]
+        grads = {s.name: g for s in bucket.slots if (g := self.parameters[s.name].grad) is not None}
+        for name, g in grads.items():
+            if g.is_sparse:
+                raise MagiError(
+                    f"the gradient of {name} is sparse; magi-train reduces dense gradients only: "
+                    "use Embedding(sparse=False)"
+                )
+        flat = torch.empty(bucket.numel, dtype=bucket.torch_dtype(), device=self._device())
+        with torch.no_grad():
+            used = self._pack(flat, bucket, grads, fold=False)
+        self._start(state, index, flat)
+        state.flats.append((index, flat, list(grads), used))
+
+    def _finish(self) -> None:
+        """End of a backward: see the head of this module, point 4."""
+        state, self._backward = self._backward, None
+        if state is None or not state.sync:
+            return
+        self._backward = state
+        try:
+            irregular = self._irregular(state) if state.in_graph else None
+            if irregular and self._proven:
+                raise UnreducedGradientError(
+                    f"{irregular}. The first step had no such gradient, so ranks are reducing "
+                    "inside the graph; use Config(tier='region'), or put the whole loss into the "
+                    "captured function (prepare_step)"
+                )
+            self._complete(state)
+            if not self._proven and self._prove(irregular):
+                self._backward = _Backward(sync=True, in_graph=False)
+                self._complete(self._backward)
+            if self.config.broadcast_buffers and self._buffers:
+                self._broadcast(self._buffers)
+        except BaseException as error:
+            self.world.fail(error)
+            raise
+        finally:
+            self._backward = None
+
+    def _complete(self, state: _Backward) -> None:
+        """Launch the buckets that are left, wait for all, and fill in `.grad`."""
+        while not state.in_graph and state.next_bucket < len(self.plan.buckets):
+            self._launch_from_grads(state)
+        self._collect(state)
+
+    def _prove(self, irregular: str | None) -> str | None:
+        """Agree, once, whether in-graph reduction covers everything; return why it does not."""
+        self._proven = True
+        answers = self.world.gather("reduced exactly once", irregular, self._timeout_seconds)
+        reasons = [f"on rank {r}, {a}" for r, a in enumerate(answers) if a]
+        if not reasons:
+            return None
+        self.hooks_only = True
+        self.report.tier, self.report.reason = "region", reasons[0]
+        logger.warning("magi-train reduces from hooks: %s", reasons[0])
+        return reasons[0]
+
+    def _irregular(self, state: _Backward) -> str | None:
+        """Return which gradient is not the in-graph average, or None."""
+        launched = [index for index, *_ in state.flats]
+        if launched != list(range(len(self.plan.buckets))):
+            return f"the backward graphs launched buckets {launched}, not each once in order"
+        for index, flat, names, _ in state.flats:
+            offsets = {s.name: s.offset for s in self.plan.buckets[index].slots}
+            for name in names:
+                grad = self.parameters[name].grad
+                want = flat.data_ptr() + offsets[name] * flat.element_size()
+                if grad is not None and grad.data_ptr() != want:
+                    return f"{name} got a gradient from outside the captured graph"
+        return None
+
+    def _collect(self, state: _Backward) -> None:
+        """Wait for what is left and put the averages into `.grad` where the graph did not."""
+        for index, flat, names, used in state.flats:
+            self.wait(index, flat)
+            bucket = self.plan.buckets[index]
+            flags: list[float] | None = None
+            for i, slot in enumerate(bucket.slots):
+                if state.in_graph and slot.name in names:
+                    continue
+                if slot.name not in used:
+                    if flags is None:  # a device synchronisation, only where something is unused
+                        flags = flat[bucket.flags_offset :].tolist()
+                    if flags[i] == 0:
+                        continue
+                p = self.parameters[slot.name]
+                p.grad = slot_view(flat, p, slot.offset)
+
+
+def slot_view(flat: Tensor, p: Tensor, offset: int) -> Tensor:
+    """Return the part of `flat` from `offset` as a view with the shape and strides of `p`."""
+    return flat.as_strided(p.shape, p.stride(), offset)
+
+
+def _summary(plan: CommPlan) -> dict[str, object]:
+    return {
+        "buckets": len(plan.buckets),
+        "wire_bytes": plan.wire_bytes(),
+        "wire_dtype": sorted({b.wire_dtype for b in plan.buckets}),
+        "world_size": plan.world_size,
+        "fingerprint": plan.fingerprint(),
+    }

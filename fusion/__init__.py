@@ -1,0 +1,1 @@
+"""Fewer and cheaper kernels: passes over the graph before autograd."""

@@ -1,0 +1,60 @@
+"""One strategy class for each Lightning namespace, made on demand, and its names in the registry.
+
+`pytorch_lightning` and `lightning.pytorch` are two copies with separate base classes, so each needs
+a class of its own. A spawned process unpickles the strategy before it looks up any name: the module
+`__getattr__` makes the class then.
+"""
+
+import functools
+import importlib
+from types import ModuleType
+from typing import Any
+
+NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "magi": {},
+    "magi_spawn": {"start_method": "spawn"},
+    "magi_fork": {"start_method": "fork"},
+    "magi_notebook": {"start_method": "fork"},
+    "magi_find_unused_parameters_true": {"find_unused_parameters": True},
+    "magi_find_unused_parameters_false": {"find_unused_parameters": False},
+}
+
+
+def _class_name(namespace: str) -> str:
+    return "MagiStrategy_" + namespace.replace(".", "__")
+
+
+@functools.cache
+def strategy_class(namespace: str) -> type:
+    """Return MagiStrategy for one of `NAMESPACES`."""
+    from magi_train.integrations.strategy import MagiStrategyMixin
+
+    base = importlib.import_module(namespace + ".strategies.ddp").DDPStrategy
+    body = {"__module__": __name__, "__doc__": MagiStrategyMixin.__doc__}
+    return type(_class_name(namespace), (MagiStrategyMixin, base), body)
+
+
+def create(namespace: str, **options: Any) -> Any:
+    """Return a strategy; what the registry calls when a name is used."""
+    return strategy_class(namespace)(**options)
+
+
+def register_into(namespace: str, strategies: ModuleType) -> None:
+    """Add our names to the registry of a Lightning's `strategies` module."""
+    registry = strategies.StrategyRegistry
+    for name, options in VARIANTS.items():
+        if name not in registry:
+            registry.register(
+                name,
+                functools.partial(create, namespace),
+                description="data-parallel training through captured graphs (magi-train)",
+                **options,
+            )
+
+
+def __getattr__(name: str) -> Any:
+    for namespace in NAMESPACES:
+        if name == _class_name(namespace):
+            return strategy_class(namespace)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,192 @@
+"""What MagiStrategy adds to Lightning's DDPStrategy, without naming either copy of Lightning.
+
+The captured region is the whole `training_step`, so the loss is in the graph and only what the step
+returns leaves it. `self.log` and `self.log_dict` are stood in for by a recorder while the region
+runs: the values become outputs of the graph and are logged, in order, when it has run. Under manual
+optimization the backward belongs to the user: the module's forward is compiled and hooks reduce.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magi_train.capture import Region, Runtime
+from magi_train.core.config import CommConfig, Config
+from magi_train.core.report import Report
+
+logger = logging.getLogger(__name__)
+
+_WITHOUT_EFFECT = {"find_unused_parameters", "gradient_as_bucket_view", "static_graph"}
+_COMM = {"bucket_cap_mb": "bucket_mib", "broadcast_buffers": "broadcast_buffers"}
+
+
+class Recorder:
+    """Stands in for a LightningModule's `log` and `log_dict` while its step is captured.
+
+    Attributes:
+        calls: Method name, positional and keyword arguments of each call, in order.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Note a call of `log`."""
+        if isinstance(value, Tensor) and not kwargs.get("enable_graph", False):
+            value = value.detach()
+        self.calls.append(("log", (name, value, *args), kwargs))
+
+    def log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
+        """Note a call of `log_dict`."""
+        if isinstance(dictionary, dict) and not kwargs.get("enable_graph", False):
+            dictionary = {
+                k: v.detach() if isinstance(v, Tensor) else v for k, v in dictionary.items()
+            }
+        self.calls.append(("log_dict", (dictionary, *args), kwargs))
+
+
+class MagiStrategyMixin:
+    """Train as under DDP, with the training step captured and optimized.
+
+    Args:
+        config: What to do; `magi_train.Config()` by default.
+        report_path: Where rank 0 writes the report when `fit` ends, relative to the trainer's
+            `default_root_dir`; None for nowhere.
+        **options: Those of Lightning's DDPStrategy. `find_unused_parameters`,
+            `gradient_as_bucket_view` and `static_graph` are accepted and not needed.
+
+    Raises:
+        ValueError: An option that only a DistributedDataParallel could honour.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        config: Config | None = None,
+        report_path: str | None = "magi_report.json",
+        **options: Any,
+    ) -> None:
+        comm = {ours: options.pop(theirs) for theirs, ours in _COMM.items() if theirs in options}
+        if comm and config is not None:
+            raise ValueError(f"give MagiStrategy either config or {sorted(comm)}, not both")
+        for name in _WITHOUT_EFFECT & options.keys():
+            del options[name]
+        hooks = {"ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period"}
+        for name in hooks & options.keys():
+            if options.pop(name) is not None:
+                raise ValueError(
+                    f"MagiStrategy does not take {name}; the wire format is "
+                    "Config(comm=CommConfig(wire_dtype=...))"
+                )
+        super().__init__(*args, **options)
+        unknown = getattr(self, "_ddp_kwargs", {})
+        if unknown:
+            raise ValueError(
+                f"MagiStrategy does not take {sorted(unknown)}: these are arguments of "
+                "DistributedDataParallel; use config=magi_train.Config(...)"
+            )
+        self.magi_config = config or Config(comm=CommConfig(**comm))
+        self.report_path = report_path
+        self.runtime: Runtime | None = None
+        self._region: Region | None = None
+        self._recorder: Recorder | None = None
+
+    @property
+    def report(self) -> Report:
+        """What was done in the last `fit`.
+
+        Raises:
+            RuntimeError: `fit` has not been called.
+        """
+        if self.runtime is None:
+            raise RuntimeError("MagiStrategy has a report once trainer.fit() has begun")
+        return self.runtime.report
+
+    def configure_ddp(self) -> None:
+        """Set up ranks, plan and captured region; the model stays unwrapped."""
+        module: Any = self.model  # type: ignore[attr-defined]
+        self.runtime = Runtime(module, self.magi_config)
+        if module.automatic_optimization:
+            self._recorder = Recorder()
+            self._region = Region(self.runtime, module.training_step, "training_step")
+        else:
+            self._region = Region(
+                self.runtime,
+                module.forward,
+                "forward",
+                hooks_because="optimization is manual: how often backward runs is the user's choice",
+            )
+            module.__dict__["forward"] = self._region
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the captured training step, then what it logged."""
+        assert self.runtime is not None and self._region is not None, "fit has not set up the model"
+        with self.precision_plugin.train_step_context():  # type: ignore[attr-defined]
+            if self._recorder is None:
+                self.runtime.reducer.begin(in_graph=False)
+                return self.lightning_module.training_step(*args, **kwargs)  # type: ignore[attr-defined]
+            with self._recorded(self._recorder):
+                return self._region(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _recorded(self, recorder: Recorder) -> Iterator[None]:
+        """Shadow the logging methods, then replay what was recorded."""
+        module: Any = self.lightning_module  # type: ignore[attr-defined]
+        recorder.calls.clear()
+        own = {name: module.__dict__.get(name) for name in ("log", "log_dict")}
+        module.__dict__.update(log=recorder.log, log_dict=recorder.log_dict)
+        try:
+            yield
+        finally:
+            for name, before in own.items():
+                if before is None:
+                    del module.__dict__[name]
+                else:
+                    module.__dict__[name] = before
+        for method, args, kwargs in recorder.calls:
+            getattr(module, method)(*args, **kwargs)
+        recorder.calls.clear()
+
+    @contextlib.contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Accumulate without sending anything."""
+        if self.runtime is None:
+            yield
+        else:
+            with self.runtime.no_sync():
+                yield
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Tell the other ranks why this one ends."""
+        if self.runtime is not None:
+            self.runtime.world.fail(exception)
+        super().on_exception(exception)  # type: ignore[misc]
+
+    def teardown(self) -> None:
+        """Give the module back as it was, and write the report."""
+        module: Any = self.lightning_module  # type: ignore[attr-defined]
+        if self.runtime is not None and self._region is not None:
+            self._region.close()
+            self.runtime.reducer.close()
+            if module is not None and module.__dict__.get("forward") is self._region:
+                del module.__dict__["forward"]
+            self._write_report(module)
+            self._region = self._recorder = None
+        super().teardown()  # type: ignore[misc]
+
+    def _write_report(self, module: Any) -> None:
+        trainer = getattr(module, "_trainer", None)
+        if self.report_path is None or trainer is None or not self.report.tier:
+            return
+        if self.runtime is not None and self.runtime.world.rank == 0:
+            if torch.cuda.is_available():
+                peak = torch.cuda.max_memory_allocated() / 2**20
+                self.report.measured["peak_memory_mib"] = peak
+            path = Path(trainer.default_root_dir) / self.report_path
+            self.report.save(path)
+            logger.info("magi-train: report in %s; `magi explain %s` shows it", path, path)

@@ -1,0 +1,20 @@
+"""Distributed-training optimization for PyTorch: prepare a model, train it as before, faster."""
+
+from magi_train.api import DataParallel, PreparedModule, prepare, prepare_step, report
+from magi_train.core.config import CommConfig, Config, FusionConfig, MemoryConfig
+from magi_train.core.errors import MagiError
+from magi_train.core.report import Report
+
+__all__ = [
+    "CommConfig",
+    "Config",
+    "DataParallel",
+    "FusionConfig",
+    "MagiError",
+    "MemoryConfig",
+    "PreparedModule",
+    "Report",
+    "prepare",
+    "prepare_step",
+    "report",
+]

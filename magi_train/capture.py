@@ -1,0 +1,452 @@
+"""Capture: how much of a step becomes a graph, decided by all ranks together.
+
+A `Runtime` belongs to one model: its ranks, its reducer, its report. A `Region` is one function of
+that model which is captured: the module's forward, a whole training step, Lightning's
+`training_step`. On its first call with gradients it takes the highest tier all ranks reach:
+
+    GRAPH    Dynamo captures the function whole; the collectives are in its backward graph.
+    REGION   repeated blocks are compiled (without such, whatever Dynamo can); hooks reduce.
+    EAGER    nothing is compiled; hooks reduce.
+
+The vote goes through the store, before the first collective: a rank whose capture fails tells the
+others, which have not run anything yet. Dynamo only ever proposes: with `fullgraph=True` either the
+whole function is in one graph or our backend is never called.
+
+Later calls may compile again (another shape); such a graph executes the agreed plan, so nothing is
+asked. A later call that cannot be captured runs uncompiled on this rank alone, with hooks.
+"""
+
+import collections
+import contextlib
+import itertools
+import logging
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from magi_train.comm.in_graph import PlaceCollectives
+from magi_train.comm.reducer import Reducer
+from magi_train.core import compat
+from magi_train.core.config import Config
+from magi_train.core.errors import CaptureError, MagiError
+from magi_train.core.passes import Pass, PassContext, run_passes
+from magi_train.core.report import Report
+from magi_train.core.world import World, join_from_environment
+from magi_train.fusion.attention import CanonicalizeAttention
+from magi_train.lower import lower
+
+logger = logging.getLogger(__name__)
+
+MIB = 2**20
+_region_ordinals = itertools.count()
+
+
+class _NotTogetherError(Exception):
+    """This rank captured the region, another one did not."""
+
+
+def pre_grad_passes(config: Config) -> list[Pass[Any]]:
+    """Return the passes over the graph before autograd that `config` asks for, in their order."""
+    passes: list[Pass[Any]] = []
+    if config.fusion is not None and config.fusion.attention:
+        passes.append(CanonicalizeAttention())
+    return passes
+
+
+class Runtime:
+    """What the regions of one model share.
+
+    Args:
+        module: The model, already on its device; the user's own object.
+        config: What to do.
+
+    Raises:
+        PlanMismatchError: Ranks hold different models or settings.
+        ValueError: The parameters lie on several devices.
+    """
+
+    def __init__(self, module: nn.Module, config: Config) -> None:
+        compat.warn_about_version()
+        self.module, self.config = module, config
+        self.inside = False
+        self.world: World = join_from_environment()
+        parameters = dict(module.named_parameters())
+        devices = {p.device for p in parameters.values()}
+        if len(devices) > 1:
+            raise ValueError(
+                f"the parameters of {type(module).__name__} lie on {sorted(map(str, devices))}; "
+                "magi-train replicates a model on one device a rank: move it to one"
+            )
+        self.device_type = next(iter(devices)).type if devices else "cpu"
+        self.report = Report(world_size=self.world.size, settings=config.as_dict())
+        self._agree(parameters)
+        self.reducer = Reducer(
+            parameters.items(),
+            module.named_buffers(),
+            self.world,
+            config.comm,
+            config.timeout_seconds,
+            self.report,
+        )
+        self.reducer.broadcast_state()
+
+    def _agree(self, parameters: dict[str, nn.Parameter]) -> None:
+        ask, seconds = self.world.agree, self.config.timeout_seconds
+        ask("settings", {**self.config.as_dict(), "torch": torch.__version__}, seconds)
+        shapes = {n: [list(p.shape), str(p.dtype), p.requires_grad] for n, p in parameters.items()}
+        buffers = {n: [list(b.shape), str(b.dtype)] for n, b in self.module.named_buffers()}
+        ask("model", {"parameters": shapes, "buffers": buffers}, seconds)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Forwards in this context accumulate their gradients without sending anything."""
+        before, self.reducer.sync = self.reducer.sync, False
+        try:
+            yield
+        finally:
+            self.reducer.sync = before
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """While a region of this model runs, the prepared module is a plain one."""
+        before, self.inside = self.inside, True
+        try:
+            yield
+        finally:
+            self.inside = before
+
+
+class Region:
+    """One captured function of a model. Calling it runs the function.
+
+    Args:
+        runtime: Of the model whose parameters the function uses.
+        function: What to capture.
+        name: For messages and the report.
+        hooks_because: Why its backward may not reduce by itself, so that REGION is the highest
+            tier; "" if it may.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        function: Callable[..., Any],
+        name: str,
+        hooks_because: str = "",
+    ) -> None:
+        self.runtime, self.name = runtime, name
+        self._hooks_because = hooks_because
+        self.tier = ""
+        self._function = function
+        self._own = _own_code(function, f"magi_region_{next(_region_ordinals)}")
+        self._compiled: Callable[..., Any] = function
+        self._blocks: list[nn.Module] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the function, compiled as far as all ranks can."""
+        runtime = self.runtime
+        if not torch.is_grad_enabled():
+            with runtime.entered():
+                return self._function(*args, **kwargs)
+        try:
+            if not self.tier:
+                return self._first(args, kwargs)
+            return self._next(args, kwargs)
+        except BaseException as error:
+            runtime.world.fail(error)
+            raise
+
+    def close(self) -> None:
+        """Undo what compiling regions left on the module."""
+        for block in self._blocks:
+            compat.set_compiled_call(block, None)
+        self._blocks = []
+
+    # -- the first call --------------------------------------------------------------------------
+
+    def _first(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        wanted, reason = self.runtime.config.tier, ""
+        if compat.problems():
+            reason = f"this torch lacks {'; '.join(compat.problems())}"
+            self._must_not_be_forced("graph", "region", reason=reason)
+        elif self._hooks_because:
+            reason = self._hooks_because
+            self._must_not_be_forced("graph", reason=reason)
+        elif wanted in ("auto", "graph"):
+            done, result = self._try_graph(args, kwargs)
+            if done:
+                return self._take("graph", "", result)
+            reason = result
+            self._must_not_be_forced("graph", reason=reason)
+        if wanted in ("auto", "region") and not compat.problems():
+            done, result = self._try_region(args, kwargs)
+            if done:
+                return self._take("region", reason, result)
+            reason = f"{reason + '; then ' if reason else ''}{result}"
+            self._must_not_be_forced("region", reason=reason)
+        if self.runtime.config.memory.activation_budget_mib is not None:
+            raise CaptureError(
+                "MemoryConfig.activation_budget_mib needs a captured graph, but the EAGER tier was "
+                f"reached because {reason}; remove the budget or make the model capturable"
+            )
+        self._compiled = self._function
+        self.runtime.reducer.begin(in_graph=False)
+        with self.runtime.entered():
+            return self._take("eager", reason, self._function(*args, **kwargs))
+
+    def _take(self, tier: str, reason: str, output: Any) -> Any:
+        self.tier = tier
+        report = self.runtime.report
+        if not report.tier:
+            report.tier, report.reason = tier, reason
+        if reason and self.runtime.world.rank == 0:
+            logger.warning("magi-train: %s runs in tier %s: %s", self.name, tier.upper(), reason)
+        return output
+
+    def _must_not_be_forced(self, *tiers: str, reason: str) -> None:
+        if self.runtime.config.tier in tiers:
+            raise CaptureError(
+                f"Config.tier is {self.runtime.config.tier!r}, but {self.name} cannot be captured "
+                f"so: {reason}. Change that line, or use tier='auto'"
+            )
+
+    def _vote(self, question: str, objection: str | None, fatal: bool = False) -> str:
+        """Return why not all ranks can go on, "" if they can.
+
+        Raises:
+            MagiError: A rank met an error that a lower tier would not cure.
+        """
+        world = self.runtime.world
+        answers = world.gather(
+            f"{self.name}: {question}",
+            {"objection": objection, "fatal": fatal},
+            self.runtime.config.timeout_seconds,
+        )
+        reasons = [
+            (f"on rank {rank}, " if world.size > 1 else "") + answer["objection"]
+            for rank, answer in enumerate(answers)
+            if answer["objection"] is not None
+        ]
+        if any(answer["fatal"] for answer in answers) and not fatal:
+            raise MagiError(reasons[0])
+        return reasons[0] if reasons else ""
+
+    def _try_graph(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[bool, Any]:
+        """Return (True, output), or (False, why some rank cannot capture the function whole)."""
+        backend = _GraphBackend(self)
+        compiled = torch.compile(
+            self._own, backend=backend, fullgraph=True, dynamic=self.runtime.config.dynamic
+        )
+        self.runtime.reducer.begin(in_graph=True)
+        try:
+            with self.runtime.entered(), compat.capture_settings():
+                output = compiled(*args, **kwargs)
+        except (compat.DynamoError, compat.RecompileLimitHit, _NotTogetherError) as error:
+            inner = compat.inner_backend_error(error)
+            if isinstance(inner, MagiError):
+                raise inner from error
+            if isinstance(inner, _NotTogetherError):
+                return False, str(inner)
+            if backend.voted:
+                raise
+            return False, self._vote("capture", compat.capture_failure_text(error))
+        if not backend.voted:
+            why = self._vote("capture", None)
+            if why:
+                return False, why
+        self._compiled = compiled
+        return True, output
+
+    def _try_region(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[bool, Any]:
+        """Return (True, output), or (False, why some rank cannot compile its regions)."""
+        module = self.runtime.module
+        blocks = self._blocks = repeated_blocks(module)
+        self._compile_blocks(blocks)
+        self._compiled = self._function
+        if not blocks:
+            self._compiled = torch.compile(
+                self._own, backend=_RegionBackend(self, 1), dynamic=self.runtime.config.dynamic
+            )
+        self.runtime.reducer.begin(in_graph=False)
+        try:
+            with self.runtime.entered(), compat.capture_settings():
+                output = self._compiled(*args, **kwargs)
+            objection = None
+        except (compat.DynamoError, compat.RecompileLimitHit) as error:
+            inner = compat.inner_backend_error(error)
+            if isinstance(inner, MagiError):
+                raise inner from error
+            objection = compat.capture_failure_text(inner)
+        why = self._vote("compile regions", objection)
+        if why:
+            self.close()
+            return False, why
+        if blocks:
+            self.runtime.report.note(
+                f"{len(blocks)} repeated blocks are compiled, the rest is eager"
+            )
+        return True, output
+
+    def _compile_blocks(self, blocks: list[nn.Module]) -> None:
+        for kind, same in itertools.groupby(blocks, key=type):
+            members = list(same)
+
+            def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                return block._call_impl(*args, **kwargs)
+
+            compiled = torch.compile(
+                _own_code(call, f"magi_{kind.__name__}_{next(_region_ordinals)}"),
+                backend=_RegionBackend(self, len(blocks)),
+                dynamic=self.runtime.config.dynamic,
+            )
+            for block in members:
+                compat.set_compiled_call(block, _Bound(compiled, block))
+
+    # -- later calls -----------------------------------------------------------------------------
+
+    def _next(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        reducer = self.runtime.reducer
+        reducer.begin(in_graph=self.tier == "graph")
+        try:
+            with self.runtime.entered(), compat.capture_settings():
+                return self._compiled(*args, **kwargs)
+        except (compat.DynamoError, compat.RecompileLimitHit) as error:
+            inner = compat.inner_backend_error(error)
+            if isinstance(inner, MagiError):
+                raise inner from error
+            why = compat.capture_failure_text(error)
+        self.runtime.report.note(f"some steps of {self.name} ran uncompiled: {why}")
+        logger.warning("magi-train: a step of %s runs uncompiled: %s", self.name, why)
+        reducer.begin(in_graph=False)
+        with self.runtime.entered():
+            return self._function(*args, **kwargs)
+
+    # -- backends --------------------------------------------------------------------------------
+
+    def compile_graph(
+        self, gm: GraphModule, inputs: Sequence[Any], *, in_graph: bool, shares: int
+    ) -> Callable[..., Any]:
+        """Run the passes over a captured graph and lower it.
+
+        Args:
+            gm: Dynamo's graph.
+            inputs: Its example inputs.
+            in_graph: Whether its backward reduces the gradients.
+            shares: Graphs among which the activation budget is divided.
+        """
+        runtime = self.runtime
+        names = parameter_positions(gm, runtime.module)
+        context = PassContext(runtime.device_type)
+        run_passes(pre_grad_passes(runtime.config), gm, context, runtime.report)
+        collectives = None
+        reducer = runtime.reducer
+        if in_graph and runtime.world.size > 1:
+            trainable = {i: n for i, n in names.items() if n in reducer.planned}
+            strides = {n: reducer.parameters[n].stride() for n in trainable.values()}
+            collectives = PlaceCollectives(reducer.plan, reducer.ordinal, trainable, strides)
+        budget = runtime.config.memory.activation_budget_mib
+        return lower(
+            gm,
+            inputs,
+            runtime.config.lowering,
+            collectives=collectives,
+            budget_bytes=None if budget is None else int(budget * MIB / shares),
+            into=runtime.report,
+        )
+
+    def vote_capture(self) -> None:
+        """Tell the others that this rank captured the function; raise if one of them did not."""
+        why = self._vote("capture", None)
+        if why:
+            raise _NotTogetherError(why)
+
+    def vote_compile(self, error: Exception | None) -> None:
+        """Tell the others how compilation ended; raise if it failed anywhere."""
+        fatal = isinstance(error, MagiError)
+        objection = None if error is None else f"compilation failed: {error}"
+        why = self._vote("compile", objection, fatal)
+        if fatal and error is not None:
+            raise error
+        if why:
+            raise _NotTogetherError(why) from error
+
+
+class _GraphBackend:
+    """Dynamo backend of the GRAPH tier: votes on its first call, then compiles."""
+
+    def __init__(self, region: Region) -> None:
+        self.region, self.voted = region, False
+
+    def __call__(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        region = self.region
+        if self.voted:  # another shape: the plan is agreed, nothing to ask
+            return region.compile_graph(gm, inputs, in_graph=True, shares=1)
+        self.voted = True
+        region.vote_capture()
+        try:
+            compiled = region.compile_graph(gm, inputs, in_graph=True, shares=1)
+        except Exception as error:
+            region.vote_compile(error)
+            raise
+        region.vote_compile(None)
+        return compiled
+
+
+class _RegionBackend:
+    """Dynamo backend of the REGION tier: every graph it is given, collectives left to hooks."""
+
+    def __init__(self, region: Region, shares: int) -> None:
+        self.region, self.shares = region, shares
+
+    def __call__(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return self.region.compile_graph(gm, inputs, in_graph=False, shares=self.shares)
+
+
+class _Bound:
+    """`compiled` with its first argument filled in."""
+
+    def __init__(self, compiled: Callable[..., Any], block: nn.Module) -> None:
+        self.compiled, self.block = compiled, block
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.compiled(self.block, *args, **kwargs)
+
+
+def _own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Return a wrapper with a code object of its own: Dynamo's recompile limit counts by code."""
+
+    def region(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    code = region.__code__.replace(co_name=name)
+    return types.FunctionType(code, region.__globals__, name, None, region.__closure__)
+
+
+def parameter_positions(gm: GraphModule, module: nn.Module) -> dict[int, str]:
+    """Return {position among the graph's inputs: name of the parameter}, by identity."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    found = {}
+    for i, placeholder in enumerate(gm.graph.find_nodes(op="placeholder")):
+        example = compat.live_example(placeholder)
+        if id(example) in names:
+            found[i] = names[id(example)]
+    return found
+
+
+def repeated_blocks(module: nn.Module) -> list[nn.Module]:
+    """Return the outermost modules that a container holds at least two of, in order.
+
+    Only blocks with submodules count: a row of plain layers is not worth a graph each.
+    """
+    if isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+        children = list(module.children())
+        kinds = collections.Counter(type(c) for c in children)
+        same = [c for c in children if kinds[type(c)] >= 2 and any(c.children())]
+        if same:
+            return list({id(c): c for c in same}.values())
+    blocks = [block for child in module.children() for block in repeated_blocks(child)]
+    return list({id(b): b for b in blocks}.values())

@@ -1,0 +1,209 @@
+"""Every private torch name the project uses, with the versions it was seen on, and a self-test.
+
+Seen on torch 2.11.0 and 2.13.0. `problems()` tries each name once at import; what is missing is
+listed there, and capture then falls to the EAGER tier with a warning instead of a crash.
+
+| name | used for |
+|---|---|
+| torch._inductor.compile_fx.compile_fx | lowering with our passes in Inductor's slots |
+| torch._inductor.custom_graph_pass.CustomGraphPass, CustomPartitionerFn | bases of those passes |
+| torch._inductor.runtime.cache_dir_utils.cache_dir | where PyTorch keeps compiled code |
+| torch._functorch._aot_autograd.descriptors | which output is the gradient of which input |
+| torch._functorch.partitioners.min_cut_rematerialization_partition | the partition to bound |
+| torch._functorch.config | activation budget ratio, eager backward lowering |
+| torch._dynamo.exc.TorchDynamoException, FailOnRecompileLimitHit | capture failed |
+| torch._dynamo.config.ignore_logging_functions (2.11: ignore_logger_methods) | logging in models |
+| torch._dynamo.backends.common.aot_autograd | the aot_eager lowering |
+| torch._inductor.fx_passes.control_dependencies | pinning the order of collectives |
+| torch._subclasses.fake_tensor.unset_fake_temporarily | real tensors inside a backend |
+| torch.autograd.Variable._execution_engine.queue_callback | the end of a backward |
+| torch.distributed.distributed_c10d._get_default_store | messages between ranks |
+| output.meta["original_output_strides"] | what Inductor restores the layout of outputs to |
+| torch.aten._fused_sdp_choice | which attention kernel a call would take |
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+OLDEST_TORCH = (2, 11)
+NEWEST_TORCH_SEEN = (2, 13)
+
+_missing: list[str] = []
+
+
+def _lookup(module: str, name: str) -> Any:
+    """Return `name` of `module`, or None after noting that it is missing."""
+    try:
+        return getattr(__import__(module, fromlist=[name]), name)
+    except (ImportError, AttributeError) as error:
+        _missing.append(f"{module}.{name} ({error})")
+        return None
+
+
+compile_fx: Callable[..., Any] = _lookup("torch._inductor.compile_fx", "compile_fx")
+CustomGraphPass: Any = _lookup("torch._inductor.custom_graph_pass", "CustomGraphPass") or object
+CustomPartitionerFn: Any = (
+    _lookup("torch._inductor.custom_graph_pass", "CustomPartitionerFn") or object
+)
+min_cut_partition: Callable[..., Any] = _lookup(
+    "torch._functorch.partitioners", "min_cut_rematerialization_partition"
+)
+functorch_config: Any = _lookup("torch._functorch", "config")
+dynamo_config: Any = _lookup("torch._dynamo", "config")
+# torch < 2.12 knows the older name only
+_IGNORED_LOGGING = (
+    "ignore_logging_functions"
+    if hasattr(dynamo_config, "ignore_logging_functions")
+    else "ignore_logger_methods"
+)
+GradAOTOutput: Any = _lookup("torch._functorch._aot_autograd.descriptors", "GradAOTOutput")
+PlainAOTInput: Any = _lookup("torch._functorch._aot_autograd.descriptors", "PlainAOTInput")
+DynamoError: Any = _lookup("torch._dynamo.exc", "TorchDynamoException") or ()
+RecompileLimitHit: Any = _lookup("torch._dynamo.exc", "FailOnRecompileLimitHit") or ()
+aot_autograd: Callable[..., Any] = _lookup("torch._dynamo.backends.common", "aot_autograd")
+preserve_node_ordering: Callable[..., Any] = _lookup(
+    "torch._inductor.fx_passes.control_dependencies", "preserve_node_ordering"
+)
+OrderedSet: Any = _lookup("torch.utils._ordered_set", "OrderedSet")
+unset_fake_temporarily: Callable[..., Any] = _lookup(
+    "torch._subclasses.fake_tensor", "unset_fake_temporarily"
+)
+FakeTensor: Any = _lookup("torch._subclasses.fake_tensor", "FakeTensor")
+extract_tensor_metadata: Callable[..., Any] = _lookup(
+    "torch.fx.passes.shape_prop", "_extract_tensor_metadata"
+)
+cache_dir: Callable[[], str] = _lookup("torch._inductor.runtime.cache_dir_utils", "cache_dir")
+get_default_store: Callable[..., Any] = _lookup(
+    "torch.distributed.distributed_c10d", "_get_default_store"
+)
+
+if not hasattr(torch.autograd.Variable, "_execution_engine"):
+    _missing.append("torch.autograd.Variable._execution_engine")
+
+
+def make_boxed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `forward` taking its arguments as one list, which AOTAutograd may empty early."""
+    from functorch.compile import make_boxed_func
+
+    return make_boxed_func(forward)  # type: ignore[no-any-return]
+
+
+def set_output_stride(output: torch.fx.Node, position: int, stride: tuple[int, ...]) -> None:
+    """Tell Inductor which strides an output has now; it would copy to the recorded ones else."""
+    recorded = output.meta.get("original_output_strides")
+    if recorded is not None:
+        output.meta["original_output_strides"] = [
+            stride if i == position else old for i, old in enumerate(recorded)
+        ]
+
+
+def set_compiled_call(module: torch.nn.Module, call: Callable[..., Any] | None) -> None:
+    """Make `module(...)` run `call`, as nn.Module.compile() does; None undoes it.
+
+    Neither pickling nor deepcopy carries it along.
+    """
+    module._compiled_call_impl = call  # type: ignore[assignment]
+
+
+def queue_backward_callback(callback: Callable[[], None]) -> None:
+    """Run `callback` once when the backward that is now running ends. Only legal inside one."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+
+
+def torch_version() -> tuple[int, int]:
+    """Return the major and minor version of the installed torch."""
+    major, minor = torch.__version__.split("+")[0].split(".")[:2]
+    return int(major), int(minor)
+
+
+def problems() -> tuple[str, ...]:
+    """Return the private names that this torch lacks; empty means that capture can be tried."""
+    return tuple(_missing)
+
+
+def forced_backward_lowering() -> Any:
+    """Context in which AOTAutograd compiles the backward together with the forward."""
+    return functorch_config.patch(force_non_lazy_backward_lowering=True)
+
+
+def capture_settings() -> Any:
+    """Context in which a logging call in the captured code is left out instead of breaking it."""
+    methods = {
+        getattr(logging.Logger, name)
+        for name in ("debug", "info", "warning", "warning_once", "warning_advice", "error")
+        if hasattr(logging.Logger, name)  # libraries add some
+    }
+    return dynamo_config.patch({_IGNORED_LOGGING: methods})
+
+
+def activation_ratio(ratio: float) -> Any:
+    """Context in which the partitioner keeps about `ratio` of what it would save by itself."""
+    return functorch_config.patch(activation_memory_budget=ratio)
+
+
+def fused_attention_choice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> int:
+    """Return the attention kernel chosen for real tensors: 0 is the unfused one."""
+    return int(torch.ops.aten._fused_sdp_choice(q, k, v, **kwargs))
+
+
+def capture_failure_text(error: BaseException) -> str:
+    """Return why Dynamo gave up, with the user's line, in a sentence or two."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    explanation = next((line for line in lines if line.startswith("Explanation:")), "")
+    where = ""
+    if "from user code:" in lines:
+        frames = [
+            i for i, line in enumerate(lines) if line.startswith("File ") and ", line " in line
+        ]
+        if frames:
+            code = lines[frames[-1] + 1] if frames[-1] + 1 < len(lines) else ""
+            where = f" at {lines[frames[-1]]}: {code}"
+    return f"{text}{'. ' + explanation if explanation else ''}{where}"
+
+
+def inner_backend_error(error: BaseException) -> BaseException:
+    """Return what a backend raised, without the wrapper that Dynamo puts around it."""
+    inner = getattr(error, "inner_exception", None)
+    return inner if isinstance(inner, BaseException) else error
+
+
+def live_example(placeholder: torch.fx.Node) -> Any:
+    """Return the live tensor that Dynamo saw for a graph input, or None."""
+    argument = placeholder.meta.get("grapharg")
+    if argument is None:
+        return None
+    try:
+        return argument.example
+    except (AssertionError, ReferenceError, RuntimeError):  # the weak reference is dead
+        return None
+
+
+def clone_store(store: Any) -> Any:
+    """Return a second connection to `store`, so that two threads never wait for one lock."""
+    try:
+        return store.clone()
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return store
+
+
+def ordered(graph: torch.fx.Graph, after: dict[torch.fx.Node, Sequence[torch.fx.Node]]) -> None:
+    """Pin that each node of `after` runs after the nodes it maps to."""
+    preserve_node_ordering(graph, {node: OrderedSet(deps) for node, deps in after.items()})
+
+
+def warn_about_version() -> None:
+    """Log what is known about this torch: missing names, or a version nobody has tried."""
+    if _missing:
+        logger.warning(
+            "magi-train runs in the EAGER tier: this torch lacks %s", "; ".join(_missing)
+        )
+    elif torch_version() > NEWEST_TORCH_SEEN:
+        logger.info(
+            "torch %s is newer than 2.13, the newest magi-train was run on", torch.__version__
+        )

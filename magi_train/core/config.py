@@ -1,0 +1,115 @@
+"""Config and its parts, FusionConfig, MemoryConfig, CommConfig: every knob on one page.
+
+All are frozen and keyword-only; a part that is None is left as PyTorch does it. `Config()` keeps
+the function that is trained: no rounding coarser than what autocast does already.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+Tier = Literal["graph", "region", "eager"]
+WireDtype = Literal["float32", "bfloat16"]
+Lowering = Literal["inductor", "aot_eager"]
+
+
+def _check_choice(owner: str, name: str, value: object, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{owner}.{name} must be one of {choices}, got {value!r}")
+
+
+def _check_positive(owner: str, name: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise ValueError(f"{owner}.{name} must be positive, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionConfig:
+    """Which rewrites of the captured graph run before autograd."""
+
+    attention: bool = True
+    """Drop attention masks that are proven causal or all-true, and feed grouped keys and values
+    to the attention op without repeating them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """What the forward keeps for the backward."""
+
+    activation_budget_mib: float | None = None
+    """MiB of activations that one captured forward may save for its backward on each rank. None:
+    PyTorch's own choice, which recomputes only what is free. Parameters, gradients and optimizer
+    state are not counted. Gradients do not change; the step gets slower as the budget falls."""
+
+    def __post_init__(self) -> None:
+        _check_positive("MemoryConfig", "activation_budget_mib", self.activation_budget_mib)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommConfig:
+    """How gradients travel between ranks."""
+
+    bucket_mib: float | None = None
+    """Size at which a bucket is full. None: a sixteenth of the gradients, 1 to 128 MiB. Larger
+    hides latency, smaller starts earlier."""
+
+    wire_dtype: WireDtype = "float32"
+    """What a float32 gradient is rounded to for the all-reduce. "bfloat16" halves the traffic and
+    changes the numbers; local accumulation stays in float32."""
+
+    broadcast_buffers: bool = True
+    """Take rank 0's buffers (BatchNorm statistics) after every synchronised backward."""
+
+    def __post_init__(self) -> None:
+        _check_positive("CommConfig", "bucket_mib", self.bucket_mib)
+        _check_choice("CommConfig", "wire_dtype", self.wire_dtype, get_args(WireDtype))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to do to a training step."""
+
+    tier: Literal["auto"] | Tier = "auto"
+    """How much of the model to capture. "auto" takes the highest tier that all ranks reach;
+    a named tier is forced, and a model that cannot reach it is an error."""
+
+    fusion: FusionConfig | None = field(default_factory=FusionConfig)
+    """Rewrites to fewer and cheaper kernels; None for none."""
+
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """Budget for saved activations."""
+
+    comm: CommConfig = field(default_factory=CommConfig)
+    """Buckets and wire format of the gradient all-reduce."""
+
+    lowering: Lowering = "inductor"
+    """What runs the captured graphs. "aot_eager" keeps every pass but generates no code: for
+    debugging and for hosts without a C++ compiler."""
+
+    dynamic: bool | None = None
+    """As in torch.compile: None turns a size dynamic once it has changed, False never does."""
+
+    timeout_seconds: float = 600.0
+    """How long ranks wait for each other outside of a collective before they give up."""
+
+    def __post_init__(self) -> None:
+        _check_choice("Config", "tier", self.tier, ("auto", *get_args(Tier)))
+        _check_choice("Config", "lowering", self.lowering, get_args(Lowering))
+        _check_positive("Config", "timeout_seconds", self.timeout_seconds)
+        for name, kind in (
+            ("fusion", (FusionConfig, type(None))),
+            ("memory", MemoryConfig),
+            ("comm", CommConfig),
+        ):
+            if not isinstance(getattr(self, name), kind):
+                got = type(getattr(self, name)).__name__
+                raise TypeError(f"Config.{name} must be a {name.title()}Config, got {got}")
+        if self.tier == "eager" and self.memory.activation_budget_mib is not None:
+            raise ValueError(
+                "Config.memory.activation_budget_mib needs a captured graph, but Config.tier is "
+                "'eager'; remove one of the two"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all settings as plain JSON values, nested as the parts are."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,38 @@
+"""The exception tree. A wrong setting is a ValueError or TypeError of its Config instead.
+
+MagiError (RuntimeError)
+|-- CaptureError            a forced tier could not be reached
+|-- PassError               a pass cannot do what its Config asks
+|-- PlanMismatchError       ranks decided differently before training
+|-- RemoteRankError         another rank failed, ended or stopped answering
+|-- UnreducedGradientError  a gradient arrived that no collective covers
+`-- ExportError             a model could not be exported, or an artifact not loaded
+"""
+
+
+class MagiError(RuntimeError):
+    """Base of every error that magi-train raises on purpose."""
+
+
+class CaptureError(MagiError):
+    """The tier that the Config forces cannot be reached; the message names the user's line."""
+
+
+class PassError(MagiError):
+    """A pass cannot do what its Config asks for, for example a budget below the possible."""
+
+
+class PlanMismatchError(MagiError):
+    """Ranks hold different models, settings or plans; going on would hang or train nonsense."""
+
+
+class RemoteRankError(MagiError):
+    """Another rank failed, ended early or stopped answering while this rank was waiting for it."""
+
+
+class UnreducedGradientError(MagiError):
+    """A parameter received a gradient outside the captured graph after the first step."""
+
+
+class ExportError(MagiError):
+    """A model could not be exported, or an exported file could not be loaded."""

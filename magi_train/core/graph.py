@@ -1,0 +1,96 @@
+"""Questions about FX graphs, and how to add a node with all its metadata."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from magi_train.core import compat
+
+
+def example_value(node: Node) -> Any:
+    """Return the fake value of `node`, whichever stage traced it; None if there is none."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def call_with_metadata(graph: Graph, target: Callable[..., Any], args: tuple[Any, ...]) -> Node:
+    """Insert a call with "val" and "tensor_meta", which Inductor's own passes rely on."""
+    node = graph.call_function(target, args)
+    values = map_arg(args, lambda n: n.meta["val"])
+    fakes = [v for v in pytree.tree_leaves(values) if isinstance(v, compat.FakeTensor)]
+    mode = fakes[0].fake_mode if fakes else _fake_mode(graph)
+    with mode:
+        node.meta["val"] = target(*values)
+    if isinstance(node.meta["val"], torch.Tensor):
+        node.meta["tensor_meta"] = compat.extract_tensor_metadata(node.meta["val"])
+    return node
+
+
+def _fake_mode(graph: Graph) -> Any:
+    for node in graph.nodes:
+        if isinstance(node.meta.get("val"), compat.FakeTensor):
+            return node.meta["val"].fake_mode
+    raise AssertionError("a graph without a single fake tensor")
+
+
+def ancestors(node: Node) -> set[Node]:
+    """Return `node` and everything that it is computed from."""
+    seen: set[Node] = set()
+    todo = [node]
+    while todo:
+        current = todo.pop()
+        if current not in seen:
+            seen.add(current)
+            todo += current.all_input_nodes
+    return seen
+
+
+def run_nodes(nodes: Iterable[Node], known: dict[Node, Any]) -> dict[Node, Any]:
+    """Execute `nodes` in order on real values; return the value of each, `known` included."""
+    values = dict(known)
+    for node in nodes:
+        if node in values:
+            continue
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
+        if node.op == "call_function":
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        elif node.op == "call_method":
+            values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            raise ValueError(f"cannot execute {node.op} node {node.name}")
+    return values
+
+
+def num_bytes(value: Any) -> int:
+    """Return the bytes of a tensor with static sizes, 0 for anything else."""
+    if not isinstance(value, torch.Tensor):
+        return 0
+    numel = value.numel()
+    return int(numel) * value.element_size() if isinstance(numel, int) else 0
+
+
+def saved_for_backward(forward: GraphModule | Graph) -> list[Node]:
+    """Return what a partitioned forward keeps for its backward, without its own inputs."""
+    graph = forward.graph if isinstance(forward, GraphModule) else forward
+    output = graph.output_node()
+    outputs = output.args[0]
+    descriptors = output.meta.get("desc") or []
+    return list(
+        dict.fromkeys(
+            node
+            for node, what in zip(outputs, descriptors, strict=False)
+            if isinstance(node, Node)
+            and node.op != "placeholder"
+            and type(what).__name__.startswith("SavedForBackwards")
+        )
+    )
+
+
+def user_line(node: Node) -> str:
+    """Return the last line of the user's code that made `node`, "" if unknown."""
+    lines = (node.stack_trace or "").strip().splitlines()
+    places = [i for i, line in enumerate(lines) if line.strip().startswith("File ")]
+    return " ".join(line.strip() for line in lines[places[-1] :]) if places else ""

@@ -1,0 +1,173 @@
+"""Graph to callable: PyTorch's own Inductor with our passes in its slots, or plain AOTAutograd.
+
+Everything that JOINT and BACKWARD passes decide is noted in the report while compiling. On a hit in
+PyTorch's compile cache they do not run, so their rows are kept in a file beside that cache, under a
+key that covers the graph, the passes and the versions, and read back.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule
+
+from magi_train.comm import in_graph
+from magi_train.comm.in_graph import PlaceCollectives, place
+from magi_train.core import compat, graph
+from magi_train.core.config import Lowering
+from magi_train.core.graph import num_bytes, saved_for_backward
+from magi_train.core.passes import Plan, dump, source_fingerprint
+from magi_train.core.report import PassRow, Report, write_atomically
+from magi_train.memory import budget
+from magi_train.memory.budget import BoundActivations
+
+MIB = 2**20
+
+SOURCES = source_fingerprint(compat, graph, in_graph, budget)
+"""Code that PyTorch compiled with another version of a pass is not taken from its cache."""
+
+
+@dataclass
+class Lowered:
+    """What one call to `lower` compiles with; collects the rows of its passes."""
+
+    collectives: PlaceCollectives | None
+    budget_bytes: int | None
+    rows: list[PassRow]
+
+    def note(self, name: str, stage: str, plan: Plan) -> None:
+        """Add the row of a pass that ran."""
+        self.rows.append(PassRow(name, stage, plan.as_dict(), 0.0))
+
+    def fingerprint(self) -> tuple[object, ...]:
+        """Return what compiled code depends on, for caches."""
+        comm = self.collectives.fingerprint() if self.collectives else ()
+        return (SOURCES, comm, self.budget_bytes)
+
+
+@dataclass(frozen=True)
+class SavedPlan(Plan):
+    """What the partitioned forward saves for its backward."""
+
+    saved_mib: float
+    tensors: int
+
+
+class _PostGrad(compat.CustomGraphPass):  # type: ignore[misc]
+    """Inductor's post-grad slot: sees the forward graph, then the backward graph."""
+
+    def __init__(self, lowered: Lowered) -> None:
+        self.lowered = lowered
+
+    def uuid(self) -> object:
+        return ("magi-post-grad", *self.lowered.fingerprint())
+
+    def __call__(self, graph: Graph) -> None:
+        _note_saved(self.lowered, graph)
+        if self.lowered.collectives is not None:
+            owner = graph.owning_module
+            dump(owner, "collectives_before")
+            plan = place(graph, self.lowered.collectives, pin=True)
+            if plan is not None:
+                self.lowered.note("place_collectives", "backward", plan)
+                dump(owner, "collectives_after")
+
+
+def _note_saved(lowered: Lowered, graph: Graph) -> None:
+    saved = saved_for_backward(graph)
+    if saved:
+        mib = sum(num_bytes(n.meta.get("val")) for n in saved) / MIB
+        lowered.note("saved_activations", "joint", SavedPlan(round(mib, 3), len(saved)))
+
+
+def lower(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    how: Lowering,
+    *,
+    collectives: PlaceCollectives | None,
+    budget_bytes: int | None,
+    into: Report,
+) -> Callable[..., Any]:
+    """Compile a captured graph for training.
+
+    Args:
+        gm: Dynamo's graph after the PRE_GRAD passes.
+        inputs: Its example inputs.
+        how: "inductor" or "aot_eager".
+        collectives: The communication of its backward; None to leave it to hooks.
+        budget_bytes: What its forward may save; None for PyTorch's choice.
+        into: Gets one row per pass that ran, or that ran when the code was cached.
+    """
+    lowered = Lowered(collectives, budget_bytes, [])
+    partition = None
+    if budget_bytes is not None:
+        partition = BoundActivations(
+            budget_bytes, lambda plan: lowered.note("bound_activations", "joint", plan)
+        )
+    if how == "aot_eager":
+        compiled = _lower_without_code(gm, inputs, lowered, partition)
+        remembered = lowered.rows
+    else:
+        memory = _memory_of(gm, inputs, lowered)
+        patches: dict[str, Any] = {"post_grad_custom_pre_pass": _PostGrad(lowered)}
+        if partition is not None:
+            patches["custom_partitioner_fn"] = partition
+        with compat.forced_backward_lowering():
+            compiled = compat.compile_fx(gm, inputs, config_patches=patches)
+        remembered = _remember(memory, lowered.rows)
+    for row in remembered:
+        into.add(row)
+    return compiled  # type: ignore[no-any-return]
+
+
+def _lower_without_code(
+    gm: GraphModule, inputs: Sequence[Any], lowered: Lowered, partition: Callable[..., Any] | None
+) -> Callable[..., Any]:
+    def forward(traced: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        _note_saved(lowered, traced.graph)
+        return compat.make_boxed(traced.forward)
+
+    def backward(traced: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        if lowered.collectives is not None:
+            plan = place(traced.graph, lowered.collectives, pin=False)
+            if plan is not None:
+                lowered.note("place_collectives", "backward", plan)
+                traced.recompile()
+        return compat.make_boxed(traced.forward)
+
+    compiler = compat.aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=backward,
+        partition_fn=partition or compat.min_cut_partition,
+    )
+    with compat.forced_backward_lowering():
+        return compiler(gm, inputs)  # type: ignore[no-any-return]
+
+
+def _memory_of(gm: GraphModule, inputs: Sequence[Any], lowered: Lowered) -> Path:
+    """Return the file that remembers the rows of this compilation."""
+    shapes = [
+        (tuple(map(str, x.shape)), str(x.dtype), str(x.device), x.requires_grad)
+        if isinstance(x, torch.Tensor)
+        else str(x)
+        for x in inputs
+    ]
+    key = repr((gm.code, shapes, lowered.fingerprint(), torch.__version__))
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return Path(compat.cache_dir()) / "magi_train" / f"{name}.json"
+
+
+def _remember(memory: Path, rows: list[PassRow]) -> list[PassRow]:
+    """Write the rows of passes that ran; read those that did not because the code was cached."""
+    if rows:
+        write_atomically(memory, json.dumps([asdict(row) for row in rows]))
+        return rows
+    try:
+        return [PassRow(**{**row, "cached": True}) for row in json.loads(memory.read_text())]
+    except (OSError, ValueError):  # cached by a process that did not get to write it
+        return []

@@ -1,0 +1,1 @@
+"""Less memory for activations: passes over the joint graph."""
