@@ -4,12 +4,15 @@ from magi_train.api import DataParallel, PreparedModule, prepare, prepare_step, 
 from magi_train.core.config import CommConfig, Config, FusionConfig, MemoryConfig
 from magi_train.core.errors import MagiError
 from magi_train.core.report import Report
+from magi_train.exporter import export, load
 
 __all__ = [
     "CommConfig",
     "Config",
     "DataParallel",
+    "export",
     "FusionConfig",
+    "load",
     "MagiError",
     "MemoryConfig",
     "PreparedModule",

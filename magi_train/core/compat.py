@@ -19,6 +19,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch.autograd.Variable._execution_engine.queue_callback | the end of a backward |
 | torch.distributed.distributed_c10d._get_default_store | messages between ranks |
 | output.meta["original_output_strides"] | what Inductor restores the layout of outputs to |
+| torch._inductor.aoti_compile_and_package, aoti_load_package | export to machine code |
 | torch.aten._fused_sdp_choice | which attention kernel a call would take |
 """
 
@@ -78,6 +79,8 @@ extract_tensor_metadata: Callable[..., Any] = _lookup(
     "torch.fx.passes.shape_prop", "_extract_tensor_metadata"
 )
 cache_dir: Callable[[], str] = _lookup("torch._inductor.runtime.cache_dir_utils", "cache_dir")
+aoti_compile: Callable[..., Any] = _lookup("torch._inductor", "aoti_compile_and_package")
+aoti_load: Callable[..., Any] = _lookup("torch._inductor", "aoti_load_package")
 get_default_store: Callable[..., Any] = _lookup(
     "torch.distributed.distributed_c10d", "_get_default_store"
 )

@@ -1,0 +1,1 @@
+"""Examples that run on a CPU; `demo` is what `make demo` runs."""
