@@ -20,7 +20,15 @@ from tokenizers import ByteLevelBPETokenizer
 
 VALIDATION_SHARE = 10
 """One file in so many is for validation."""
-SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+SKIPPED_FOLDERS = {
+    "site-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+}
 
 
 @dataclass
@@ -69,7 +77,9 @@ def prepare(folder: Path, vocabulary: int) -> None:
         ids = np.concatenate([np.asarray(line.ids, dtype=np.int32) for line in lines])
         np.save(folder / f"{name}.npy", ids)
     (folder / "corpus.json").write_text(
-        json.dumps({"train_bytes": len(train.encode()), "validation_bytes": len(validation.encode())})
+        json.dumps(
+            {"train_bytes": len(train.encode()), "validation_bytes": len(validation.encode())}
+        )
     )
 
 

@@ -25,7 +25,7 @@ from examples import corpus
 SEED = 20
 WARM_UP_STEPS = 10
 SIZES: dict[str, dict[str, Any]] = {
-    "cpu": {"layers": 4, "width": 256, "heads": 8, "length": 256, "batch": 8, "steps": 150},
+    "cpu": {"layers": 4, "width": 256, "heads": 8, "length": 256, "batch": 4, "steps": 480},
     "cuda": {"layers": 12, "width": 768, "heads": 12, "length": 512, "batch": 32, "steps": 600},
     "tiny": {"layers": 2, "width": 64, "heads": 4, "length": 64, "batch": 4, "steps": 12},
 }
@@ -107,7 +107,9 @@ class CodeModel(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW, linear warm-up, cosine decay."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3, weight_decay=0.1, betas=(0.9, 0.95))
+        optimizer = torch.optim.AdamW(
+            self.parameters(), lr=3e-3, weight_decay=0.1, betas=(0.9, 0.95)
+        )
         warm = max(self.steps // 15, 1)
 
         def rate(step: int) -> float:
@@ -162,7 +164,9 @@ def main() -> None:
     length, batch = size["length"], size["batch"]
     count = size["steps"] * batch * options.devices
     train = Windows(data.train, length, count, shuffled=True)
-    held_out = Windows(data.validation, length, 96 if options.size == "cpu" else 512, shuffled=False)
+    held_out = Windows(
+        data.validation, length, 96 if options.size == "cpu" else 512, shuffled=False
+    )
     clock = Clock()
     trainer = pl.Trainer(
         strategy=options.strategy,

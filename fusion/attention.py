@@ -6,11 +6,11 @@ fast path: without the mask the kernel skips half of the scores and reads no mas
 values need not be repeated for grouped-query attention.
 
 Proof, never names. A mask is constant if nothing it is computed from is an input of the graph; its
-subgraph is then executed and the result compared, element by element, with `tril` and with all-true
-(for additive masks: 0 where allowed, and -inf or the dtype's lowest value elsewhere). Repeated heads
-are proven by running the movement of data, from a candidate tensor to the attention op, on a tensor
-of its own element numbers. A mask that depends on inputs, sizes that are not known, or a boolean
-mask with a row that allows nothing are left alone, with the reason in the plan.
+subgraph is then executed, and the result compared with `tril` and with all-true, element by element
+(for additive masks: 0 where allowed, and -inf or the dtype's lowest value elsewhere). Repeated
+heads are proven by running the movement of data, from a candidate tensor to the attention op, on a
+tensor of its own element numbers. A mask that depends on inputs, or sizes that are not known, are
+left alone, with the reason in the plan.
 """
 
 from collections.abc import Callable, Sequence

@@ -119,13 +119,14 @@ class MagiStrategyMixin:
                 self.runtime,
                 module.forward,
                 "forward",
-                hooks_because="optimization is manual: how often backward runs is the user's choice",
+                hooks_because="optimization is manual: the user decides how often backward runs",
             )
             module.__dict__["forward"] = self._region
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the captured training step, then what it logged."""
-        assert self.runtime is not None and self._region is not None, "fit has not set up the model"
+        assert self.runtime is not None, "configure_ddp has not run"
+        assert self._region is not None, "the strategy was torn down"
         with self.precision_plugin.train_step_context():  # type: ignore[attr-defined]
             if self._recorder is None:
                 self.runtime.reducer.begin(in_graph=False)

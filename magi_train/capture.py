@@ -296,7 +296,7 @@ class Region:
             members = list(same)
 
             def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-                return block._call_impl(*args, **kwargs)
+                return compat.uncompiled_call(block, *args, **kwargs)
 
             compiled = torch.compile(
                 _own_code(call, f"magi_{kind.__name__}_{next(_region_ordinals)}"),

@@ -127,5 +127,3 @@ def load(path: str | os.PathLike[str]) -> tuple[Callable[..., Any], dict[str, An
                 f"{path} is no artifact of magi-train that torch {torch.__version__} can load: as "
                 f"a program: {not_a_program}; as compiled code: {error}"
             ) from error
-
-

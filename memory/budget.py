@@ -10,7 +10,7 @@ finds the largest step that fits. Outputs of attention ops are marked as must-sa
 the partitioner does not know every attention kernel as expensive and would recompute it as if it
 were free. If the budget holds only without the marks, they go.
 
-Source: torch._functorch.partitioners, `activation_memory_budget` (a knapsack over the min-cut).
+Source: PyTorch's partitioner, `activation_memory_budget` (a knapsack over the min-cut).
     Differs: bytes in place of a ratio, and attention is priced.
 """
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 LONGEST_REDUCTION = 4096
-"""Elements in the longest sum of the toy models (batch times sequence, or hidden size), rounded up."""
+"""At least the elements of the longest sum in a toy model (batch times sequence, hidden size)."""
 
 
 def tolerance(dtype: torch.dtype, length: int = LONGEST_REDUCTION, roundings: int = 8) -> float:
@@ -32,7 +32,11 @@ def difference(got: Mapping[str, Tensor | None], want: Mapping[str, Tensor | Non
     """
     if any((got[n] is None) != (want[n] is None) for n in want):
         return math.inf
-    pairs = [(got[n].double(), w.double()) for n, w in want.items() if w is not None and w.numel()]
+    pairs = [
+        (got[n].detach().double(), w.detach().double())
+        for n, w in want.items()
+        if w is not None and w.numel()
+    ]
     largest = max((float(w.abs().max()) for _, w in pairs), default=0.0) or 1.0
     return max(
         (

@@ -105,6 +105,11 @@ def set_output_stride(output: torch.fx.Node, position: int, stride: tuple[int, .
         ]
 
 
+def uncompiled_call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run `module(...)`, its hooks included, without what `set_compiled_call` set."""
+    return module._call_impl(*args, **kwargs)
+
+
 def set_compiled_call(module: torch.nn.Module, call: Callable[..., Any] | None) -> None:
     """Make `module(...)` run `call`, as nn.Module.compile() does; None undoes it.
 

@@ -1,0 +1,63 @@
+"""Buckets: complete, in order, aligned, of one dtype, a function of the parameters alone."""
+
+import pytest
+import torch
+from torch import nn
+
+from magi_train.comm.plan import ALIGN_BYTES, MIB, plan_buckets
+from magi_train.core.config import CommConfig
+
+
+def parameters(*shapes, dtype=torch.float32):
+    return [(f"p{i}", nn.Parameter(torch.zeros(s, dtype=dtype))) for i, s in enumerate(shapes)]
+
+
+def names(plan):
+    return [[s.name for s in b.slots] for b in plan.buckets]
+
+
+def test_reverse_order_by_size():
+    plan = plan_buckets(parameters((64,), (128,), (64,)), CommConfig(bucket_mib=600 / MIB), 2)
+    assert names(plan) == [["p2"], ["p1"], ["p0"]]  # 256, 512 and 256 bytes; 600 to a bucket
+
+
+def test_the_last_bucket_is_small():
+    plan = plan_buckets(parameters((10,), (1000,), (1000,)), CommConfig(bucket_mib=1), 2)
+    assert names(plan) == [["p2", "p1", "p0"]] or names(plan)[-1] == ["p0"]
+    many = plan_buckets(parameters(*[(MIB // 16,)] * 32), CommConfig(bucket_mib=2), 2)
+    sizes = [b.flags_offset * 4 for b in many.buckets]
+    assert sizes[-1] <= 2 * MIB / 8 < sizes[0]
+
+
+def test_slots_are_aligned_and_disjoint():
+    plan = plan_buckets(parameters((3,), (5, 7), (1,)), CommConfig(), 2)
+    for bucket in plan.buckets:
+        end = 0
+        for slot in bucket.slots:
+            assert slot.offset >= end
+            assert slot.offset * 4 % ALIGN_BYTES == 0
+            end = slot.offset + slot.numel
+        assert bucket.flags_offset >= end
+        assert bucket.numel == bucket.flags_offset + len(bucket.slots)
+
+
+def test_one_dtype_a_bucket_and_frozen_left_out():
+    mixed = parameters((4,)) + [("half", nn.Parameter(torch.zeros(4, dtype=torch.bfloat16)))]
+    mixed[0][1].requires_grad_(False)
+    plan = plan_buckets(mixed + parameters((4,))[:1], CommConfig(wire_dtype="bfloat16"), 2)
+    assert names(plan) == [["p0"], ["half"]]
+    assert [b.wire_dtype for b in plan.buckets] == ["bfloat16", "bfloat16"]
+    assert [b.dtype for b in plan.buckets] == ["float32", "bfloat16"]
+
+
+@pytest.mark.parametrize("change", ["shape", "order", "config", "world"])
+def test_the_fingerprint_notices(change):
+    base = plan_buckets(parameters((4,), (8,)), CommConfig(), 2).fingerprint()
+    shapes = {"shape": ((4,), (9,)), "order": ((8,), (4,))}.get(change, ((4,), (8,)))
+    config = CommConfig(wire_dtype="bfloat16") if change == "config" else CommConfig()
+    world = 4 if change == "world" else 2
+    assert plan_buckets(parameters(*shapes), config, world).fingerprint() != base
+
+
+def test_no_parameters_no_buckets():
+    assert plan_buckets([], CommConfig(), 2).buckets == ()

@@ -1,0 +1,213 @@
+"""Ranks that disagree or fail: every rank ends with an error that names rank and cause, in time."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+import magi_train
+from magi_train import CommConfig, Config
+from tests.models import GraphBreak, Small, tokens
+from tests.ranks import run_ranks
+
+SECONDS = 30
+
+
+def end_times(outcomes):
+    return [o.ended_at for o in outcomes if o.ended_at is not None]
+
+
+def different_config(rank, world_size):
+    comm = CommConfig(wire_dtype="float32" if rank == 0 else "bfloat16")
+    magi_train.prepare(Small(), config=Config(comm=comm))
+
+
+def test_a_different_config_names_rank_and_setting():
+    for outcome in run_ranks(different_config):
+        assert outcome.error.startswith("PlanMismatchError")
+        assert "rank 1: comm.wire_dtype is 'bfloat16', not 'float32'" in outcome.error
+
+
+def different_model(rank, world_size):
+    model = Small()
+    if rank == 1:
+        model.head = torch.nn.Linear(32, 95, bias=False)
+    magi_train.prepare(model)
+
+
+def test_a_different_model_names_the_parameter():
+    for outcome in run_ranks(different_model):
+        assert outcome.error.startswith("PlanMismatchError")
+        assert "parameters.head.weight" in outcome.error
+
+
+def different_program(rank, world_size):
+    model = magi_train.prepare(Small(), config=Config(lowering="aot_eager"))
+    if rank == 0:
+        magi_train.prepare(Small())
+    else:
+        model(tokens(0), tokens(1)).backward()
+
+
+def test_ranks_at_different_places_say_so():
+    errors = [o.error for o in run_ranks(different_program)]
+    assert any(
+        "PlanMismatchError" in e and "every rank must run the same program" in e for e in errors
+    )
+    assert all(errors)
+
+
+def one_cannot_capture(rank, world_size, tier):
+    torch.manual_seed(0)
+    model = magi_train.prepare(
+        Small() if rank == 0 else GraphBreak(), config=Config(tier=tier, lowering="aot_eager")
+    )
+    model(tokens(rank), tokens(1)).backward()
+    report = magi_train.report(model)
+    return report.tier, report.reason, model.head.weight.grad.clone()
+
+
+def test_one_rank_that_cannot_capture_takes_all_to_region():
+    outcomes = run_ranks(one_cannot_capture, "auto")
+    (tier0, why0, grad0), (tier1, why1, grad1) = (o.value for o in outcomes)
+    assert tier0 == tier1 == "region"
+    assert "on rank 1" in why0
+    assert "graph_break()" in why0
+    assert why0 == why1
+    assert torch.equal(grad0, grad1)
+
+
+def test_and_is_an_error_where_graph_is_forced():
+    for outcome in run_ranks(one_cannot_capture, "graph"):
+        assert outcome.error.startswith("CaptureError")
+        assert "on rank 1" in outcome.error
+
+
+def raises_in_step_three(rank, world_size, tier):
+    model = magi_train.prepare(Small(), config=Config(tier=tier, lowering="aot_eager"))
+    for step in range(6):
+        if rank == 1 and step == 2:
+            error = ValueError("the data of rank 1 is broken")
+            model._magi_runtime.world.fail(error)  # as the except hook of a script does
+            raise error
+        model(tokens(step), tokens(1)).backward()
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("tier", ["graph", "eager"])
+def test_a_rank_that_raises_ends_the_other(tier):
+    first, second = run_ranks(raises_in_step_three, tier)
+    assert "the data of rank 1 is broken" in second.error
+    assert first.error.startswith("RemoteRankError: rank 1 failed: ValueError: the data of rank 1")
+    assert abs(first.ended_at - second.ended_at) < SECONDS
+
+
+def raises_inside_the_model(rank, world_size):
+    model = magi_train.prepare(Small(), config=Config(tier="eager"))
+    for step in range(4):
+        ids = tokens(step) if rank == 0 or step < 2 else tokens(step) + 1000
+        model(ids, tokens(1)).backward()
+
+
+def test_an_error_inside_the_model_reaches_the_other_rank():
+    first, second = run_ranks(raises_inside_the_model)
+    assert second.error.startswith("IndexError")
+    assert "rank 1 failed: IndexError" in first.error
+
+
+def stops_early(rank, world_size):
+    model = magi_train.prepare(Small(), config=Config(tier="eager"))
+    for step in range(3 if rank == 0 else 2):
+        model(tokens(step), tokens(1)).backward()
+    if rank == 1:
+        model._magi_runtime.world.close()  # as at the end of a script
+        time.sleep(20)  # the process lives on: only its training has ended
+
+
+def test_a_rank_that_ends_early_is_named():
+    first = run_ranks(stops_early)[0]
+    assert "RemoteRankError: ranks [1] ended their program while rank 0 still waits" in first.error
+    assert "bucket 0 (" in first.error
+
+
+def killed(rank, world_size):
+    model = magi_train.prepare(Small(), config=Config(tier="eager"))
+    for step in range(4):
+        if rank == 1 and step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        model(tokens(step), tokens(1)).backward()
+
+
+def test_a_killed_rank_ends_the_other():
+    begin = time.monotonic()
+    first, second = run_ranks(killed)
+    assert second.exit_code == -signal.SIGKILL
+    assert "RemoteRankError" in first.error
+    assert time.monotonic() - begin < 60
+
+
+def stuck_elsewhere(rank, world_size):
+    model = magi_train.prepare(Small(), config=Config(tier="eager"))
+    if rank == 1:
+        error = RuntimeError("rank 1 gives up")
+        model._magi_runtime.world.fail(error)
+        time.sleep(25)
+        raise error
+    torch.distributed.barrier()  # no code of ours is waiting here
+
+
+def test_a_rank_that_is_stuck_in_a_foreign_call_is_ended():
+    first, _ = run_ranks(stuck_elsewhere)
+    assert first.exit_code == 1
+    assert "magi-train: rank 0 is ended because it is stuck and rank 1 failed" in first.error
+    assert "rank 1 gives up" in first.error
+
+
+def slow_compile(rank, world_size):
+    """One rank compiles much longer than a heartbeat may be silent."""
+    model = magi_train.prepare(Small(), config=Config(lowering="aot_eager", timeout_seconds=60))
+    region = model._magi_region
+    compile_graph = region.compile_graph
+
+    def slowly(*args, **kwargs):
+        if rank == 1:
+            time.sleep(20)
+        return compile_graph(*args, **kwargs)
+
+    region.compile_graph = slowly
+    model(tokens(rank), tokens(1)).backward()
+    return magi_train.report(model).tier
+
+
+def test_a_rank_that_compiles_long_is_waited_for():
+    assert [o.value for o in run_ranks(slow_compile)] == ["graph", "graph"]
+
+
+def never_asks(rank, world_size):
+    if rank == 0:
+        magi_train.prepare(Small(), config=Config(timeout_seconds=3))
+    time.sleep(8)
+
+
+def test_a_rank_that_never_prepares_is_named():
+    first = run_ranks(never_asks)[0]
+    assert "rank 1 did not answer 'settings' within 3 s" in first.error
+
+
+def fails_to_compile(rank, world_size):
+    model = magi_train.prepare(Small(), config=Config(lowering="aot_eager"))
+    region = model._magi_region
+    if rank == 1:
+        region.compile_graph = lambda *_, **__: 1 / 0
+    model(tokens(rank), tokens(1)).backward()
+    report = magi_train.report(model)
+    return report.tier, report.reason, model.head.weight.grad.clone()
+
+
+def test_a_compiler_that_fails_on_one_rank_takes_all_to_eager():
+    (tier0, why0, grad0), (tier1, _, grad1) = (o.value for o in run_ranks(fails_to_compile))
+    assert tier0 == tier1 == "eager"
+    assert "on rank 1, compilation failed: division by zero" in why0
+    assert torch.equal(grad0, grad1)

@@ -1,0 +1,295 @@
+"""What DDP users rely on beyond gradients of one forward: on two gloo ranks, against DDP."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import magi_train
+from magi_train import Config
+from tests.close import difference, tolerance
+from tests.models import MODELS, Small, UnusedFrozenTied, gpt2, tokens
+from tests.ranks import run_ranks, values
+
+LIMIT = tolerance(torch.float32, 64)
+EAGER_CODE = Config(lowering="aot_eager")
+
+
+def gradients(model):
+    named = [(n.removeprefix("module."), p.grad) for n, p in model.named_parameters()]
+    return {n: None if g is None else g.clone() for n, g in named}
+
+
+def pair(model, config=EAGER_CODE):
+    """Return the model under DDP and under magi-train."""
+    ours = magi_train.prepare(copy.deepcopy(model), config=config)
+    return DistributedDataParallel(model, find_unused_parameters=True), ours
+
+
+def same_gradients(rank, world_size, backward, make=Small, config=EAGER_CODE):
+    """Return the difference after `backward(model, rank)` under DDP and under magi-train."""
+    torch.manual_seed(0)
+    theirs, ours = pair(make().train(), config)
+    backward(theirs, rank)
+    backward(ours, rank)
+    return difference(gradients(ours), gradients(theirs)), magi_train.report(ours)
+
+
+def two_forwards(model, rank):
+    (model(tokens(rank), tokens(1)) + model(tokens(2 + rank), tokens(1))).backward()
+
+
+def outside_contribution(model, rank):
+    loss = model(tokens(rank), tokens(1))
+    plain = getattr(model, "module", model)
+    (loss + (rank + 1) * plain.head.weight.square().mean()).backward()
+
+
+def keep_zeros(model, rank):
+    for step in range(2):
+        model.zero_grad(set_to_none=False)
+        model(tokens(rank + step), tokens(1)).backward()
+
+
+def accumulate_by_hand(model, rank):
+    """Two synchronising backwards without zero_grad in between."""
+    for step in range(2):
+        model(tokens(rank + step), tokens(1)).backward()
+
+
+@pytest.mark.parametrize("tier", ["auto", "eager"])
+@pytest.mark.parametrize(
+    "backward", [two_forwards, outside_contribution, keep_zeros, accumulate_by_hand]
+)
+def test_one_backward(backward, tier):
+    config = Config(lowering="aot_eager", tier=tier)
+    results = values(run_ranks(same_gradients, backward, Small, config))
+    for apart, report in results:
+        assert apart <= LIMIT
+        if tier == "auto" and backward in (two_forwards, outside_contribution):
+            assert report.tier == "region", "in-graph reduction must not have been trusted"
+            assert "outside the captured graph" in report.reason or "launched" in report.reason
+        elif tier == "auto":
+            assert report.tier == "graph"
+
+
+class UnusedOnOneRank(Small):
+    """Rank 1 skips a layer; a third is skipped by all."""
+
+    def __init__(self):
+        super().__init__()
+        self.never = nn.Linear(4, 4)
+        self.skip = False
+
+    def hidden(self, x):
+        h = torch.relu(self.a(self.embedding(x)))
+        return h if self.skip else self.b(h)
+
+
+def skip_on_rank_one(model, rank):
+    getattr(model, "module", model).skip = rank == 1
+    if hasattr(model, "_magi_module"):
+        model._magi_module.skip = rank == 1
+    model(tokens(rank), tokens(1)).backward()
+
+
+@pytest.mark.parametrize("tier", ["auto", "region", "eager"])
+def test_a_parameter_that_only_one_rank_uses(tier):
+    config = Config(lowering="aot_eager", tier=tier)
+    for apart, _ in values(run_ranks(same_gradients, skip_on_rank_one, UnusedOnOneRank, config)):
+        assert apart <= LIMIT
+
+
+def late_contribution(rank, world_size):
+    model = magi_train.prepare(Small(), config=EAGER_CODE)
+    model(tokens(rank), tokens(1)).backward()
+    model.zero_grad()
+    outside_contribution(model, rank)
+
+
+def test_an_outside_contribution_after_the_first_step_is_an_error():
+    for outcome in run_ranks(late_contribution):
+        assert "UnreducedGradientError" in outcome.error or "RemoteRankError" in outcome.error
+        assert "head.weight got a gradient from outside the captured graph" in outcome.error
+
+
+def uneven_shapes(rank, world_size):
+    """The last batch is shorter on one rank: that rank compiles again, alone."""
+    torch.manual_seed(0)
+    theirs, ours = pair(Small())
+    worst = 0.0
+    for step in range(4):
+        short = 2 if rank == 1 and step >= 2 else 4
+        for model in (theirs, ours):
+            model.zero_grad()
+            model(tokens(10 * step + rank, short), tokens(1, short)).backward()
+        worst = max(worst, difference(gradients(ours), gradients(theirs)))
+    return worst, magi_train.report(ours).tier
+
+
+def test_a_rank_may_recompile_alone():
+    for worst, tier in values(run_ranks(uneven_shapes)):
+        assert worst <= LIMIT
+        assert tier == "graph"
+
+
+def toggled(rank, world_size):
+    """Freeze and thaw a layer between steps, as fine-tuning callbacks do."""
+    torch.manual_seed(0)
+    model = Small()
+    ours = magi_train.prepare(copy.deepcopy(model), config=EAGER_CODE)
+    seen = []
+    for step, frozen in enumerate((False, True, False)):
+        theirs = copy.deepcopy(model)
+        theirs.a.requires_grad_(not frozen)
+        ours.a.requires_grad_(not frozen)
+        ours.zero_grad()
+        wrapped = DistributedDataParallel(theirs)
+        for m in (wrapped, ours):
+            m(tokens(10 * step + rank), tokens(1)).backward()
+        seen.append(difference(gradients(ours), gradients(wrapped)))
+    return seen
+
+
+def test_freezing_between_steps():
+    for seen in values(run_ranks(toggled)):
+        assert max(seen) <= LIMIT
+
+
+def initial_weights(rank, world_size):
+    torch.manual_seed(rank)  # each rank starts elsewhere
+    model = magi_train.prepare(MODELS["resnet"][0](), config=EAGER_CODE)
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def test_rank_zero_gives_its_weights_and_buffers():
+    first, second = values(run_ranks(initial_weights))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def scaler_and_step(rank, world_size):
+    """prepare_step, GradScaler arithmetic, clipping: the weights after three steps."""
+    torch.manual_seed(0)
+    theirs, ours = pair(UnusedFrozenTied())
+    states = []
+    for model in (theirs, ours):
+        run = model
+        if model is ours:
+            run = magi_train.prepare_step(lambda x, y: ours(x, y), ours)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        for step in range(3):
+            scaler.scale(run(tokens(step + rank), tokens(1))).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        states.append({n.removeprefix("module."): p for n, p in model.state_dict().items()})
+    return difference(states[1], states[0])
+
+
+def test_scaling_clipping_and_whole_steps():
+    for apart in values(run_ranks(scaler_and_step)):
+        assert apart <= LIMIT
+
+
+def dropout_run(rank, world_size, tier):
+    torch.manual_seed(0)
+    model = gpt2(dropout=0.2).train()
+    theirs, ours = pair(model, Config(tier=tier, lowering="aot_eager"))
+    losses = []
+    for m in (theirs, ours):
+        torch.manual_seed(7 + rank)
+        ids = tokens(rank)
+        losses.append([float(m(input_ids=ids, labels=ids).loss) for _ in range(20)])
+    return losses
+
+
+@pytest.mark.parametrize("tier", ["eager", "graph"])
+def test_dropout(tier):
+    """EAGER draws DDP's masks; captured graphs draw others, of the same distribution."""
+    for theirs, ours in values(run_ranks(dropout_run, tier)):
+        a, b = torch.tensor(theirs), torch.tensor(ours)
+        if tier == "eager":
+            assert torch.equal(a, b)
+        standard_error = float((a.var() / len(a) + b.var() / len(b)).sqrt())
+        assert abs(float(a.mean() - b.mean())) <= 4 * standard_error
+        assert b.std() > 0
+
+
+def accumulation_sends_nothing(rank, world_size):
+    torch.manual_seed(0)
+    model = magi_train.prepare(Small(), config=EAGER_CODE)
+    graphs = []
+    region = model._magi_region
+    compile_graph = region.compile_graph
+    region.compile_graph = lambda *a, **k: graphs.append(1) or compile_graph(*a, **k)
+    sent = []
+    real = dist.all_reduce
+    dist.all_reduce = lambda *a, **k: sent.append(1) or real(*a, **k)
+    counts = []
+    for step in range(3):
+        for micro in range(4):
+            quiet = model.no_sync() if micro < 3 else contextlib.nullcontext()
+            with quiet:
+                model(tokens(10 * step + micro), tokens(rank)).backward()
+            counts.append(len(sent))
+    dist.all_reduce = real
+    return counts, len(graphs), len(model._magi_runtime.reducer.plan.buckets)
+
+
+def test_accumulation_sends_on_the_last_micro_batch_and_compiles_once():
+    for counts, graphs, buckets in values(run_ranks(accumulation_sends_nothing)):
+        each = [b - a for a, b in zip([0, *counts], counts, strict=False)]
+        assert each == [0, 0, 0, buckets] * 3
+        assert graphs == 1
+
+
+def evaluates_on_rank_zero(rank, world_size):
+    model = magi_train.prepare(MODELS["resnet"][0](), config=EAGER_CODE)
+    model(**MODELS["resnet"][1](rank)).loss.backward()
+    if rank == 0:
+        model.eval()
+        with torch.no_grad():
+            return float(model(**MODELS["resnet"][1](5)).loss)
+    return None
+
+
+def test_one_rank_may_evaluate_alone():
+    assert values(run_ranks(evaluates_on_rank_zero))[0] is not None
+
+
+def sparse(rank, world_size):
+    model = Small()
+    model.embedding.sparse = True
+    model = magi_train.prepare(model, config=Config(tier="eager"))
+    model(tokens(rank), tokens(1)).backward()
+
+
+def test_sparse_gradients_are_refused_by_name():
+    for outcome in run_ranks(sparse):
+        assert "gradient of embedding.weight is sparse" in outcome.error
+
+
+def drop_in(rank, world_size):
+    """A drop-in DataParallel keeps DDP's key names and gradients."""
+    torch.manual_seed(0)
+    plain = Small()
+    ours = magi_train.DataParallel(copy.deepcopy(plain), config=EAGER_CODE)
+    theirs = DistributedDataParallel(plain)
+    for m in (theirs, ours):
+        with m.no_sync():
+            m(tokens(rank), tokens(1)).backward()
+        m(tokens(rank + 5), tokens(1)).backward()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    return difference(gradients(ours), gradients(theirs))
+
+
+def test_data_parallel_drop_in():
+    for apart in values(run_ranks(drop_in)):
+        assert apart <= LIMIT
