@@ -73,6 +73,7 @@ class Runtime:
         compat.warn_about_version()
         self.module, self.config = module, config
         self.inside = False
+        self.region_ordinals = itertools.count()
         self.world: World = join_from_environment()
         parameters = dict(module.named_parameters())
         devices = {p.device for p in parameters.values()}
@@ -141,6 +142,7 @@ class Region:
         self.runtime, self.name = runtime, name
         self._hooks_because = hooks_because
         self.tier = ""
+        self._ordinal = next(runtime.region_ordinals)
         self._function = function
         self._own = _own_code(function, f"magi_region_{next(_region_ordinals)}")
         self._compiled: Callable[..., Any] = function
@@ -222,7 +224,7 @@ class Region:
         """
         world = self.runtime.world
         answers = world.gather(
-            f"{self.name}: {question}",
+            f"{question} of region {self._ordinal}",
             {"objection": objection, "fatal": fatal},
             self.runtime.config.timeout_seconds,
         )

@@ -36,6 +36,9 @@ SILENCE_SECONDS = 15.0
 GRACE_SECONDS = 8.0
 """How long the main thread may take to notice another rank's failure by itself."""
 
+MEET_SECONDS = 3.0
+"""How long the rank that hosts the store waits for others to have read an error."""
+
 _PREFIX = "magi"
 _worlds: dict[int, "World"] = {}
 
@@ -107,6 +110,8 @@ class World:
                     )
                 time.sleep(0.01)
             answers.append(json.loads(self._store.get(f"{base}/{rank}")))
+        if any(a != answers[0] for a in answers):
+            self._meet(f"{base}/read")  # an error may follow
         others = {r: a["question"] for r, a in enumerate(answers) if a["question"] != question}
         if others:
             raise PlanMismatchError(
@@ -130,6 +135,21 @@ class World:
 
     # -- failures ------------------------------------------------------------------------------
 
+    def _meet(self, key: str) -> None:
+        """Wait until every rank was here, for a few seconds at most.
+
+        The rank that hosts the store must not end before the others have read why.
+        """
+        try:
+            self._store.set(f"{key}/{self.rank}", "1")
+            deadline = time.monotonic() + MEET_SECONDS
+            while time.monotonic() < deadline:
+                if all(self._store.check([f"{key}/{rank}"]) for rank in range(self.size)):
+                    return
+                time.sleep(0.02)
+        except RuntimeError:  # somebody ended first
+            logger.debug("rank %d met nobody at %s", self.rank, key)
+
     def fail(self, error: BaseException) -> None:
         """Tell all ranks that this one failed; only the first call does anything."""
         if self.size == 1 or self._own_failure_told or isinstance(error, RemoteRankError):
@@ -138,6 +158,8 @@ class World:
         cause = f"{type(error).__name__}: {error}"
         text = "".join(traceback.format_exception(error))[-8000:]
         self._post(self._store, self.rank, cause, text)
+        if self.rank == 0:
+            self._meet(f"{_PREFIX}/seen")
 
     def check(self) -> None:
         """Raise RemoteRankError if another rank has failed."""
@@ -253,6 +275,7 @@ class World:
     def _react(self) -> None:
         """Keep the first failure for the main thread; end the process if it cannot notice."""
         record = json.loads(self._watch_store.get(f"{_PREFIX}/failure/1"))
+        self._watch_store.set(f"{_PREFIX}/seen/{self.rank}", "1")
         if record["rank"] == self.rank:
             return
         text = f"rank {record['rank']} failed: {record['cause']}"

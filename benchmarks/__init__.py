@@ -1,0 +1,1 @@
+"""Measurements beside peers, one file a question; each writes JSON to benchmarks/results/."""

@@ -1,0 +1,425 @@
+"""Seconds and memory of a training step: ours beside the ways people train the same model today.
+
+    python -m benchmarks.train_step --gpus 1 2 --commit HASH --output benchmarks/results/NAME.json
+
+Every variant runs in processes of its own, on the same data, with the same loss function, AdamW
+(fused), bf16 autocast over float32 weights and the same global batch. Reported: median and spread
+of synchronised steps, steps back to back, peak memory, start-up, loss after all steps; on several
+GPUs also, from a profile of rank 0, how much of the all-reduce time lies under other kernels.
+Variants that need fewer GPUs than there are run side by side, each on GPUs of its own. A variant
+that fails is a row that says why.
+
+| variant | what runs |
+|---|---|
+| eager | the model as it is (DDP on several GPUs) |
+| compile | torch.compile of the loss function (of the function over DDP) |
+| block-compile | every decoder layer compiled, the rest eager (under DDP) |
+| fsdp2 | fully_shard of every layer, no resharding, every layer compiled; bf16, fp32 reduction |
+| magi | magi_train.prepare and prepare_step, Config() |
+| magi-bf16-wire | the same with bfloat16 all-reduces |
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import queue
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+WARM_UP, TIMED = 8, 20
+LOSS_BATCHES = 4
+VARIANTS = {
+    1: ("eager", "compile", "block-compile", "magi"),
+    2: ("eager", "compile", "block-compile", "fsdp2", "magi", "magi-bf16-wire"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A library model at a size, with random weights and random tokens."""
+
+    batch: int
+    length: int
+    config: dict[str, Any]
+
+    def build(self) -> nn.Module:
+        """Return the unmodified model."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        return LlamaForCausalLM(LlamaConfig(**self.config))
+
+
+CASES = {
+    "llama-1b": Case(
+        2,
+        4096,
+        {
+            "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+            "max_position_embeddings": 131072, "tie_word_embeddings": True, "use_cache": False,
+        },
+    ),
+    "toy": Case(
+        2,
+        64,
+        {
+            "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256,
+            "tie_word_embeddings": True, "use_cache": False,
+        },
+    ),
+}  # fmt: skip
+
+
+def worker(variant: str, case: Case, trace: bool) -> dict[str, float]:
+    """Measure one variant on this rank; torchrun's variables say which."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl", device_id=device)
+    torch.manual_seed(0)
+    with device:
+        model = case.build()
+    vocabulary = case.config["vocab_size"]
+    g = torch.Generator(device).manual_seed(100 + rank)
+    batches = [
+        torch.randint(0, vocabulary, (case.batch, case.length), generator=g, device=device)
+        for _ in range(LOSS_BATCHES)
+    ]
+    start = time.perf_counter()
+    model, loss_of = setup(variant, model, world, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step(i: int) -> torch.Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = loss_of(batches[i % LOSS_BATCHES])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    step(0)
+    torch.cuda.synchronize()
+    first = time.perf_counter() - start
+    for i in range(1, WARM_UP):
+        step(i)
+    torch.cuda.synchronize()
+    warm = time.perf_counter() - start
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for i in range(TIMED):
+        barrier(world)
+        begin = time.perf_counter()
+        loss = step(WARM_UP + i)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    barrier(world)
+    begin = time.perf_counter()
+    for i in range(TIMED):
+        loss = step(WARM_UP + TIMED + i)
+    torch.cuda.synchronize()
+    back_to_back = (time.perf_counter() - begin) / TIMED
+    result = {
+        "step_ms": statistics.median(seconds) * 1e3,
+        "step_ms_p10": statistics.quantiles(seconds, n=10)[0] * 1e3,
+        "step_ms_p90": statistics.quantiles(seconds, n=10)[-1] * 1e3,
+        "back_to_back_ms": back_to_back * 1e3,
+        "tokens_per_second_per_gpu": case.batch * case.length / back_to_back,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "first_step_s": first,
+        "warm_up_s": warm,
+        "loss": float(loss),
+    }
+    if trace:
+        result |= profile(step, world)
+    if variant.startswith("magi") and rank == 0:
+        import magi_train
+
+        print(magi_train.report(model), file=sys.stderr, flush=True)
+    if world > 1:
+        dist.destroy_process_group()
+    return result
+
+
+def setup(variant: str, model: nn.Module, world: int, device: torch.device) -> tuple[Any, Any]:
+    """Return the trained module and the function from tokens to loss."""
+    layers = model.model.layers
+    if variant in ("block-compile", "fsdp2"):
+        for layer in layers:
+            layer.compile()
+    if variant == "fsdp2":
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for part in (*layers, model):
+            fully_shard(part, mp_policy=policy, reshard_after_forward=False)
+    if variant.startswith("magi"):
+        import magi_train
+        from magi_train import CommConfig, Config
+
+        wire = "bfloat16" if variant == "magi-bf16-wire" else "float32"
+        prepared = magi_train.prepare(model, config=Config(comm=CommConfig(wire_dtype=wire)))
+        return prepared, magi_train.prepare_step(
+            lambda x: prepared(input_ids=x, labels=x).loss, prepared
+        )
+    if world > 1 and variant != "fsdp2":
+        model = nn.parallel.DistributedDataParallel(
+            model, device_ids=[device.index], gradient_as_bucket_view=True
+        )
+
+    def loss_of(x: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=x, labels=x).loss  # type: ignore[no-any-return]
+
+    return model, torch.compile(loss_of) if variant == "compile" else loss_of
+
+
+def barrier(world: int) -> None:
+    """Wait for the device and all ranks."""
+    torch.cuda.synchronize()
+    if world > 1:
+        dist.barrier(device_ids=[torch.cuda.current_device()])
+
+
+def profile(step: Any, world: int) -> dict[str, float]:
+    """Return, for one step, the union of collectives and the part that nothing else covers."""
+    barrier(world)
+    activity = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activity) as traced:
+        for i in range(3):
+            step(i)
+        torch.cuda.synchronize()
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for event in traced.events():
+        if (
+            event.device_type == torch.autograd.DeviceType.CUDA
+            and event.time_range.elapsed_us() > 0
+        ):
+            spans["nccl" in event.name.lower()].append(
+                (event.time_range.start, event.time_range.end)
+            )
+    comm, compute = union(spans[True]), union(spans[False])
+    total, busy, both = length(comm), length(compute), length(union(comm + compute))
+    covered = total + busy - both
+    return {
+        "comm_ms": total / 3e3,
+        "exposed_comm_ms": (total - covered) / 3e3,
+        "comm_under_compute": covered / total if total else 1.0,
+        "gpu_busy_ms": both / 3e3,
+    }
+
+
+def union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the spans merged where they touch."""
+    merged: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def length(spans: list[tuple[float, float]]) -> float:
+    """Return the time that merged spans cover."""
+    return sum(end - start for start, end in spans)
+
+
+def parity(case: Case) -> dict[str, float]:
+    """Compare the gradients of one step with DDP's, eager, on this rank's data."""
+    import copy
+
+    import magi_train
+
+    rank, device = int(os.environ["RANK"]), torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    torch.manual_seed(0)
+    with device:
+        model = case.build()
+    twin = copy.deepcopy(model)
+    g = torch.Generator(device).manual_seed(rank)
+    shape = (case.batch, case.length)
+    x = torch.randint(0, case.config["vocab_size"], shape, generator=g, device=device)
+    theirs = nn.parallel.DistributedDataParallel(model, device_ids=[device.index])
+    ours = magi_train.prepare(twin)
+    step = magi_train.prepare_step(lambda x: ours(input_ids=x, labels=x).loss, ours)
+    losses = []
+    for function in (lambda x: theirs(input_ids=x, labels=x).loss, step):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = function(x)
+        loss.backward()
+        losses.append(float(loss))
+    worst, name = 0.0, ""
+    for (n, p), (_, q) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+        apart = float((p.grad - q.grad).norm() / p.grad.norm())
+        if apart > worst:
+            worst, name = apart, n
+    print(f"rank {rank}: worst gradient {name}", file=sys.stderr, flush=True)
+    assert magi_train.report(ours).tier == "graph", magi_train.report(ours)
+    dist.destroy_process_group()
+    # rounding of bf16 activations through 16 layers, in another order: both runs are this far from
+    # a float32 one; eps / 2 per rounding, about 10 roundings a layer that add up like their root
+    limit = torch.finfo(torch.bfloat16).eps / 2 * (10 * 16) ** 0.5
+    return {
+        "worst_gradient_difference": worst,
+        "limit": limit,
+        "loss_difference": losses[1] - losses[0],
+    }
+
+
+def launch(arguments: list[str], gpus: int, first_gpu: int, seconds: int) -> dict[str, Any]:
+    """Run one variant in `gpus` processes; return rank 0's figures or why there are none."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        visible = ",".join(str(first_gpu + i) for i in range(gpus))
+        processes = []
+        for rank in range(gpus):
+            env = {
+                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(gpus),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                "CUDA_VISIBLE_DEVICES": visible,
+            }  # fmt: skip
+            command = [sys.executable, "-m", "benchmarks.train_step", *arguments, "--out", str(out)]
+            log = open(Path(folder) / f"{rank}.log", "w+")  # noqa: SIM115  closed below
+            processes.append((subprocess.Popen(command, env=env, stdout=log, stderr=log), log))
+        deadline = time.monotonic() + seconds
+        failure = ""
+        for process, _ in processes:
+            try:
+                process.wait(max(1.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                failure = f"did not finish in {seconds} s"
+        for process, log in processes:
+            process.kill()
+            process.wait()
+            log.seek(0)
+            text = log.read()
+            log.close()
+            if process.returncode not in (0, -9) and not failure:
+                failure = text.strip()[-600:]
+        if out.exists():
+            return {**json.loads(out.read_text()), "log": text[-1500:] if gpus == 1 else ""}
+        return {"failed": failure or "no result"}
+
+
+def versions() -> dict[str, str]:
+    """Return what the figures depend on."""
+    import transformers
+    import triton
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "triton": triton.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as text, with the ratio to the best peer of the same number of GPUs."""
+    columns = ("step_ms", "back_to_back_ms", "peak_gib", "first_step_s", "loss", "comm_ms",
+               "exposed_comm_ms", "comm_under_compute")  # fmt: skip
+    lines = ["variant           gpus " + " ".join(f"{c:>18}" for c in columns)]
+    for row in rows:
+        if "failed" in row:
+            lines.append(f"{row['variant']:17} {row['gpus']:4} failed: {row['failed'][-200:]}")
+            continue
+        cells = [f"{row[c]:18.3f}" if c in row else " " * 18 for c in columns]
+        lines.append(f"{row['variant']:17} {row['gpus']:4} " + " ".join(cells))
+    for gpus in sorted({row["gpus"] for row in rows}):
+        done = [r for r in rows if r["gpus"] == gpus and "step_ms" in r]
+        for mine in (r for r in done if r["variant"].startswith("magi")):
+            ratios = [
+                f"{r['variant']} {r['back_to_back_ms'] / mine['back_to_back_ms']:.3f}"
+                for r in done
+                if not r["variant"].startswith("magi")
+            ]
+            lines.append(f"speed of {mine['variant']} on {gpus}: " + ", ".join(ratios))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure all variants, print the table, write JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--case", choices=CASES, default="llama-1b")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1])
+    parser.add_argument("--variants", nargs="+")
+    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--seconds", type=int, default=150, help="limit for one variant")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--trace", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    case = CASES[options.case]
+    if options.worker:
+        done = (
+            parity(case)
+            if options.worker == "parity"
+            else worker(options.worker, case, options.trace)
+        )
+        if os.environ["RANK"] == "0":
+            options.out.write_text(json.dumps(done))
+        return
+    rows = []
+    for gpus in options.gpus:
+        slots: queue.Queue[int] = queue.Queue()  # first GPU of each place that is free
+        for first in range(0, torch.cuda.device_count() - gpus + 1, gpus):
+            slots.put(first)
+
+        def one(
+            variant: str, gpus: int = gpus, slots: "queue.Queue[int]" = slots
+        ) -> dict[str, Any]:
+            arguments = ["--case", options.case, "--worker", variant]
+            arguments += ["--trace"] if gpus > 1 else []
+            first = slots.get()
+            done = launch(arguments, gpus, first, options.seconds)
+            slots.put(first)
+            row = {"variant": variant, "gpus": gpus, **done}
+            print(json.dumps(row), flush=True)
+            return row
+
+        with ThreadPoolExecutor(slots.qsize()) as pool:
+            rows += pool.map(one, options.variants or VARIANTS[min(gpus, 2)])
+    checks = {}
+    if max(options.gpus) > 1 and not options.variants:
+        arguments = ["--case", options.case, "--worker", "parity"]
+        checks["parity"] = launch(arguments, 2, 0, options.seconds)
+    result = {
+        "question": "train_step",
+        "case": {"name": options.case, **dataclasses.asdict(case)},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": options.commit,
+        "versions": versions(),
+        "rows": rows,
+        "checks": checks,
+    }
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(checks, indent=1))
+    print(table(rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""A user's script: trains a small LightningModule under the strategy it is given. No magi import.
+
+Usage: lightning_script.py NAMESPACE STRATEGY MODE DEVICES OUTPUT
+"""
+
+import importlib
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+warnings.simplefilter("ignore")
+
+
+def main():
+    namespace, strategy, mode, devices, output = sys.argv[1:]
+    torch.set_num_threads(1)
+    pl = importlib.import_module(namespace)
+    pl.seed_everything(3, verbose=False)
+
+    class Model(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+            self.unused = nn.Linear(2, 2)
+            self.losses = []
+            self.automatic_optimization = mode != "manual"
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x)))
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            logits = self(x)
+            if mode == "breaks":
+                torch._dynamo.graph_break()
+            loss = F.cross_entropy(logits, y)
+            self.log("accuracy", (logits.argmax(-1) == y).float().mean(), on_step=True)
+            self.log_dict({"loss": loss, "twice": 2 * loss}, on_step=True)
+            if mode == "manual":
+                self.by_hand(loss, x)
+            return loss
+
+        def by_hand(self, loss, x):
+            first, second = self.optimizers()
+            first.zero_grad()
+            self.manual_backward(loss)
+            first.step()
+            second.zero_grad()
+            self.manual_backward(self(x).square().mean())
+            second.step()
+
+        def validation_step(self, batch, batch_idx):
+            self.log("validation", F.cross_entropy(self(batch[0]), batch[1]), sync_dist=True)
+
+        def configure_optimizers(self):
+            if mode == "manual":
+                parts = (self.a, self.b)
+                return [torch.optim.SGD(p.parameters(), lr=0.1, momentum=0.5) for p in parts]
+            return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.5)
+
+    class Logs(pl.loggers.logger.DummyLogger):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def log_metrics(self, metrics, step=None):
+            self.seen += [(k, float(v)) for k, v in metrics.items() if k != "epoch"]
+
+    g = torch.Generator().manual_seed(0)
+    data = TensorDataset(
+        torch.randn(44, 8, generator=g), torch.randint(0, 4, (44,), generator=g)
+    )  # the last batch is short
+
+    def trainer(epochs, logs):
+        return pl.Trainer(
+            strategy=strategy, accelerator="cpu", devices=int(devices), max_epochs=epochs,
+            logger=logs, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, log_every_n_steps=1, num_sanity_val_steps=1,
+            accumulate_grad_batches=4 if mode == "accumulate" else 1,
+            gradient_clip_val=None if mode == "manual" else 0.5,
+            default_root_dir=Path(output).parent,
+        )  # fmt: skip
+
+    class Losses(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, *_):
+            if isinstance(outputs, dict) and "loss" in outputs:
+                module.losses.append(float(outputs["loss"]))
+
+    loader, held_out = DataLoader(data, 6), DataLoader(data, 8)
+    logs, model = Logs(), Model()
+    fit = trainer({"four_epochs": 4, "resume": 2}.get(mode, 2), logs)
+    fit.callbacks.append(Losses())
+    fit.fit(model, loader, held_out)
+    strict = None
+    if mode == "resume":
+        path = Path(output).with_suffix(".ckpt")
+        fit.save_checkpoint(path)
+        plain = Model()
+        state = torch.load(path, weights_only=False)["state_dict"]
+        strict = not any(plain.load_state_dict(state, strict=True))
+        model = Model()
+        fit = trainer(4, logs)
+        fit.callbacks.append(Losses())
+        fit.fit(model, loader, held_out, ckpt_path=path)
+    if fit.is_global_zero:
+        result = {
+            "strategy": type(fit.strategy).__name__,
+            "weights": {k: v.flatten().tolist() for k, v in model.state_dict().items()},
+            "logged": logs.seen,
+            "losses": model.losses,
+            "strict_load": strict,
+        }
+        if hasattr(fit.strategy, "magi_config"):
+            report = fit.strategy.report
+            result["report"] = {"tier": report.tier, "reason": report.reason}
+        Path(output).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
