@@ -245,8 +245,8 @@ class Region:
         )
         self.runtime.reducer.begin(in_graph=True)
         try:
-            with self.runtime.entered(), compat.capture_settings():
-                output = compiled(*args, **kwargs)
+            with self.runtime.entered():
+                output = compat.call_captured(compiled, args, kwargs)
         except (compat.DynamoError, compat.RecompileLimitHit, _NotTogetherError) as error:
             inner = compat.inner_backend_error(error)
             if isinstance(inner, MagiError):
@@ -275,8 +275,8 @@ class Region:
             )
         self.runtime.reducer.begin(in_graph=False)
         try:
-            with self.runtime.entered(), compat.capture_settings():
-                output = self._compiled(*args, **kwargs)
+            with self.runtime.entered():
+                output = compat.call_captured(self._compiled, args, kwargs)
             objection = None
         except (compat.DynamoError, compat.RecompileLimitHit) as error:
             inner = compat.inner_backend_error(error)
@@ -314,8 +314,8 @@ class Region:
         reducer = self.runtime.reducer
         reducer.begin(in_graph=self.tier == "graph")
         try:
-            with self.runtime.entered(), compat.capture_settings():
-                return self._compiled(*args, **kwargs)
+            with self.runtime.entered():
+                return compat.call_captured(self._compiled, args, kwargs)
         except (compat.DynamoError, compat.RecompileLimitHit) as error:
             inner = compat.inner_backend_error(error)
             if isinstance(inner, MagiError):

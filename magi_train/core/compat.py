@@ -139,6 +139,21 @@ def forced_backward_lowering() -> Any:
     return functorch_config.patch(force_non_lazy_backward_lowering=True)
 
 
+def call_captured(function: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> Any:
+    """Call what torch.compile made; if a logging call breaks its graph, capture without that call.
+
+    Nothing of the function has run when Dynamo raises, so calling again is safe. The settings are
+    not in force from the start because switching them costs time on every call.
+    """
+    try:
+        return function(*args, **kwargs)
+    except DynamoError as error:
+        if "logging.Logger" not in str(error):
+            raise
+    with capture_settings():
+        return function(*args, **kwargs)
+
+
 def capture_settings() -> Any:
     """Context in which a logging call in the captured code is left out instead of breaking it."""
     methods = {

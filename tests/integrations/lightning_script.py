@@ -17,61 +17,70 @@ from torch.utils.data import DataLoader, TensorDataset
 warnings.simplefilter("ignore")
 
 
+namespace, strategy, mode, devices, output = sys.argv[1:]
+pl = importlib.import_module(namespace)
+
+
+class Model(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.unused = nn.Linear(2, 2)
+        self.losses = []
+        self.automatic_optimization = mode != "manual"
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        logits = self(x)
+        if mode == "breaks":
+            torch._dynamo.graph_break()
+        loss = F.cross_entropy(logits, y)
+        self.log("accuracy", (logits.argmax(-1) == y).float().mean(), on_step=True)
+        self.log_dict({"loss": loss, "twice": 2 * loss}, on_step=True)
+        if mode == "manual":
+            self.by_hand(loss, x)
+        return loss
+
+    def by_hand(self, loss, x):
+        first, second = self.optimizers()
+        first.zero_grad()
+        self.manual_backward(loss)
+        first.step()
+        second.zero_grad()
+        self.manual_backward(self(x).square().mean())
+        second.step()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("validation", F.cross_entropy(self(batch[0]), batch[1]), sync_dist=True)
+
+    def configure_optimizers(self):
+        if mode == "manual":
+            parts = (self.a, self.b)
+            return [torch.optim.SGD(p.parameters(), lr=0.1, momentum=0.5) for p in parts]
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.5)
+
+
+class Logs(pl.loggers.logger.DummyLogger):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def log_metrics(self, metrics, step=None):
+        self.seen += [(k, float(v)) for k, v in metrics.items() if k != "epoch"]
+
+
+class Losses(pl.Callback):
+    def on_train_batch_end(self, trainer, module, outputs, *_):
+        if isinstance(outputs, dict) and "loss" in outputs:
+            module.losses.append(float(outputs["loss"]))
+
+
 def main():
-    namespace, strategy, mode, devices, output = sys.argv[1:]
     torch.set_num_threads(1)
-    pl = importlib.import_module(namespace)
     pl.seed_everything(3, verbose=False)
-
-    class Model(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
-            self.unused = nn.Linear(2, 2)
-            self.losses = []
-            self.automatic_optimization = mode != "manual"
-
-        def forward(self, x):
-            return self.b(torch.tanh(self.a(x)))
-
-        def training_step(self, batch, batch_idx):
-            x, y = batch
-            logits = self(x)
-            if mode == "breaks":
-                torch._dynamo.graph_break()
-            loss = F.cross_entropy(logits, y)
-            self.log("accuracy", (logits.argmax(-1) == y).float().mean(), on_step=True)
-            self.log_dict({"loss": loss, "twice": 2 * loss}, on_step=True)
-            if mode == "manual":
-                self.by_hand(loss, x)
-            return loss
-
-        def by_hand(self, loss, x):
-            first, second = self.optimizers()
-            first.zero_grad()
-            self.manual_backward(loss)
-            first.step()
-            second.zero_grad()
-            self.manual_backward(self(x).square().mean())
-            second.step()
-
-        def validation_step(self, batch, batch_idx):
-            self.log("validation", F.cross_entropy(self(batch[0]), batch[1]), sync_dist=True)
-
-        def configure_optimizers(self):
-            if mode == "manual":
-                parts = (self.a, self.b)
-                return [torch.optim.SGD(p.parameters(), lr=0.1, momentum=0.5) for p in parts]
-            return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.5)
-
-    class Logs(pl.loggers.logger.DummyLogger):
-        def __init__(self):
-            super().__init__()
-            self.seen = []
-
-        def log_metrics(self, metrics, step=None):
-            self.seen += [(k, float(v)) for k, v in metrics.items() if k != "epoch"]
-
     g = torch.Generator().manual_seed(0)
     data = TensorDataset(
         torch.randn(44, 8, generator=g), torch.randint(0, 4, (44,), generator=g)
@@ -86,11 +95,6 @@ def main():
             gradient_clip_val=None if mode == "manual" else 0.5,
             default_root_dir=Path(output).parent,
         )  # fmt: skip
-
-    class Losses(pl.Callback):
-        def on_train_batch_end(self, trainer, module, outputs, *_):
-            if isinstance(outputs, dict) and "loss" in outputs:
-                module.losses.append(float(outputs["loss"]))
 
     loader, held_out = DataLoader(data, 6), DataLoader(data, 8)
     logs, model = Logs(), Model()
