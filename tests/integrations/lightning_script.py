@@ -63,10 +63,17 @@ class Model(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.5)
 
 
-class Logs(pl.loggers.logger.DummyLogger):
+class Logs(pl.loggers.Logger):
+    """Keeps what it is given."""
+
+    name, version = "kept", "0"
+
     def __init__(self):
         super().__init__()
         self.seen = []
+
+    def log_hyperparams(self, *_):
+        pass
 
     def log_metrics(self, metrics, step=None):
         self.seen += [(k, float(v)) for k, v in metrics.items() if k != "epoch"]
