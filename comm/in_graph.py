@@ -26,7 +26,7 @@ from torch.fx import Graph, Node
 from magi_train.comm.plan import CommPlan
 from magi_train.comm.reducer import reducer_of
 from magi_train.core import compat
-from magi_train.core.graph import call_with_metadata
+from magi_train.core.graph import call_with_metadata, outputs
 from magi_train.core.passes import Plan
 
 _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
@@ -138,7 +138,7 @@ class PlaceCollectives:
         """Insert launches, waits and views; `pin` their places against Inductor's reordering."""
         grads = self._gradients(graph)
         output = graph.output_node()
-        outputs = list(output.args[0])
+        results = outputs(graph)
         device = next(iter(grads.values()))[1].meta["val"].device
         order = {n: i for i, n in enumerate(graph.nodes)}
         first_compute = next(n for n in graph.nodes if n.op != "placeholder")
@@ -177,23 +177,21 @@ class PlaceCollectives:
                 for slot in bucket.slots:
                     if slot.name in grads:
                         position, _ = grads[slot.name]
-                        shape = list(outputs[position].meta["val"].shape)
+                        shape = list(results[position].meta["val"].shape)
                         view = (launch, shape, list(self.strides[slot.name]), slot.offset)
-                        outputs[position] = call_with_metadata(
+                        results[position] = call_with_metadata(
                             graph, torch.ops.aten.as_strided.default, view
                         )
                         compat.set_output_stride(output, position, self.strides[slot.name])
-        output.args = (tuple(outputs),)
+        output.args = (tuple(results),)
         if pin:
             self._pin(graph, launches)
 
     def _gradients(self, graph: Graph) -> dict[str, tuple[int, Node]]:
         """Return {parameter: (position in the output, node to pack)}."""
-        output = graph.output_node()
+        descriptors = graph.output_node().meta.get("desc") or []
         found = {}
-        for position, (node, what) in enumerate(
-            zip(output.args[0], output.meta.get("desc") or [], strict=False)
-        ):
+        for position, (node, what) in enumerate(zip(outputs(graph), descriptors, strict=False)):
             if (
                 isinstance(what, compat.GradAOTOutput)
                 and isinstance(what.grad_of, compat.PlainAOTInput)

@@ -214,11 +214,13 @@ def _unrepeated(gm: GraphModule, node: Any, heads: int) -> Node | None:
     if value is None or value.dim() != 4 or any(not isinstance(s, int) for s in value.shape):
         return None
     path: list[Node] = []
-    current = node
-    best = None
+    current: Any = node
+    best: Node | None = None
     while isinstance(current, Node) and len(path) < MAX_MOVEMENT_NODES and _moves_data(current):
         path.append(current)
         current = current.args[0]
+        if not isinstance(current, Node):
+            break
         source = example_value(current)
         if _may_be_grouped(source, value, heads) and _is_repeat(gm, current, path, node, heads):
             best = current

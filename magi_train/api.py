@@ -138,18 +138,19 @@ class DataParallel(nn.Module):
         elif bucket_cap_mb is not None:
             raise ValueError("give DataParallel either bucket_cap_mb or config, not both")
         self.module = module
-        self.__dict__["_magi_runtime"] = Runtime(module, config)
-        self.__dict__["_magi_region"] = Region(self._magi_runtime, module, type(module).__name__)
+        runtime = Runtime(module, config)
+        self.__dict__["_magi_runtime"] = runtime
+        self.__dict__["_magi_region"] = Region(runtime, module, type(module).__name__)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module; with gradients enabled, its captured form."""
-        if torch.compiler.is_compiling() or self._magi_runtime.inside:
+        if torch.compiler.is_compiling() or self.__dict__["_magi_runtime"].inside:
             return self.module(*args, **kwargs)
-        return self._magi_region(*args, **kwargs)
+        return self.__dict__["_magi_region"](*args, **kwargs)
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which forwards accumulate gradients without sending anything."""
-        return self._magi_runtime.no_sync()  # type: ignore[no-any-return]
+        return self.__dict__["_magi_runtime"].no_sync()
 
     def register_comm_hook(self, state: object, hook: Callable[..., Any]) -> None:
         """Refuse: the wire format is a setting.

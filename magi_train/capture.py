@@ -33,6 +33,7 @@ from magi_train.comm.reducer import Reducer
 from magi_train.core import compat
 from magi_train.core.config import Config
 from magi_train.core.errors import CaptureError, MagiError
+from magi_train.core.hardware import devices_in_use
 from magi_train.core.passes import Pass, PassContext, run_passes
 from magi_train.core.report import Report
 from magi_train.core.world import World, join_from_environment
@@ -84,6 +85,7 @@ class Runtime:
             )
         self.device_type = next(iter(devices)).type if devices else "cpu"
         self.report = Report(world_size=self.world.size, settings=config.as_dict())
+        self.report.versions |= devices_in_use()
         self._agree(parameters)
         self.reducer = Reducer(
             parameters.items(),
@@ -243,7 +245,7 @@ class Region:
         compiled = torch.compile(
             self._own, backend=backend, fullgraph=True, dynamic=self.runtime.config.dynamic
         )
-        self.runtime.reducer.begin(in_graph=True)
+        self.runtime.reducer.begin(in_graph=self.runtime.config.comm.in_graph)
         try:
             with self.runtime.entered():
                 output = compat.call_captured(compiled, args, kwargs)
@@ -312,7 +314,7 @@ class Region:
 
     def _next(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         reducer = self.runtime.reducer
-        reducer.begin(in_graph=self.tier == "graph")
+        reducer.begin(in_graph=self.tier == "graph" and self.runtime.config.comm.in_graph)
         try:
             with self.runtime.entered():
                 return compat.call_captured(self._compiled, args, kwargs)
@@ -346,7 +348,7 @@ class Region:
         run_passes(pre_grad_passes(runtime.config), gm, context, runtime.report)
         collectives = None
         reducer = runtime.reducer
-        if in_graph and runtime.world.size > 1:
+        if in_graph and runtime.config.comm.in_graph and runtime.world.size > 1:
             trainable = {i: n for i, n in names.items() if n in reducer.planned}
             strides = {n: reducer.parameters[n].stride() for n in trainable.values()}
             collectives = PlaceCollectives(reducer.plan, reducer.ordinal, trainable, strides)

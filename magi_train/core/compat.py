@@ -24,7 +24,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -215,7 +215,7 @@ def clone_store(store: Any) -> Any:
         return store
 
 
-def ordered(graph: torch.fx.Graph, after: dict[torch.fx.Node, Sequence[torch.fx.Node]]) -> None:
+def ordered(graph: torch.fx.Graph, after: Mapping[torch.fx.Node, Sequence[torch.fx.Node]]) -> None:
     """Pin that each node of `after` runs after the nodes it maps to."""
     preserve_node_ordering(graph, {node: OrderedSet(deps) for node, deps in after.items()})
 

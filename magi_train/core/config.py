@@ -57,6 +57,10 @@ class CommConfig:
     """What a float32 gradient is rounded to for the all-reduce. "bfloat16" halves the traffic and
     changes the numbers; local accumulation stays in float32."""
 
+    in_graph: bool = True
+    """Put the all-reduces into a captured backward graph, where they overlap with it by plan.
+    False: gradient hooks start them in every tier."""
+
     broadcast_buffers: bool = True
     """Take rank 0's buffers (BatchNorm statistics) after every synchronised backward."""
 

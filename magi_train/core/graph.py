@@ -64,6 +64,12 @@ def run_nodes(nodes: Iterable[Node], known: dict[Node, Any]) -> dict[Node, Any]:
     return values
 
 
+def outputs(graph: Graph) -> list[Any]:
+    """Return what a graph from AOTAutograd returns, in order."""
+    values: Any = graph.output_node().args[0]
+    return list(values)
+
+
 def num_bytes(value: Any) -> int:
     """Return the bytes of a tensor with static sizes, 0 for anything else."""
     if not isinstance(value, torch.Tensor):
@@ -75,13 +81,11 @@ def num_bytes(value: Any) -> int:
 def saved_for_backward(forward: GraphModule | Graph) -> list[Node]:
     """Return what a partitioned forward keeps for its backward, without its own inputs."""
     graph = forward.graph if isinstance(forward, GraphModule) else forward
-    output = graph.output_node()
-    outputs = output.args[0]
-    descriptors = output.meta.get("desc") or []
+    descriptors = graph.output_node().meta.get("desc") or []
     return list(
         dict.fromkeys(
             node
-            for node, what in zip(outputs, descriptors, strict=False)
+            for node, what in zip(outputs(graph), descriptors, strict=False)
             if isinstance(node, Node)
             and node.op != "placeholder"
             and type(what).__name__.startswith("SavedForBackwards")

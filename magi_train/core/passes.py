@@ -100,10 +100,10 @@ def run_passes(
         report.add(PassRow(each.name, str(each.stage), plan.as_dict() if plan else {}, seconds))
 
 
-def dump(gm: GraphModule, title: str) -> None:
+def dump(gm: GraphModule | None, title: str) -> None:
     """Write `gm` as readable code where MAGI_TRAIN_DUMP points, if it is set."""
     folder = os.environ.get("MAGI_TRAIN_DUMP")
-    if folder:
+    if folder and gm is not None:
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         number = len(list(path.glob("*.py")))

@@ -110,6 +110,16 @@ def test_bf16_on_the_wire():
         assert 0 < got["gradient"] <= 2 * eps
 
 
+def test_collectives_may_stay_out_of_the_graph():
+    comm = CommConfig(in_graph=False)
+    config = Config(tier="graph", lowering="aot_eager", comm=comm)
+    outcomes = run_ranks(many, ("llama",), config, False, 1)
+    check(outcomes, config, False)
+    names = [name for name, _ in outcomes[0].value["llama"]["rows"]]
+    assert "place_collectives" not in names
+    assert "communication_plan" in names
+
+
 def test_three_ranks_and_many_buckets():
     config = Config(lowering="aot_eager", comm=CommConfig(bucket_mib=0.01))
     outcomes = run_ranks(many, ("llama", "unused_frozen_tied"), config, False, 2, world_size=3)

@@ -127,7 +127,7 @@ def main():
             "losses": model.losses,
             "strict_load": strict,
         }
-        if hasattr(fit.strategy, "magi_config"):
+        if getattr(fit.strategy, "runtime", None) is not None:  # spawned: in the children
             report = fit.strategy.report
             result["report"] = {"tier": report.tier, "reason": report.reason}
         Path(output).write_text(json.dumps(result))
