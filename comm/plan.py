@@ -20,6 +20,8 @@ MIB = 2**20
 ALIGN_BYTES = 256
 """Each gradient starts at a multiple of this, so that kernels may use wide loads on it."""
 AUTO_BUCKETS = 16
+AUTO_LEAST_BYTES, AUTO_MOST_BYTES = 8 * MIB, 128 * MIB
+"""Below, latency counts more than an early start; above, nothing is gained."""
 LAST_BUCKET_FRACTION = 0.125
 
 
@@ -84,7 +86,7 @@ def plan_buckets(
     if config.bucket_mib is not None:
         cap = int(config.bucket_mib * MIB)
     else:
-        cap = min(max(total // AUTO_BUCKETS, MIB), 128 * MIB)
+        cap = min(max(total // AUTO_BUCKETS, AUTO_LEAST_BYTES), AUTO_MOST_BYTES)
     groups: list[list[tuple[str, torch.Tensor]]] = []
     size, left, in_tail = 0, total, False
     for name, p in reversed(trainable):

@@ -136,15 +136,25 @@ class Clock(pl.Callback):
     def measured(self) -> dict[str, float]:
         """Return the figures of this rank."""
         steps = [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)][WARM_UP_STEPS:]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss()
         return {
             "start_up_seconds": self.ends[0] - self.begin,
             "step_seconds": statistics.median(steps),
             "train_seconds": self.ends[-1] - self.ends[0],
             "peak_memory_mib": peak / 2**20,
         }
+
+
+def peak_rss() -> int:
+    """Return the largest resident memory of this process, in bytes.
+
+    On Linux from /proc: getrusage's figure is inherited from the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ Proof, never names. A mask is constant if nothing it is computed from is an inpu
 subgraph is then executed, and the result compared with `tril` and with all-true, element by element
 (for additive masks: 0 where allowed, and -inf or the dtype's lowest value elsewhere). Repeated
 heads are proven by running the movement of data, from a candidate tensor to the attention op, on a
-tensor of its own element numbers. A mask that depends on inputs, or sizes that are not known, are
-left alone, with the reason in the plan.
+tensor of its own element numbers. A mask that depends on inputs or is changed in place, or sizes
+that are not known, are left alone, with the reason in the plan.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from magi_train.core import compat
-from magi_train.core.graph import ancestors, example_value, run_nodes
+from magi_train.core.graph import ancestors, changed_behind, example_value, run_nodes
 from magi_train.core.passes import PassContext, Plan, Stage
 
 ATTENTION = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
@@ -40,6 +40,7 @@ MAX_MOVEMENT_NODES = 8
 MAX_PROOF_ELEMENTS = 2**31
 """Masks larger than this are not executed: 2 GiB of booleans."""
 
+_RANDOM = ("rand", "dropout", "bernoulli", "normal", "uniform", "multinomial", "exponential")
 _MOVES = {
     "expand", "reshape", "view", "unsqueeze", "getitem", "contiguous", "repeat_interleave",
     "expand_as", "repeat", "flatten", "_unsafe_view", "clone", "slice", "transpose", "permute",
@@ -166,8 +167,11 @@ def _fold(gm: GraphModule, mask: Node, length: int, keys: int) -> str:
     inputs = [n.name for n in needed if n.op in ("placeholder", "get_attr")]
     if inputs:
         return f"the mask depends on {', '.join(sorted(inputs)[:3])}"
-    if any("rand" in str(n.target) or "dropout" in str(n.target) for n in needed):
+    if any(word in str(n.target) for n in needed for word in _RANDOM):
         return "the mask is random"
+    changer = changed_behind(gm, needed)
+    if changer is not None:
+        return f"{changer.name} may change the mask in place"
     value = _execute(gm, needed, {}, mask)
     if isinstance(value, str):
         return value
@@ -256,6 +260,8 @@ def _is_repeat(
     """Return whether `path` turns element numbers of `source` into each head repeated in place."""
     shape = example_value(source).shape
     numbers = torch.arange(shape.numel(), dtype=torch.int64).reshape(shape)
+    if changed_behind(gm, set(path)) is not None:
+        return False
     other = ancestors(target) - ancestors(source)
     moved = _execute(gm, other | set(path), {source: numbers}, target)
     wanted = numbers.repeat_interleave(heads // shape[1], dim=1)

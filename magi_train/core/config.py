@@ -50,7 +50,7 @@ class CommConfig:
     """How gradients travel between ranks."""
 
     bucket_mib: float | None = None
-    """Size at which a bucket is full. None: a sixteenth of the gradients, 1 to 128 MiB. Larger
+    """Size at which a bucket is full. None: a sixteenth of the gradients, 8 to 128 MiB. Larger
     hides latency, smaller starts earlier."""
 
     wire_dtype: WireDtype = "float32"

@@ -1,5 +1,6 @@
 """Questions about FX graphs, and how to add a node with all its metadata."""
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,6 +10,12 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from magi_train.core import compat
+
+IN_PLACE_OPERATORS = {
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv,
+    operator.ifloordiv, operator.iand, operator.ior, operator.ixor, operator.ipow, operator.imod,
+    operator.ilshift, operator.irshift, operator.imatmul,
+}  # fmt: skip
 
 
 def example_value(node: Node) -> Any:
@@ -46,6 +53,34 @@ def ancestors(node: Node) -> set[Node]:
             seen.add(current)
             todo += current.all_input_nodes
     return seen
+
+
+def mutated(node: Node) -> list[Node]:
+    """Return the arguments that `node` changes in place."""
+    target, first = node.target, [a for a in node.args[:1] if isinstance(a, Node)]
+    out = node.kwargs.get("out")
+    found = [out] if isinstance(out, Node) else []
+    if node.op not in ("call_function", "call_method"):
+        return []
+    if isinstance(target, torch._ops.OpOverload):
+        schema = target._schema.arguments
+        given = [*zip(schema, node.args, strict=False)]
+        given += [(a, node.kwargs[a.name]) for a in schema if a.name in node.kwargs]
+        writes = [v for a, v in given if a.alias_info is not None and a.alias_info.is_write]
+        return found + [v for v in writes if isinstance(v, Node)]
+    if target in IN_PLACE_OPERATORS:
+        return found + first
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return found + (first if in_place else [])
+
+
+def changed_behind(gm: GraphModule, nodes: set[Node]) -> Node | None:
+    """Return an op outside of `nodes` that may change one of their values in place, or None."""
+    for node in gm.graph.nodes:
+        if node not in nodes and any(ancestors(n) & nodes for n in mutated(node)):
+            return node
+    return None
 
 
 def run_nodes(nodes: Iterable[Node], known: dict[Node, Any]) -> dict[Node, Any]:

@@ -164,6 +164,44 @@ def test_a_random_mask_is_left_alone():
     assert plan.left_alone[0][1] == "the mask is random"
 
 
+def hole_by_setitem(mask):
+    mask[5, 2] = False
+    return mask
+
+
+def hole_by_method(mask):
+    mask[5].logical_and_(torch.arange(LENGTH) > 2)
+    return mask
+
+
+def hole_by_operator(mask):
+    row = mask[5]
+    row &= torch.arange(LENGTH) > 2
+    return mask
+
+
+@pytest.mark.parametrize("change", [hole_by_setitem, hole_by_method, hole_by_operator])
+def test_a_mask_that_is_changed_in_place_keeps_the_change(change):
+    def function(q, k, v):
+        mask = change(torch.ones(LENGTH, LENGTH).tril().bool())
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    _, plan = plan_of(function, *qkv())
+    assert not plan.causal, plan
+    assert plan.left_alone[0][1]
+
+
+def test_repeated_heads_that_are_changed_in_place_stay():
+    def function(q, k, v):
+        k, v = REPEATS["interleave"](k), REPEATS["interleave"](v)
+        k.mul_(2)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    with torch.no_grad():
+        _, plan = plan_of(function, *qkv(heads=GROUPS))
+    assert plan is None
+
+
 def test_dynamic_lengths_are_left_alone():
     _, plan = plan_of(index_mask(causal), *qkv(), dynamic=True)
     assert "dynamic" in plan.left_alone[0][1]
