@@ -26,12 +26,12 @@ averaging is linear and leaves averaged addends alone, so the result is right. L
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from magi_train.comm.plan import Bucket, CommPlan, plan_buckets
@@ -72,14 +72,14 @@ class _Backward:
     next_bucket: int = 0
     flats: list[tuple[int, Tensor, list[str], set[str]]] = field(default_factory=list)
     works: dict[int, tuple["dist.Work", Tensor]] = field(default_factory=dict)
+    folded: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Reducer:
     """Averages the gradients of one module over all ranks.
 
     Args:
-        parameters: `named_parameters()` of the module, in registration order.
-        buffers: `named_buffers()` of the module.
+        module: Whose parameters are trained.
         world: The ranks.
         config: Buckets and wire format.
         timeout_seconds: For agreements between ranks.
@@ -88,8 +88,7 @@ class Reducer:
 
     def __init__(
         self,
-        parameters: Iterable[tuple[str, Tensor]],
-        buffers: Iterable[tuple[str, Tensor]],
+        module: nn.Module,
         world: World,
         config: CommConfig,
         timeout_seconds: float,
@@ -97,12 +96,12 @@ class Reducer:
     ) -> None:
         self.ordinal = next(_ordinals)
         _reducers[self.ordinal] = self
-        self.parameters = dict(parameters)
+        self.parameters = dict(module.named_parameters())
+        self._module = module
         self.world, self.config, self.report = world, config, report
         self.sync = True
         self.hooks_only = False
         self._timeout_seconds = timeout_seconds
-        self._buffers = [b for _, b in buffers]
         self._plans: dict[tuple[bool, ...], CommPlan] = {}
         self._armed = (True, False)
         self._backward: _Backward | None = None
@@ -142,7 +141,11 @@ class Reducer:
 
     def broadcast_state(self) -> None:
         """Give every rank the parameters and buffers of rank 0."""
-        self._broadcast([p.detach() for p in self.parameters.values()] + self._buffers)
+        self._broadcast([p.detach() for p in self.parameters.values()] + self._buffers())
+
+    def _buffers(self) -> list[Tensor]:
+        """Return the buffers as they are now: a forward may assign new ones."""
+        return [b for _, b in self._module.named_buffers()]
 
     def _broadcast(self, tensors: list[Tensor]) -> None:
         if self.world.size == 1 or not tensors:
@@ -171,6 +174,10 @@ class Reducer:
         if self.world.size == 1:
             return
         self.world.check()
+        if World.current() is not self.world:
+            raise MagiError(
+                "the process group that this model was prepared for is gone; prepare it again"
+            )
         if self._trainable() != self._signature:
             self.refresh()
         self._armed = (self.sync, in_graph and not self.hooks_only)
@@ -194,7 +201,8 @@ class Reducer:
         flat = torch.empty(bucket.numel, dtype=bucket.torch_dtype(), device=self._device())
         reduce_now = state.sync and state.in_graph
         with torch.no_grad():
-            used = self._pack(flat, bucket, dict(zip(names, grads, strict=True)), fold=reduce_now)
+            gradients = dict(zip(names, grads, strict=True))
+            used = self._pack(flat, bucket, gradients, state.folded if reduce_now else None)
         if reduce_now:
             self._start(state, index, flat)
         state.flats.append((index, flat, list(names), used))
@@ -212,21 +220,28 @@ class Reducer:
 
     def _state(self) -> _Backward:
         if self._backward is None:
-            if self._trainable() != self._signature:  # toggled since the forward
-                self.refresh()
+            if not self._armed[1] and self._trainable() != self._signature:
+                self.refresh()  # toggled since the forward; a graph keeps the plan it has
             self._backward = _Backward(*self._armed)
             compat.queue_backward_callback(self._finish)
         return self._backward
 
     def _pack(
-        self, flat: Tensor, bucket: Bucket, grads: dict[str, Tensor], *, fold: bool
+        self,
+        flat: Tensor,
+        bucket: Bucket,
+        grads: dict[str, Tensor],
+        folded: dict[str, Tensor] | None,
     ) -> set[str]:
-        """Fill `flat`; return the parameters that have a contribution on this rank."""
+        """Fill `flat`; return the parameters that have a contribution on this rank.
+
+        With `folded`, what earlier backwards left in `.grad` is added, and kept there by name.
+        """
         views, values, used = [], [], set(grads)
         for slot in bucket.slots:
             p = self.parameters[slot.name]
             view = slot_view(flat, p, slot.offset)
-            old = p.grad if fold else None
+            old = None if folded is None else p.grad
             if slot.name in grads:
                 views.append(view)
                 values.append(grads[slot.name])
@@ -237,12 +252,11 @@ class Reducer:
                 view.zero_()
         if views:
             torch._foreach_copy_(views, values)
-        if fold:
-            for slot in bucket.slots:
-                p = self.parameters[slot.name]
-                if slot.name in grads and p.grad is not None:
-                    slot_view(flat, p, slot.offset).add_(p.grad)
-                    p.grad = None
+        for slot in bucket.slots if folded is not None else ():
+            p = self.parameters[slot.name]
+            if folded is not None and slot.name in grads and p.grad is not None:
+                slot_view(flat, p, slot.offset).add_(p.grad)
+                folded[slot.name], p.grad = p.grad, None
         flat[bucket.flags_offset :].copy_(self._flags(bucket, used))
         return used
 
@@ -283,9 +297,9 @@ class Reducer:
 
     def _accumulated(self, name: str) -> None:
         state = self._state()
+        state.ready.add(name)
         if not state.sync or state.in_graph or name not in self.planned:
             return
-        state.ready.add(name)
         buckets = self.plan.buckets
         while state.next_bucket < len(buckets) and all(
             s.name in state.ready for s in buckets[state.next_bucket].slots
@@ -305,17 +319,21 @@ class Reducer:
                 )
         flat = torch.empty(bucket.numel, dtype=bucket.torch_dtype(), device=self._device())
         with torch.no_grad():
-            used = self._pack(flat, bucket, grads, fold=False)
+            used = self._pack(flat, bucket, grads, None)
         self._start(state, index, flat)
         state.flats.append((index, flat, list(grads), used))
 
     def _finish(self) -> None:
         """End of a backward: see the head of this module, point 4."""
-        state, self._backward = self._backward, None
+        state = self._backward
+        self._armed = (self._armed[0], False)  # a backward without a new forward goes by hooks
         if state is None or not state.sync:
+            self._backward = None
             return
-        self._backward = state
         try:
+            if state.in_graph and not state.ready:
+                self._restore(state)
+                return
             irregular = self._irregular(state) if state.in_graph else None
             if irregular and self._proven:
                 raise UnreducedGradientError(
@@ -327,13 +345,20 @@ class Reducer:
             if not self._proven and self._prove(irregular):
                 self._backward = _Backward(sync=True, in_graph=False)
                 self._complete(self._backward)
-            if self.config.broadcast_buffers and self._buffers:
-                self._broadcast(self._buffers)
+            if self.config.broadcast_buffers:
+                self._broadcast(self._buffers())
         except BaseException as error:
             self.world.fail(error)
             raise
         finally:
             self._backward = None
+
+    def _restore(self, state: _Backward) -> None:
+        """After torch.autograd.grad, which accumulates nothing: leave every `.grad` as it was."""
+        for index, flat, *_ in state.flats:
+            self.wait(index, flat)
+        for name, grad in state.folded.items():
+            self.parameters[name].grad = grad
 
     def _complete(self, state: _Backward) -> None:
         """Launch the buckets that are left, wait for all, and fill in `.grad`."""
@@ -359,6 +384,10 @@ class Reducer:
         if launched != list(range(len(self.plan.buckets))):
             return f"the backward graphs launched buckets {launched}, not each once in order"
         for index, flat, names, _ in state.flats:
+            outside = [s.name for s in self.plan.buckets[index].slots if s.name in state.ready]
+            outside = [name for name in outside if name not in names]
+            if outside:
+                return f"{outside[0]} got a gradient from outside the captured graph"
             offsets = {s.name: s.offset for s in self.plan.buckets[index].slots}
             for name in names:
                 grad = self.parameters[name].grad
@@ -374,8 +403,8 @@ class Reducer:
             bucket = self.plan.buckets[index]
             flags: list[float] | None = None
             for i, slot in enumerate(bucket.slots):
-                if state.in_graph and slot.name in names:
-                    continue
+                if state.in_graph and (slot.name in names or slot.name in state.ready):
+                    continue  # the graph gave it, or it is local still and reduced again
                 if slot.name not in used:
                     if flags is None:  # a device synchronisation, only where something is unused
                         flags = flat[bucket.flags_offset :].tolist()
@@ -386,8 +415,21 @@ class Reducer:
 
 
 def slot_view(flat: Tensor, p: Tensor, offset: int) -> Tensor:
-    """Return the part of `flat` from `offset` as a view with the shape and strides of `p`."""
-    return flat.as_strided(p.shape, p.stride(), offset)
+    """Return the part of `flat` from `offset` as a view with the shape of `p`."""
+    return flat.as_strided(p.shape, slot_strides(p), offset)
+
+
+def slot_strides(p: Tensor) -> tuple[int, ...]:
+    """Return the strides in which the gradient of `p` lies in its slot.
+
+    Those of `p`, or contiguous ones where `p` has gaps (a slice of a larger tensor).
+    """
+    expected = 1
+    for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return torch.empty(p.shape, device="meta").stride()
+        expected *= size
+    return p.stride()
 
 
 def _summary(plan: CommPlan) -> dict[str, object]:

@@ -23,7 +23,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from magi_train.core import compat
-from magi_train.core.graph import ancestors, changed_behind, example_value, run_nodes
+from magi_train.core.graph import (
+    ancestors,
+    changed_behind,
+    erase_unused,
+    example_value,
+    run_nodes,
+)
 from magi_train.core.passes import PassContext, Plan, Stage
 
 ATTENTION = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
@@ -40,7 +46,6 @@ MAX_MOVEMENT_NODES = 8
 MAX_PROOF_ELEMENTS = 2**31
 """Masks larger than this are not executed: 2 GiB of booleans."""
 
-_RANDOM = ("rand", "dropout", "bernoulli", "normal", "uniform", "multinomial", "exponential")
 _MOVES = {
     "expand", "reshape", "view", "unsqueeze", "getitem", "contiguous", "repeat_interleave",
     "expand_as", "repeat", "flatten", "_unsafe_view", "clone", "slice", "transpose", "permute",
@@ -104,9 +109,11 @@ class CanonicalizeAttention:
         """Rewrite the nodes that `plan` names, then drop what only the masks needed."""
         by_name = {n.name: n for n in gm.graph.nodes}
         groups = {name: (by_name[key], by_name[value]) for name, key, value in plan.grouped}
+        replaced: set[Node] = set()
         for name in dict.fromkeys([*plan.causal, *plan.unmasked, *groups]):
             node = by_name[name]
             arguments = attention_arguments(node)
+            replaced |= set(node.all_input_nodes)
             if name in plan.causal or name in plan.unmasked:
                 arguments["attn_mask"] = None
             if name in plan.causal:
@@ -116,7 +123,7 @@ class CanonicalizeAttention:
                 arguments["enable_gqa"] = True
             node.args = (arguments.pop("query"), arguments.pop("key"), arguments.pop("value"))
             node.kwargs = {k: v for k, v in arguments.items() if v != DEFAULTS[k]}
-        gm.graph.eliminate_dead_code()
+        erase_unused(gm, replaced)
 
     def _mask_verdict(
         self,
@@ -167,8 +174,6 @@ def _fold(gm: GraphModule, mask: Node, length: int, keys: int) -> str:
     inputs = [n.name for n in needed if n.op in ("placeholder", "get_attr")]
     if inputs:
         return f"the mask depends on {', '.join(sorted(inputs)[:3])}"
-    if any(word in str(n.target) for n in needed for word in _RANDOM):
-        return "the mask is random"
     changer = changed_behind(gm, needed)
     if changer is not None:
         return f"{changer.name} may change the mask in place"
@@ -200,12 +205,23 @@ def _execute(
 ) -> Tensor | str:
     """Return the real value of `target`, or why it cannot be computed."""
     try:
-        with compat.unset_fake_temporarily(), torch.no_grad(), _no_autocast():
+        with compat.unset_fake_temporarily(), torch.no_grad(), _no_autocast(), _Reproducible():
             values = run_nodes([n for n in gm.graph.nodes if n in needed], known)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"its subgraph cannot be executed ({type(error).__name__}: {str(error)[:80]})"
     value = values[target]
     return value if isinstance(value, Tensor) else "the mask is not a tensor"
+
+
+class _Reproducible(compat.TorchDispatchMode):  # type: ignore[misc]
+    """Refuses ops whose result is not a function of their arguments."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags or "empty" in str(func):
+            raise ValueError(f"{func} is random or uninitialised")
+        return func(*args, **(kwargs or {}))
 
 
 def _no_autocast() -> Any:

@@ -172,8 +172,7 @@ class MagiStrategyMixin:
         """Give the module back as it was, and write the report."""
         module: Any = self.lightning_module  # type: ignore[attr-defined]
         if self.runtime is not None and self._region is not None:
-            self._region.close()
-            self.runtime.reducer.close()
+            self.runtime.close()
             if module is not None and module.__dict__.get("forward") is self._region:
                 del module.__dict__["forward"]
             self._write_report(module)

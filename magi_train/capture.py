@@ -21,6 +21,7 @@ import contextlib
 import itertools
 import logging
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from magi_train.comm.in_graph import PlaceCollectives
-from magi_train.comm.reducer import Reducer
+from magi_train.comm.reducer import Reducer, slot_strides
 from magi_train.core import compat
 from magi_train.core.config import Config
 from magi_train.core.errors import CaptureError, MagiError
@@ -44,6 +45,9 @@ logger = logging.getLogger(__name__)
 
 MIB = 2**20
 _region_ordinals = itertools.count()
+_runtimes: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Runtime]]" = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class _NotTogetherError(Exception):
@@ -72,7 +76,13 @@ class Runtime:
 
     def __init__(self, module: nn.Module, config: Config) -> None:
         compat.warn_about_version()
+        earlier = _runtimes.get(module, lambda: None)()
+        if earlier is not None:
+            earlier.close()
+        _runtimes[module] = weakref.ref(self)
         self.module, self.config = module, config
+        self.closed = False
+        self.regions: weakref.WeakSet[Region] = weakref.WeakSet()
         self.inside = False
         self.region_ordinals = itertools.count()
         self.world: World = join_from_environment()
@@ -88,8 +98,7 @@ class Runtime:
         self.report.versions |= devices_in_use()
         self._agree(parameters)
         self.reducer = Reducer(
-            parameters.items(),
-            module.named_buffers(),
+            module,
             self.world,
             config.comm,
             config.timeout_seconds,
@@ -103,6 +112,13 @@ class Runtime:
         shapes = {n: [list(p.shape), str(p.dtype), p.requires_grad] for n, p in parameters.items()}
         buffers = {n: [list(b.shape), str(b.dtype)] for n, b in self.module.named_buffers()}
         ask("model", {"parameters": shapes, "buffers": buffers}, seconds)
+
+    def close(self) -> None:
+        """Take everything of ours off the model: it is a plain module again."""
+        self.closed = True
+        self.reducer.close()
+        for region in self.regions:
+            region.close()
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -145,6 +161,7 @@ class Region:
         self._hooks_because = hooks_because
         self.tier = ""
         self._ordinal = next(runtime.region_ordinals)
+        runtime.regions.add(self)
         self._function = function
         self._own = _own_code(function, f"magi_region_{next(_region_ordinals)}")
         self._compiled: Callable[..., Any] = function
@@ -153,6 +170,8 @@ class Region:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function, compiled as far as all ranks can."""
         runtime = self.runtime
+        if runtime.closed:
+            raise MagiError(f"{self.name} was prepared again, or its training has been torn down")
         if not torch.is_grad_enabled():
             with runtime.entered():
                 return self._function(*args, **kwargs)
@@ -160,6 +179,8 @@ class Region:
             if not self.tier:
                 return self._first(args, kwargs)
             return self._next(args, kwargs)
+        except torch.OutOfMemoryError:  # batch size finders catch it and go on
+            raise
         except BaseException as error:
             runtime.world.fail(error)
             raise
@@ -350,7 +371,7 @@ class Region:
         reducer = runtime.reducer
         if in_graph and runtime.config.comm.in_graph and runtime.world.size > 1:
             trainable = {i: n for i, n in names.items() if n in reducer.planned}
-            strides = {n: reducer.parameters[n].stride() for n in trainable.values()}
+            strides = {n: slot_strides(reducer.parameters[n]) for n in trainable.values()}
             collectives = PlaceCollectives(reducer.plan, reducer.ordinal, trainable, strides)
         budget = runtime.config.memory.activation_budget_mib
         return lower(

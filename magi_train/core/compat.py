@@ -15,6 +15,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._dynamo.config.ignore_logging_functions (2.11: ignore_logger_methods) | logging in models |
 | torch._dynamo.backends.common.aot_autograd | the aot_eager lowering |
 | torch._inductor.fx_passes.control_dependencies | pinning the order of collectives |
+| torch.utils._python_dispatch.TorchDispatchMode | watching the ops of a mask |
 | torch._subclasses.fake_tensor.unset_fake_temporarily | real tensors inside a backend |
 | torch.autograd.Variable._execution_engine.queue_callback | the end of a backward |
 | torch.distributed.distributed_c10d._get_default_store | messages between ranks |
@@ -23,6 +24,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch.aten._fused_sdp_choice | which attention kernel a call would take |
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -79,6 +81,9 @@ extract_tensor_metadata: Callable[..., Any] = _lookup(
     "torch.fx.passes.shape_prop", "_extract_tensor_metadata"
 )
 cache_dir: Callable[[], str] = _lookup("torch._inductor.runtime.cache_dir_utils", "cache_dir")
+TorchDispatchMode: Any = (
+    _lookup("torch.utils._python_dispatch", "TorchDispatchMode") or contextlib.nullcontext
+)
 aoti_compile: Callable[..., Any] = _lookup("torch._inductor", "aoti_compile_and_package")
 aoti_load: Callable[..., Any] = _lookup("torch._inductor", "aoti_load_package")
 get_default_store: Callable[..., Any] = _lookup(

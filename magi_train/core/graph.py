@@ -68,8 +68,8 @@ def mutated(node: Node) -> list[Node]:
         given += [(a, node.kwargs[a.name]) for a in schema if a.name in node.kwargs]
         writes = [v for a, v in given if a.alias_info is not None and a.alias_info.is_write]
         return found + [v for v in writes if isinstance(v, Node)]
-    if target in IN_PLACE_OPERATORS:
-        return found + first
+    if getattr(target, "__module__", "") == "_operator":  # and_, or_ and not_ change nothing
+        return found + (first if target in IN_PLACE_OPERATORS else [])
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
     return found + (first if in_place else [])
@@ -81,6 +81,18 @@ def changed_behind(gm: GraphModule, nodes: set[Node]) -> Node | None:
         if node not in nodes and any(ancestors(n) & nodes for n in mutated(node)):
             return node
     return None
+
+
+def erase_unused(gm: GraphModule, nodes: set[Node]) -> None:
+    """Erase `nodes` and what only they needed, as far as nothing reads it.
+
+    Ops that change a tensor in place stay: before autograd they have no users, and still count.
+    """
+    candidates = set().union(*(ancestors(n) for n in nodes)) if nodes else set()
+    for node in reversed(list(gm.graph.nodes)):
+        if node in candidates and not node.users and not mutated(node):
+            if node.op in ("call_function", "call_method"):
+                gm.graph.erase_node(node)
 
 
 def run_nodes(nodes: Iterable[Node], known: dict[Node, Any]) -> dict[Node, Any]:

@@ -11,6 +11,7 @@ still compiling, or that failed, cannot hang a question. Three kinds of messages
 """
 
 import atexit
+import itertools
 import json
 import logging
 import os
@@ -39,8 +40,9 @@ GRACE_SECONDS = 8.0
 MEET_SECONDS = 3.0
 """How long the rank that hosts the store waits for others to have read an error."""
 
-_PREFIX = "magi"
-_worlds: dict[int, "World"] = {}
+_generations = itertools.count()
+_current: list[tuple[Any, "World"]] = []
+"""The default process group and its World, at most one."""
 
 
 class World:
@@ -63,6 +65,8 @@ class World:
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
             self.backend = dist.get_backend()
         if self.size > 1:
+            # a store may outlive its process group (torchrun's does): no answer may be an old one
+            self._prefix = f"magi/{next(_generations)}"
             store = compat.get_default_store()
             self._store, self._watch_store = compat.clone_store(store), compat.clone_store(store)
             self._watcher = threading.Thread(target=self._watch, name="magi-watch", daemon=True)
@@ -75,13 +79,12 @@ class World:
         """Return the World of the default process group; the same object while the group lives."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return World()
-        key = id(dist.group.WORLD)
-        if key not in _worlds:
-            for old in _worlds.values():  # its process group is gone
+        group = dist.group.WORLD
+        if not _current or _current[0][0] is not group:
+            for _, old in _current:  # its process group is gone
                 old.close()
-            _worlds.clear()
-            _worlds[key] = World()
-        return _worlds[key]
+            _current[:] = [(group, World())]
+        return _current[0][1]
 
     # -- agreements ----------------------------------------------------------------------------
 
@@ -95,7 +98,7 @@ class World:
         if self.size == 1:
             return [answer]
         self._questions += 1
-        base = f"{_PREFIX}/ask/{self._questions}"
+        base = f"{self._prefix}/ask/{self._questions}"
         mine = json.dumps({"question": question, "answer": answer})
         self._store.set(f"{base}/{self.rank}", mine)
         deadline = time.monotonic() + timeout_seconds
@@ -159,7 +162,7 @@ class World:
         text = "".join(traceback.format_exception(error))[-8000:]
         self._post(self._store, self.rank, cause, text)
         if self.rank == 0:
-            self._meet(f"{_PREFIX}/seen")
+            self._meet(f"{self._prefix}/seen")
 
     def check(self) -> None:
         """Raise RemoteRankError if another rank has failed."""
@@ -195,7 +198,7 @@ class World:
             return
         self._stop.set()
         try:
-            self._store.set(f"{_PREFIX}/done/{self.rank}", "1")
+            self._store.set(f"{self._prefix}/done/{self.rank}", "1")
         except RuntimeError:  # the store went first: nobody is left to tell
             logger.debug("the store was gone when rank %d ended", self.rank)
         if threading.current_thread() is not self._watcher:
@@ -213,7 +216,7 @@ class World:
         ended = [
             r
             for r in range(self.size)
-            if r != self.rank and self._store.check([f"{_PREFIX}/done/{r}"])
+            if r != self.rank and self._store.check([f"{self._prefix}/done/{r}"])
         ]
         if ended:
             time.sleep(1)  # a failure may be on its way
@@ -230,12 +233,11 @@ class World:
         self._noticed.set()
         raise error
 
-    @staticmethod
-    def _post(store: Any, rank: int, cause: str, text: str) -> None:
+    def _post(self, store: Any, rank: int, cause: str, text: str) -> None:
         try:
-            number = store.add(f"{_PREFIX}/failures", 1)
+            number = store.add(f"{self._prefix}/failures", 1)
             record = json.dumps({"rank": rank, "cause": cause, "traceback": text})
-            store.set(f"{_PREFIX}/failure/{number}", record)
+            store.set(f"{self._prefix}/failure/{number}", record)
         except RuntimeError:  # the store is gone: its host failed first and everybody notices
             logger.warning("rank %d failed (%s) and could not tell the others", rank, cause)
 
@@ -247,15 +249,15 @@ class World:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             try:
                 beats += 1
-                self._watch_store.set(f"{_PREFIX}/beat/{self.rank}", str(beats))
-                if self._watch_store.add(f"{_PREFIX}/failures", 0) > 0:
+                self._watch_store.set(f"{self._prefix}/beat/{self.rank}", str(beats))
+                if self._watch_store.add(f"{self._prefix}/failures", 0) > 0:
                     self._react()
                     return
                 beat = self._beat_of(neighbour)
                 if beat != seen:
                     seen, since = beat, time.monotonic()
                 elif time.monotonic() - since > SILENCE_SECONDS and seen >= 0:
-                    if self._watch_store.check([f"{_PREFIX}/done/{neighbour}"]):
+                    if self._watch_store.check([f"{self._prefix}/done/{neighbour}"]):
                         seen = -1
                         continue
                     cause = f"sent no sign of life for {SILENCE_SECONDS:.0f} s (killed, or frozen)"
@@ -269,13 +271,13 @@ class World:
                 return
 
     def _beat_of(self, rank: int) -> int:
-        key = f"{_PREFIX}/beat/{rank}"
+        key = f"{self._prefix}/beat/{rank}"
         return int(self._watch_store.get(key)) if self._watch_store.check([key]) else -1
 
     def _react(self) -> None:
         """Keep the first failure for the main thread; end the process if it cannot notice."""
-        record = json.loads(self._watch_store.get(f"{_PREFIX}/failure/1"))
-        self._watch_store.set(f"{_PREFIX}/seen/{self.rank}", "1")
+        record = json.loads(self._watch_store.get(f"{self._prefix}/failure/1"))
+        self._watch_store.set(f"{self._prefix}/seen/{self.rank}", "1")
         if record["rank"] == self.rank:
             return
         text = f"rank {record['rank']} failed: {record['cause']}"

@@ -123,7 +123,7 @@ def stops_early(rank, world_size):
         model(tokens(step), tokens(1)).backward()
     if rank == 1:
         model._magi_runtime.world.close()  # as at the end of a script
-        time.sleep(20)  # the process lives on: only its training has ended
+        time.sleep(6)  # the process lives on: only its training has ended
 
 
 def test_a_rank_that_ends_early_is_named():
@@ -153,7 +153,7 @@ def stuck_elsewhere(rank, world_size):
     if rank == 1:
         error = RuntimeError("rank 1 gives up")
         model._magi_runtime.world.fail(error)
-        time.sleep(25)
+        time.sleep(14)
         raise error
     torch.distributed.barrier()  # no code of ours is waiting here
 
@@ -173,7 +173,7 @@ def slow_compile(rank, world_size):
 
     def slowly(*args, **kwargs):
         if rank == 1:
-            time.sleep(20)
+            time.sleep(17)  # longer than SILENCE_SECONDS
         return compile_graph(*args, **kwargs)
 
     region.compile_graph = slowly
@@ -188,7 +188,7 @@ def test_a_rank_that_compiles_long_is_waited_for():
 def never_asks(rank, world_size):
     if rank == 0:
         magi_train.prepare(Small(), config=Config(timeout_seconds=3))
-    time.sleep(8)
+    time.sleep(5)
 
 
 def test_a_rank_that_never_prepares_is_named():

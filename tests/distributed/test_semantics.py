@@ -77,6 +77,140 @@ def test_one_backward(backward, tier):
             assert report.tier == "graph"
 
 
+class Prompt(Small):
+    """A parameter that only code outside of the forward uses, and one with gaps in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.prompt = nn.Parameter(torch.ones(()))
+        self.a.weight = nn.Parameter(torch.randn(32, 64)[:, :32])
+
+
+def used_outside_only(model, rank):
+    plain = getattr(model, "module", model)
+    if hasattr(model, "module"):  # DDP counts a parameter without a hook in the forward as unused
+        loss = model(tokens(rank), tokens(1)) * 1.0
+        loss.backward()
+        mine = (rank + 1) * torch.ones(())
+        dist.all_reduce(mine)
+        plain.prompt.grad = mine / dist.get_world_size()
+    else:
+        (model(tokens(rank), tokens(1)) + (rank + 1) * plain.prompt).backward()
+
+
+def keep_zeros_outside(model, rank):
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    used_outside_only(model, rank)
+
+
+@pytest.mark.parametrize("backward", [used_outside_only, keep_zeros_outside])
+def test_a_parameter_that_only_outside_code_uses(backward):
+    for apart, report in values(run_ranks(same_gradients, backward, Prompt)):
+        assert apart <= LIMIT
+        assert report.tier == "region"
+        assert "prompt got a gradient from outside" in report.reason
+
+
+class NewBuffer(Small):
+    """Assigns a new tensor to its buffer in every forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("average", torch.zeros(32))
+
+    def hidden(self, x):
+        h = super().hidden(x)
+        self.average = self.average * 0.9 + h.detach().mean((0, 1))
+        return h
+
+
+def assigned_buffer(rank, world_size, tier):
+    torch.manual_seed(0)
+    model = magi_train.prepare(NewBuffer(), config=Config(tier=tier, lowering="aot_eager"))
+    for step in range(2):
+        model(tokens(10 * step + rank), tokens(1)).backward()
+    return model.state_dict()["average"].clone()
+
+
+@pytest.mark.parametrize("tier", ["auto", "eager"])
+def test_buffers_that_the_forward_assigns_anew(tier):
+    first, second = values(run_ranks(assigned_buffer, tier))
+    assert torch.equal(first, second)
+    assert first.abs().sum() > 0
+
+
+def gradient_of_inputs(rank, world_size):
+    """torch.autograd.grad through the graph leaves what .grad holds."""
+    torch.manual_seed(0)
+    layer = magi_train.prepare(nn.Linear(4, 4), config=EAGER_CODE)
+    layer(torch.full((2, 4), rank + 1.0)).sum().backward()
+    before = layer.weight.grad.clone()
+    x = torch.ones(2, 4, requires_grad=True)
+    (got,) = torch.autograd.grad(layer(x).square().sum(), x)
+    same = torch.equal(layer.weight.grad, before)
+    layer(torch.full((2, 4), rank + 1.0)).sum().backward()
+    return same, torch.allclose(layer.weight.grad, 2 * before), got.abs().sum() > 0
+
+
+def test_autograd_grad_leaves_the_gradients():
+    for result in values(run_ranks(gradient_of_inputs)):
+        assert all(result)
+
+
+def prepared_again(rank, world_size):
+    torch.manual_seed(0)
+    plain = Small()
+    first = magi_train.prepare(plain, config=EAGER_CODE)
+    first(tokens(rank), tokens(1)).backward()
+    plain.zero_grad()
+    theirs = DistributedDataParallel(copy.deepcopy(plain))
+    second = magi_train.prepare(plain, config=EAGER_CODE)
+    for m in (theirs, second):
+        m(tokens(5 + rank), tokens(1)).backward()
+    try:
+        first(tokens(rank), tokens(1))
+        said = ""
+    except magi_train.MagiError as error:
+        said = str(error)
+    return difference(gradients(second), gradients(theirs)), said
+
+
+def test_preparing_again_takes_over():
+    for apart, said in values(run_ranks(prepared_again)):
+        assert apart <= LIMIT
+        assert "was prepared again" in said
+
+
+def remade_group(rank, world_size):
+    """A new process group over the same store must not read old answers."""
+    import datetime
+
+    seen = []
+    old = magi_train.prepare(Small(), config=EAGER_CODE)
+    store = dist.distributed_c10d._get_default_store()
+    for generation in range(3):
+        dist.barrier()
+        dist.destroy_process_group()
+        seconds = datetime.timedelta(seconds=60)
+        fresh = dist.PrefixStore(str(generation), store)  # of gloo; ours sees `store` below it
+        dist.init_process_group("gloo", store=fresh, rank=rank, world_size=2, timeout=seconds)
+        world = magi_train.capture.World.current()
+        world._store = world._watch_store = store
+        seen.append(world.gather("which", [generation, rank], 20))
+    try:
+        old(tokens(rank), tokens(1))
+    except magi_train.MagiError as error:
+        return seen, str(error)
+    return seen, ""
+
+
+def test_a_remade_group_starts_afresh():
+    for seen, said in values(run_ranks(remade_group)):
+        assert seen == [[[g, 0], [g, 1]] for g in range(3)]
+        assert "process group that this model was prepared for is gone" in said
+
+
 class UnusedOnOneRank(Small):
     """Rank 1 skips a layer; a third is skipped by all."""
 
