@@ -156,7 +156,7 @@ class Reducer:
                 by_dtype.setdefault(t.dtype, []).append(t)
             for group in by_dtype.values():
                 flat = torch.cat([t.reshape(-1) for t in group])
-                work = dist.broadcast(flat, 0, async_op=True)
+                work = dist.broadcast(flat.view(torch.uint8), 0, async_op=True)  # any dtype
                 self.world.wait(work, flat.device, "the broadcast of rank 0's weights and buffers")
                 if self.world.rank == 0:
                     continue
@@ -298,6 +298,7 @@ class Reducer:
     def _accumulated(self, name: str) -> None:
         state = self._state()
         state.ready.add(name)
+        state.folded.pop(name, None)  # it is in the bucket, and will not be needed again
         if not state.sync or state.in_graph or name not in self.planned:
             return
         buckets = self.plan.buckets

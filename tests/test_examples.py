@@ -11,6 +11,18 @@ ROOT = Path(__file__).parents[1]
 RUN = [sys.executable, "-m", "magi_train.cli", "run", "--nproc-per-node", "2", "-m"]
 
 
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_the_demo_at_toy_size(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "examples.demo", "--size", "tiny", "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stdout.count("holds ") == 2
+    assert "tier" in done.stdout
+    assert "GRAPH" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [

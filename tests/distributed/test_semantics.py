@@ -118,6 +118,8 @@ class NewBuffer(Small):
     def __init__(self):
         super().__init__()
         self.register_buffer("average", torch.zeros(32))
+        self.register_buffer("mask", torch.ones(3, dtype=torch.bool))
+        self.register_buffer("phase", torch.ones(2, dtype=torch.complex64))
 
     def hidden(self, x):
         h = super().hidden(x)
