@@ -157,6 +157,8 @@ class World:
         """Tell all ranks that this one failed; only the first call does anything."""
         if self.size == 1 or self._own_failure_told or isinstance(error, RemoteRankError):
             return
+        if self._stop.is_set():  # this group is gone; a newer World tells
+            return
         self._own_failure_told = True
         cause = f"{type(error).__name__}: {error}"
         text = "".join(traceback.format_exception(error))[-8000:]
