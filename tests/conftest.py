@@ -1,11 +1,22 @@
 """Seeds, fresh compiler state, and one thread: what every test starts from."""
 
 import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+from tests.ranks import RankPool
+
 logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[RankPool]:
+    """Two gloo ranks that are kept from test to test."""
+    pool = RankPool()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(autouse=True)

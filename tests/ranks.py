@@ -34,23 +34,32 @@ class Outcome:
     exit_code: int | None = None
 
 
-def _child(rank: int, world_size: int, port: int, folder: str, fn: Any, args: Any) -> None:
+def _join(rank: int, world_size: int, port: int, folder: str) -> None:
+    """Make this process a gloo rank that writes its output to a file."""
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank))
     os.environ.update(WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     log = os.open(f"{folder}/{rank}.log", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=300)
-    )
+    seconds = datetime.timedelta(seconds=300)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=seconds)
+
+
+def _call(fn: Callable[..., Any], *args: Any) -> Outcome:
     outcome = Outcome()
     try:
-        outcome.value = fn(rank, world_size, *args)
+        outcome.value = fn(*args)
     except Exception as error:
         outcome.error = f"{type(error).__name__}: {error}"
         traceback.print_exc()
     outcome.ended_at = time.monotonic()
+    return outcome
+
+
+def _child(rank: int, world_size: int, port: int, folder: str, fn: Any, args: Any) -> None:
+    _join(rank, world_size, port, folder)
+    outcome = _call(fn, rank, world_size, *args)
     Path(f"{folder}/{rank}.pickle").write_bytes(pickle.dumps(outcome))
     if not outcome.error:
         dist.barrier()
@@ -58,14 +67,70 @@ def _child(rank: int, world_size: int, port: int, folder: str, fn: Any, args: An
     os._exit(0 if not outcome.error else 1)  # a failed rank cannot take part in a clean end
 
 
+def _serve(rank: int, world_size: int, port: int, folder: str, pipe: Any) -> None:
+    _join(rank, world_size, port, folder)
+    while (work := pipe.recv()) is not None:
+        torch._dynamo.reset()
+        pipe.send(_call(work[0], rank, world_size, *work[1]))
+    os._exit(0)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class RankPool:
+    """Two gloo processes that run one function after the other; new ones after a failure."""
+
+    def __init__(self) -> None:
+        self._processes: list[Any] = []
+        self._pipes: list[Any] = []
+
+    def __call__(self, fn: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Outcome]:
+        """Run `fn(rank, 2, *args)` on both ranks; `fn` must be importable."""
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((fn, args))
+        deadline = time.monotonic() + timeout
+        outcomes = []
+        for rank, pipe in enumerate(self._pipes):
+            alive = pipe.poll(max(0.0, deadline - time.monotonic()))
+            try:
+                outcomes.append(pipe.recv() if alive else Outcome(error=f"rank {rank} hung"))
+            except EOFError:
+                outcomes.append(Outcome(error=f"rank {rank} died"))
+        if any(o.error for o in outcomes):
+            self.close()
+        return outcomes
+
+    def _start(self) -> None:
+        context, port = mp.get_context("spawn"), _free_port()
+        self._folder = tempfile.mkdtemp()
+        for rank in range(2):
+            mine, theirs = context.Pipe()
+            target = (rank, 2, port, self._folder, theirs)
+            process = context.Process(target=_serve, args=target, daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(mine)
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+
 def run_ranks(
     fn: Callable[..., Any], *args: Any, world_size: int = 2, timeout: float = 240
 ) -> list[Outcome]:
     """Run `fn(rank, world_size, *args)` on every rank; `fn` must be importable."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = mp.get_context("spawn")
+    context, port = mp.get_context("spawn"), _free_port()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(target=_child, args=(rank, world_size, port, folder, fn, args))

@@ -51,17 +51,17 @@ def check(outcomes, config, bf16):
     ],
     ids=lambda value: "+".join(value) if isinstance(value, tuple) else str(value),
 )
-def test_pairwise(names, tier, bf16, accumulate):
+def test_pairwise(names, tier, bf16, accumulate, two_ranks):
     config = Config(tier=tier, lowering="aot_eager")
-    check(run_ranks(many, names, config, bf16, accumulate, timeout=400), config, bf16)
+    check(two_ranks(many, names, config, bf16, accumulate, timeout=400), config, bf16)
 
 
 @pytest.mark.parametrize(
     ("names", "tier", "bf16"), [(("llama",), "graph", False), (("resnet",), "auto", True)]
 )
-def test_with_generated_code(names, tier, bf16):
+def test_with_generated_code(names, tier, bf16, two_ranks):
     config = Config(tier=tier)
-    outcomes = run_ranks(many, names, config, bf16, 1, timeout=500)
+    outcomes = two_ranks(many, names, config, bf16, 1, timeout=500)
     if bf16:  # BatchNorm of four images amplifies a rounding: only the tier and the buffers bind
         assert all(o.value["resnet"]["tier"] == "graph" for o in outcomes)
         return
@@ -99,9 +99,9 @@ def test_forced_graph_names_the_line(name):
         assert f"line {line}" in outcome.error
 
 
-def test_bf16_on_the_wire():
+def test_bf16_on_the_wire(two_ranks):
     config = Config(tier="graph", lowering="aot_eager", comm=CommConfig(wire_dtype="bfloat16"))
-    for result in values(run_ranks(many, ("llama",), config, False, 4)):
+    for result in values(two_ranks(many, ("llama",), config, False, 4)):
         got = result["llama"]
         plan = next(p for n, p in got["rows"] if n == "communication_plan")
         assert plan["wire_dtype"] == ["bfloat16"]
@@ -110,10 +110,10 @@ def test_bf16_on_the_wire():
         assert 0 < got["gradient"] <= 2 * eps
 
 
-def test_collectives_may_stay_out_of_the_graph():
+def test_collectives_may_stay_out_of_the_graph(two_ranks):
     comm = CommConfig(in_graph=False)
     config = Config(tier="graph", lowering="aot_eager", comm=comm)
-    outcomes = run_ranks(many, ("llama",), config, False, 1)
+    outcomes = two_ranks(many, ("llama",), config, False, 1)
     check(outcomes, config, False)
     names = [name for name, _ in outcomes[0].value["llama"]["rows"]]
     assert "place_collectives" not in names

@@ -65,9 +65,9 @@ def accumulate_by_hand(model, rank):
 @pytest.mark.parametrize(
     "backward", [two_forwards, outside_contribution, keep_zeros, accumulate_by_hand]
 )
-def test_one_backward(backward, tier):
+def test_one_backward(backward, tier, two_ranks):
     config = Config(lowering="aot_eager", tier=tier)
-    results = values(run_ranks(same_gradients, backward, Small, config))
+    results = values(two_ranks(same_gradients, backward, Small, config))
     for apart, report in results:
         assert apart <= LIMIT
         if tier == "auto" and backward in (two_forwards, outside_contribution):
@@ -105,8 +105,8 @@ def keep_zeros_outside(model, rank):
 
 
 @pytest.mark.parametrize("backward", [used_outside_only, keep_zeros_outside])
-def test_a_parameter_that_only_outside_code_uses(backward):
-    for apart, report in values(run_ranks(same_gradients, backward, Prompt)):
+def test_a_parameter_that_only_outside_code_uses(backward, two_ranks):
+    for apart, report in values(two_ranks(same_gradients, backward, Prompt)):
         assert apart <= LIMIT
         assert report.tier == "region"
         assert "prompt got a gradient from outside" in report.reason
@@ -136,8 +136,8 @@ def assigned_buffer(rank, world_size, tier):
 
 
 @pytest.mark.parametrize("tier", ["auto", "eager"])
-def test_buffers_that_the_forward_assigns_anew(tier):
-    first, second = values(run_ranks(assigned_buffer, tier))
+def test_buffers_that_the_forward_assigns_anew(tier, two_ranks):
+    first, second = values(two_ranks(assigned_buffer, tier))
     assert torch.equal(first, second)
     assert first.abs().sum() > 0
 
@@ -155,8 +155,8 @@ def gradient_of_inputs(rank, world_size):
     return same, torch.allclose(layer.weight.grad, 2 * before), got.abs().sum() > 0
 
 
-def test_autograd_grad_leaves_the_gradients():
-    for result in values(run_ranks(gradient_of_inputs)):
+def test_autograd_grad_leaves_the_gradients(two_ranks):
+    for result in values(two_ranks(gradient_of_inputs)):
         assert all(result)
 
 
@@ -178,8 +178,8 @@ def prepared_again(rank, world_size):
     return difference(gradients(second), gradients(theirs)), said
 
 
-def test_preparing_again_takes_over():
-    for apart, said in values(run_ranks(prepared_again)):
+def test_preparing_again_takes_over(two_ranks):
+    for apart, said in values(two_ranks(prepared_again)):
         assert apart <= LIMIT
         assert "was prepared again" in said
 
@@ -234,9 +234,9 @@ def skip_on_rank_one(model, rank):
 
 
 @pytest.mark.parametrize("tier", ["auto", "region", "eager"])
-def test_a_parameter_that_only_one_rank_uses(tier):
+def test_a_parameter_that_only_one_rank_uses(tier, two_ranks):
     config = Config(lowering="aot_eager", tier=tier)
-    for apart, _ in values(run_ranks(same_gradients, skip_on_rank_one, UnusedOnOneRank, config)):
+    for apart, _ in values(two_ranks(same_gradients, skip_on_rank_one, UnusedOnOneRank, config)):
         assert apart <= LIMIT
 
 
@@ -267,8 +267,8 @@ def uneven_shapes(rank, world_size):
     return worst, magi_train.report(ours).tier
 
 
-def test_a_rank_may_recompile_alone():
-    for worst, tier in values(run_ranks(uneven_shapes)):
+def test_a_rank_may_recompile_alone(two_ranks):
+    for worst, tier in values(two_ranks(uneven_shapes)):
         assert worst <= LIMIT
         assert tier == "graph"
 
@@ -291,8 +291,8 @@ def toggled(rank, world_size):
     return seen
 
 
-def test_freezing_between_steps():
-    for seen in values(run_ranks(toggled)):
+def test_freezing_between_steps(two_ranks):
+    for seen in values(two_ranks(toggled)):
         assert max(seen) <= LIMIT
 
 
@@ -302,8 +302,8 @@ def initial_weights(rank, world_size):
     return {k: v.clone() for k, v in model.state_dict().items()}
 
 
-def test_rank_zero_gives_its_weights_and_buffers():
-    first, second = values(run_ranks(initial_weights))
+def test_rank_zero_gives_its_weights_and_buffers(two_ranks):
+    first, second = values(two_ranks(initial_weights))
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
@@ -329,8 +329,8 @@ def scaler_and_step(rank, world_size):
     return difference(states[1], states[0])
 
 
-def test_scaling_clipping_and_whole_steps():
-    for apart in values(run_ranks(scaler_and_step)):
+def test_scaling_clipping_and_whole_steps(two_ranks):
+    for apart in values(two_ranks(scaler_and_step)):
         assert apart <= LIMIT
 
 
@@ -347,9 +347,9 @@ def dropout_run(rank, world_size, tier):
 
 
 @pytest.mark.parametrize("tier", ["eager", "graph"])
-def test_dropout(tier):
+def test_dropout(tier, two_ranks):
     """EAGER draws DDP's masks; captured graphs draw others, of the same distribution."""
-    for theirs, ours in values(run_ranks(dropout_run, tier)):
+    for theirs, ours in values(two_ranks(dropout_run, tier)):
         a, b = torch.tensor(theirs), torch.tensor(ours)
         if tier == "eager":
             assert torch.equal(a, b)
@@ -379,8 +379,8 @@ def accumulation_sends_nothing(rank, world_size):
     return counts, len(graphs), len(model._magi_runtime.reducer.plan.buckets)
 
 
-def test_accumulation_sends_on_the_last_micro_batch_and_compiles_once():
-    for counts, graphs, buckets in values(run_ranks(accumulation_sends_nothing)):
+def test_accumulation_sends_on_the_last_micro_batch_and_compiles_once(two_ranks):
+    for counts, graphs, buckets in values(two_ranks(accumulation_sends_nothing)):
         each = [b - a for a, b in zip([0, *counts], counts, strict=False)]
         assert each == [0, 0, 0, buckets] * 3
         assert graphs == 1
@@ -396,8 +396,8 @@ def evaluates_on_rank_zero(rank, world_size):
     return None
 
 
-def test_one_rank_may_evaluate_alone():
-    assert values(run_ranks(evaluates_on_rank_zero))[0] is not None
+def test_one_rank_may_evaluate_alone(two_ranks):
+    assert values(two_ranks(evaluates_on_rank_zero))[0] is not None
 
 
 def sparse(rank, world_size):
@@ -426,6 +426,6 @@ def drop_in(rank, world_size):
     return difference(gradients(ours), gradients(theirs))
 
 
-def test_data_parallel_drop_in():
-    for apart in values(run_ranks(drop_in)):
+def test_data_parallel_drop_in(two_ranks):
+    for apart in values(two_ranks(drop_in)):
         assert apart <= LIMIT
