@@ -30,7 +30,7 @@ def main() -> float:
         print(magi_train.report(model))
     if many:
         torch.distributed.destroy_process_group()
-    return float(loss)
+    return loss.item()
 
 
 if __name__ == "__main__":

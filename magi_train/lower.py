@@ -7,6 +7,7 @@ key that covers the graph, the passes and the versions, and read back.
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -163,11 +164,22 @@ def _memory_of(gm: GraphModule, inputs: Sequence[Any], lowered: Lowered) -> Path
 
 
 def _remember(memory: Path, rows: list[PassRow]) -> list[PassRow]:
-    """Write the rows of passes that ran; read those that did not because the code was cached."""
+    """Return the rows of passes that ran, and of those that did not because code was cached.
+
+    Forward and backward are cached apart, and the other ranks of a host write the same file.
+    """
+    have = {(row.name, row.stage) for row in rows}
+    old = [row for row in _recall(memory, patient=not rows) if (row.name, row.stage) not in have]
     if rows:
-        write_atomically(memory, json.dumps([asdict(row) for row in rows]))
-        return rows
-    try:
-        return [PassRow(**{**row, "cached": True}) for row in json.loads(memory.read_text())]
-    except (OSError, ValueError):  # cached by a process that did not get to write it
-        return []
+        write_atomically(memory, json.dumps([asdict(row) for row in rows + old]))
+    return rows + old
+
+
+def _recall(memory: Path, *, patient: bool) -> list[PassRow]:
+    """Read what was remembered; if `patient`, the process that compiled may be about to write."""
+    for _ in range(20 if patient else 1):
+        try:
+            return [PassRow(**{**row, "cached": True}) for row in json.loads(memory.read_text())]
+        except (OSError, ValueError):
+            time.sleep(0.05 if patient else 0)
+    return []
