@@ -57,7 +57,8 @@ def test_pairwise(names, tier, bf16, accumulate, two_ranks):
 
 
 @pytest.mark.parametrize(
-    ("names", "tier", "bf16"), [(("llama",), "graph", False), (("resnet",), "auto", True)]
+    ("names", "tier", "bf16"),
+    [(("llama",), "graph", False), pytest.param(("resnet",), "auto", True, marks=pytest.mark.full)],
 )
 def test_with_generated_code(names, tier, bf16, two_ranks):
     config = Config(tier=tier)
