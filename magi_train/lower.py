@@ -7,6 +7,7 @@ key that covers the graph, the passes and the versions, and read back.
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ from magi_train.memory.budget import BoundActivations
 
 MIB = 2**20
 
-SOURCES = source_fingerprint(compat, graph, in_graph, budget)
+SOURCES = source_fingerprint(sys.modules[__name__], compat, graph, in_graph, budget)
 """Code that PyTorch compiled with another version of a pass is not taken from its cache."""
 
 
