@@ -100,25 +100,17 @@ class PlaceCollectives:
         plan: The agreed buckets.
         reducer: Ordinal of the reducer that runs them.
         names: Parameter name by position among the captured graph's inputs.
-        strides: Strides of each parameter, in which its gradient lies in the bucket.
     """
 
     name = "place_collectives"
     stage = "backward"
 
-    def __init__(
-        self,
-        plan: CommPlan,
-        reducer: int,
-        names: dict[int, str],
-        strides: dict[str, tuple[int, ...]],
-    ) -> None:
-        self.comm_plan, self.reducer, self.names, self.strides = plan, reducer, names, strides
+    def __init__(self, plan: CommPlan, reducer: int, names: dict[int, str]) -> None:
+        self.comm_plan, self.reducer, self.names = plan, reducer, names
 
     def fingerprint(self) -> tuple[object, ...]:
         """Return what compiled code depends on."""
-        names = tuple((i, name, self.strides[name]) for i, name in sorted(self.names.items()))
-        return (self.comm_plan.fingerprint(), self.reducer, names)
+        return (self.comm_plan.fingerprint(), self.reducer, tuple(sorted(self.names.items())))
 
     def plan(self, graph: Graph) -> InGraphPlan | None:
         """Return what will be placed, or None where the graph has no parameter's gradient."""
@@ -177,12 +169,11 @@ class PlaceCollectives:
                 for slot in bucket.slots:
                     if slot.name in grads:
                         position, _ = grads[slot.name]
-                        shape = list(results[position].meta["val"].shape)
-                        view = (launch, shape, list(self.strides[slot.name]), slot.offset)
+                        view = (launch, list(slot.shape), list(slot.strides), slot.offset)
                         results[position] = call_with_metadata(
                             graph, torch.ops.aten.as_strided.default, view
                         )
-                        compat.set_output_stride(output, position, self.strides[slot.name])
+                        compat.set_output_stride(output, position, slot.strides)
         output.args = (tuple(results),)
         if pin:
             self._pin(graph, launches)

@@ -32,12 +32,19 @@ class Slot:
     Attributes:
         name: The parameter, as in `named_parameters()`.
         offset: First element in the bucket.
-        numel: Elements.
+        shape: Of the parameter.
+        strides: In which its gradient lies in the bucket: those of the parameter, or contiguous
+            ones where it has gaps (a slice of a larger tensor).
     """
 
     name: str
     offset: int
-    numel: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def view(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return the part of the bucket `flat` that is this gradient."""
+        return flat.as_strided(self.shape, self.strides, self.offset)
 
 
 @dataclass(frozen=True)
@@ -108,8 +115,17 @@ def _bucket(group: list[tuple[str, torch.Tensor]], config: CommConfig) -> Bucket
     align = max(ALIGN_BYTES // dtype.itemsize, 1)
     slots, offset = [], 0
     for name, p in group:
-        slots.append(Slot(name, offset, p.numel()))
+        slots.append(Slot(name, offset, tuple(p.shape), _dense_strides(p)))
         offset += -(-p.numel() // align) * align
     name = str(dtype).removeprefix("torch.")
     wire = config.wire_dtype if dtype is torch.float32 else name
     return Bucket(tuple(slots), name, wire, offset + len(group), offset)
+
+
+def _dense_strides(p: torch.Tensor) -> tuple[int, ...]:
+    expected = 1
+    for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return torch.empty(p.shape, device="meta").stride()
+        expected *= size
+    return p.stride()

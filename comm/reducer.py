@@ -239,9 +239,8 @@ class Reducer:
         """
         views, values, used = [], [], set(grads)
         for slot in bucket.slots:
-            p = self.parameters[slot.name]
-            view = slot_view(flat, p, slot.offset)
-            old = None if folded is None else p.grad
+            view = slot.view(flat)
+            old = None if folded is None else self.parameters[slot.name].grad
             if slot.name in grads:
                 views.append(view)
                 values.append(grads[slot.name])
@@ -255,7 +254,7 @@ class Reducer:
         for slot in bucket.slots if folded is not None else ():
             p = self.parameters[slot.name]
             if folded is not None and slot.name in grads and p.grad is not None:
-                slot_view(flat, p, slot.offset).add_(p.grad)
+                slot.view(flat).add_(p.grad)
                 folded[slot.name], p.grad = p.grad, None
         flat[bucket.flags_offset :].copy_(self._flags(bucket, used))
         return used
@@ -411,26 +410,7 @@ class Reducer:
                         flags = flat[bucket.flags_offset :].tolist()
                     if flags[i] == 0:
                         continue
-                p = self.parameters[slot.name]
-                p.grad = slot_view(flat, p, slot.offset)
-
-
-def slot_view(flat: Tensor, p: Tensor, offset: int) -> Tensor:
-    """Return the part of `flat` from `offset` as a view with the shape of `p`."""
-    return flat.as_strided(p.shape, slot_strides(p), offset)
-
-
-def slot_strides(p: Tensor) -> tuple[int, ...]:
-    """Return the strides in which the gradient of `p` lies in its slot.
-
-    Those of `p`, or contiguous ones where `p` has gaps (a slice of a larger tensor).
-    """
-    expected = 1
-    for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
-        if size > 1 and stride != expected:
-            return torch.empty(p.shape, device="meta").stride()
-        expected *= size
-    return p.stride()
+                self.parameters[slot.name].grad = slot.view(flat)
 
 
 def _summary(plan: CommPlan) -> dict[str, object]:

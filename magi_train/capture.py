@@ -30,7 +30,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from magi_train.comm.in_graph import PlaceCollectives
-from magi_train.comm.reducer import Reducer, slot_strides
+from magi_train.comm.reducer import Reducer
 from magi_train.core import compat
 from magi_train.core.config import Config
 from magi_train.core.errors import CaptureError, MagiError
@@ -371,8 +371,7 @@ class Region:
         reducer = runtime.reducer
         if in_graph and runtime.config.comm.in_graph and runtime.world.size > 1:
             trainable = {i: n for i, n in names.items() if n in reducer.planned}
-            strides = {n: slot_strides(reducer.parameters[n]) for n in trainable.values()}
-            collectives = PlaceCollectives(reducer.plan, reducer.ordinal, trainable, strides)
+            collectives = PlaceCollectives(reducer.plan, reducer.ordinal, trainable)
         budget = runtime.config.memory.activation_budget_mib
         return lower(
             gm,

@@ -61,7 +61,7 @@ def export(
     plain = module.__dict__.get("_magi_module", module)
     config = config or Config()
     report = Report(tier="graph", settings=config.as_dict())
-    was_training = plain.training
+    training = [m for m in plain.modules() if m.training]
     plain.eval()
     try:
         with torch.no_grad():
@@ -69,7 +69,8 @@ def export(
     except Exception as error:
         raise ExportError(f"torch.export cannot capture {type(plain).__name__}: {error}") from error
     finally:
-        plain.train(was_training)
+        for m in training:
+            m.training = True
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     device = tensors[0].device.type if tensors else "cpu"
     context = PassContext(device, training=False)

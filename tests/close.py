@@ -45,3 +45,12 @@ def difference(got: Mapping[str, Tensor | None], want: Mapping[str, Tensor | Non
         ),
         default=0.0,
     )
+
+
+def relative_error(got: Mapping[str, Tensor | None], want: Mapping[str, Tensor | None]) -> float:
+    """Return the Euclidean norm of the difference over all tensors, relative to that of `want`."""
+    pairs = [(got[n], w) for n, w in want.items() if w is not None]
+    if any(g is None for g, _ in pairs):
+        return math.inf
+    off = sum(float((g.double() - w.double()).square().sum()) for g, w in pairs)
+    return math.sqrt(off / sum(float(w.double().square().sum()) for _, w in pairs))

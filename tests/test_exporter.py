@@ -52,8 +52,10 @@ def in_a_new_process(path, inputs, wanted, folder):
 def test_the_same_logits_in_a_new_process(tmp_path, target):
     model, inputs = Logits(), {"input_ids": tokens(0)}
     model.train()
+    model.model.lm_head.eval()  # a part that the user holds in another mode
     report = magi_train.export(model, inputs, tmp_path / "model.pt2", target=target)
     assert model.training
+    assert not model.model.lm_head.training
     assert len(next(r.plan for r in report.rows if r.plan)["causal"]) == 2
     with torch.no_grad():
         wanted = model.eval()(**inputs)

@@ -1,5 +1,7 @@
 """Buckets: complete, in order, aligned, of one dtype, a function of the parameters alone."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -36,7 +38,7 @@ def test_slots_are_aligned_and_disjoint():
         for slot in bucket.slots:
             assert slot.offset >= end
             assert slot.offset * 4 % ALIGN_BYTES == 0
-            end = slot.offset + slot.numel
+            end = slot.offset + math.prod(slot.shape)
         assert bucket.flags_offset >= end
         assert bucket.numel == bucket.flags_offset + len(bucket.slots)
 

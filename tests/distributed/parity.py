@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import magi_train
 from magi_train import Config
-from tests.close import difference
+from tests.close import difference, relative_error
 from tests.models import MODELS, loss_of
 
 STEPS = 5
@@ -61,7 +61,7 @@ def compare(
     """Return the largest differences between DDP and magi-train, and magi-train's report."""
     torch.manual_seed(0)
     model = MODELS[name][0]().train()
-    twin = copy.deepcopy(model)
+    twin, exact = copy.deepcopy(model), copy.deepcopy(model)
     want = train(
         DistributedDataParallel(model, find_unused_parameters=True), name, rank, bf16, accumulate
     )
@@ -73,6 +73,11 @@ def compare(
     }  # DDP leaves those of other ranks one step behind
     compared = [n for n in want.state if rank == 0 or n not in buffers]
     report = magi_train.report(prepared)
+    errors = None
+    if bf16:  # both against DDP in fp32, where a bound on their difference would say nothing
+        exact = DistributedDataParallel(exact, find_unused_parameters=True)
+        fp32 = train(exact, name, rank, False, accumulate, steps=1).gradients
+        errors = (relative_error(got.gradients, fp32), relative_error(want.gradients, fp32))
     return {
         "tier": report.tier,
         "reason": report.reason,
@@ -80,6 +85,7 @@ def compare(
             abs(a - b) / max(abs(b), 1e-9) for a, b in zip(got.losses, want.losses, strict=True)
         ),
         "gradient": difference(got.gradients, want.gradients),
+        "errors": errors,
         "state": difference(got.state, {n: want.state[n] for n in compared}),
         "buffers": {n: got.state[n] for n in buffers if n in got.state},
         "rows": [(row.name, row.plan) for row in report.rows],

@@ -56,29 +56,24 @@ def test_pairwise(names, tier, bf16, accumulate, two_ranks):
     check(two_ranks(many, names, config, bf16, accumulate, timeout=400), config, bf16)
 
 
-@pytest.mark.parametrize(
-    ("names", "tier", "bf16"),
-    [(("llama",), "graph", False), pytest.param(("resnet",), "auto", True, marks=pytest.mark.full)],
-)
-def test_with_generated_code(names, tier, bf16, two_ranks):
-    config = Config(tier=tier)
-    outcomes = two_ranks(many, names, config, bf16, 1, timeout=500)
-    if bf16:  # BatchNorm of four images amplifies a rounding: only the tier and the buffers bind
-        assert all(o.value["resnet"]["tier"] == "graph" for o in outcomes)
-        return
-    check(outcomes, config, bf16)
+def test_with_generated_code(two_ranks):
+    config = Config(tier="graph")
+    check(two_ranks(many, ("llama",), config, False, 1, timeout=500), config, False)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("tier", ["graph", "region", "eager"])
 @pytest.mark.parametrize("name", [n for n in MODELS if n not in NOT_WHOLE])
-def test_everything(name, tier, bf16):
-    config = Config(tier=tier)
-    limit = tolerance(torch.bfloat16 if bf16 else torch.float32)
-    for got in values(run_ranks(many, (name,), config, bf16, 1, timeout=580)):
-        assert got[name]["tier"] == tier
-        assert got[name]["gradient"] <= (limit if not (bf16 and name == "resnet") else 2.0)
+def test_everything(name, tier, bf16, two_ranks):
+    for got in values(two_ranks(many, (name,), Config(tier=tier), bf16, 1, timeout=580)):
+        result = got[name]
+        assert result["tier"] == tier
+        if bf16:  # BatchNorm of few images amplifies a rounding: both are far from fp32, alike
+            ours, ddp = result["errors"]
+            assert 0 < ours <= 1.5 * ddp, (ours, ddp)
+        else:
+            assert result["gradient"] <= tolerance(torch.float32), result["gradient"]
 
 
 @pytest.mark.parametrize("name", sorted(NOT_WHOLE))

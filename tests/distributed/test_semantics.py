@@ -296,6 +296,29 @@ def test_freezing_between_steps(two_ranks):
         assert max(seen) <= LIMIT
 
 
+def frozen_before_the_backward(rank, world_size, tier):
+    """The graph reduces by the plan of its forward; hooks by that of the backward."""
+    torch.manual_seed(0)
+    theirs, ours = pair(Small(), Config(lowering="aot_eager", tier=tier))
+    results = []
+    for step in range(2):
+        for m, plain in ((theirs, theirs.module), (ours, ours)):
+            m.zero_grad()
+            loss = m(tokens(10 * step + rank), tokens(1))
+            plain.a.requires_grad_(step != 0)
+            loss.backward()
+        results.append(gradients(ours))
+    skipped = all(results[0][f"a.{n}"] is None for n in ("weight", "bias"))
+    return skipped, difference(results[1], gradients(theirs))
+
+
+@pytest.mark.parametrize("tier", ["graph", "eager"])
+def test_freezing_between_forward_and_backward(tier, two_ranks):
+    for skipped, apart in values(two_ranks(frozen_before_the_backward, tier)):
+        assert skipped
+        assert apart <= LIMIT
+
+
 def initial_weights(rank, world_size):
     torch.manual_seed(rank)  # each rank starts elsewhere
     model = magi_train.prepare(MODELS["resnet"][0](), config=EAGER_CODE)
