@@ -13,14 +13,16 @@ that fails is a row that says why.
 |---|---|
 | eager | the model as it is (DDP on several GPUs) |
 | compile | torch.compile of the loss function (of the function over DDP) |
-| block-compile | every decoder layer compiled, the rest eager (under DDP) |
+| compile-folded | the same with the attention mask folded by hand (cases.fold_masks_by_hand) |
+| compile-nhwc | the same with the model in channels_last |
+| block-compile | every block compiled, the rest eager (under DDP) |
+| block-compile-loss | block-compile, and the loss function from logits (and the head) compiled |
 | fsdp2 | fully_shard of every layer, no resharding, every layer compiled; bf16, fp32 reduction |
 | magi | magi_train.prepare and prepare_step, Config() |
 | magi-bf16-wire | the same with bfloat16 all-reduces |
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import queue
@@ -39,49 +41,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from benchmarks.cases import CASES, Batch, Case, fold_masks_by_hand
+
 WARM_UP, TIMED = 8, 20
 LOSS_BATCHES = 4
 VARIANTS = {
-    1: ("eager", "compile", "block-compile", "magi"),
+    1: ("eager", "compile", "compile-folded", "block-compile", "magi"),
     2: ("eager", "compile", "block-compile", "fsdp2", "magi", "magi-bf16-wire"),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A library model at a size, with random weights and random tokens."""
-
-    batch: int
-    length: int
-    config: dict[str, Any]
-
-    def build(self) -> nn.Module:
-        """Return the unmodified model."""
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        return LlamaForCausalLM(LlamaConfig(**self.config))
-
-
-CASES = {
-    "llama-1b": Case(
-        2,
-        4096,
-        {
-            "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
-            "max_position_embeddings": 131072, "tie_word_embeddings": True, "use_cache": False,
-        },
-    ),
-    "toy": Case(
-        2,
-        64,
-        {
-            "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256,
-            "tie_word_embeddings": True, "use_cache": False,
-        },
-    ),
-}  # fmt: skip
 
 
 def worker(variant: str, case: Case, trace: bool) -> dict[str, float]:
@@ -94,15 +61,10 @@ def worker(variant: str, case: Case, trace: bool) -> dict[str, float]:
     torch.manual_seed(0)
     with device:
         model = case.build()
-    vocabulary = case.config["vocab_size"]
     g = torch.Generator(device).manual_seed(100 + rank)
-    batches = [
-        torch.randint(0, vocabulary, (case.batch, case.length), generator=g, device=device)
-        for _ in range(LOSS_BATCHES)
-    ]
+    batches = [case.batch(g) for _ in range(LOSS_BATCHES)]
     start = time.perf_counter()
-    model, loss_of = setup(variant, model, world, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    model, loss_of, optimizer = setup(variant, case, model, world, device)
 
     def step(i: int) -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16):
@@ -138,14 +100,14 @@ def worker(variant: str, case: Case, trace: bool) -> dict[str, float]:
         "step_ms_p10": statistics.quantiles(seconds, n=10)[0] * 1e3,
         "step_ms_p90": statistics.quantiles(seconds, n=10)[-1] * 1e3,
         "back_to_back_ms": back_to_back * 1e3,
-        "tokens_per_second_per_gpu": case.batch * case.length / back_to_back,
+        "samples_per_second_per_gpu": case.samples / back_to_back,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "first_step_s": first,
         "warm_up_s": warm,
         "loss": float(loss),
     }
     if trace:
-        result |= profile(step, world)
+        result |= profile(step, world) if world > 1 else kernels(step)
     if variant.startswith("magi") and rank == 0:
         import magi_train
 
@@ -155,36 +117,53 @@ def worker(variant: str, case: Case, trace: bool) -> dict[str, float]:
     return result
 
 
-def setup(variant: str, model: nn.Module, world: int, device: torch.device) -> tuple[Any, Any]:
-    """Return the trained module and the function from tokens to loss."""
-    layers = model.model.layers
-    if variant in ("block-compile", "fsdp2"):
+def setup(
+    variant: str, case: Case, model: nn.Module, world: int, device: torch.device
+) -> tuple[Any, Any, torch.optim.Optimizer]:
+    """Return the trained module, the function from a batch to its loss, and the optimizer."""
+    layers = case.repeated(model)
+    if variant == "compile-folded":
+        fold_masks_by_hand()
+    if variant == "compile-nhwc":
+        model.to(memory_format=torch.channels_last)
+    if variant.startswith(("block-compile", "fsdp2")):
         for layer in layers:
             layer.compile()
+    if variant == "block-compile-loss":
+        compile_head_and_loss(model)
     if variant == "fsdp2":
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for part in (*layers, model):
             fully_shard(part, mp_policy=policy, reshard_after_forward=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     if variant.startswith("magi"):
         import magi_train
         from magi_train import CommConfig, Config
 
         wire = "bfloat16" if variant == "magi-bf16-wire" else "float32"
-        prepared = magi_train.prepare(model, config=Config(comm=CommConfig(wire_dtype=wire)))
-        return prepared, magi_train.prepare_step(
-            lambda x: prepared(input_ids=x, labels=x).loss, prepared
-        )
+        config = Config(comm=CommConfig(wire_dtype=wire))
+        prepared, optimizer = magi_train.prepare(model, optimizer, config=config)
+        loss_of = magi_train.prepare_step(lambda batch: case.loss(prepared, batch), prepared)
+        return prepared, loss_of, optimizer
     if world > 1 and variant != "fsdp2":
         model = nn.parallel.DistributedDataParallel(
             model, device_ids=[device.index], gradient_as_bucket_view=True
         )
 
-    def loss_of(x: torch.Tensor) -> torch.Tensor:
-        return model(input_ids=x, labels=x).loss  # type: ignore[no-any-return]
+    def loss_of(batch: Batch) -> torch.Tensor:
+        return case.loss(model, batch)
 
-    return model, torch.compile(loss_of) if variant == "compile" else loss_of
+    return model, torch.compile(loss_of) if variant.startswith("compile") else loss_of, optimizer
+
+
+def compile_head_and_loss(model: nn.Module) -> None:
+    """Compile what transformers' models compute after their blocks: the head, and the loss."""
+    head = getattr(model, "lm_head", None) or getattr(model, "cls", None)
+    if head is not None:
+        head.compile()
+        model.loss_function = torch.compile(model.loss_function)
 
 
 def barrier(world: int) -> None:
@@ -222,6 +201,22 @@ def profile(step: Any, world: int) -> dict[str, float]:
     }
 
 
+def kernels(step: Any, shown: int = 25) -> dict[str, Any]:
+    """Return device milliseconds a step by kernel name, the longest first, and their sum."""
+    steps = 3
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as traced:
+        for i in range(steps):
+            step(i)
+        torch.cuda.synchronize()
+    total: dict[str, float] = {}
+    for event in traced.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            name = event.name[:90]
+            total[name] = total.get(name, 0.0) + event.time_range.elapsed_us() / 1e3 / steps
+    longest = sorted(total.items(), key=lambda item: -item[1])[:shown]
+    return {"kernels": {n: round(ms, 3) for n, ms in longest}, "kernels_ms": sum(total.values())}
+
+
 def union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Return the spans merged where they touch."""
     merged: list[tuple[float, float]] = []
@@ -251,16 +246,14 @@ def parity(case: Case) -> dict[str, float]:
     with device:
         model = case.build()
     twin = copy.deepcopy(model)
-    g = torch.Generator(device).manual_seed(rank)
-    shape = (case.batch, case.length)
-    x = torch.randint(0, case.config["vocab_size"], shape, generator=g, device=device)
+    batch = case.batch(torch.Generator(device).manual_seed(rank))
     theirs = nn.parallel.DistributedDataParallel(model, device_ids=[device.index])
     ours = magi_train.prepare(twin)
-    step = magi_train.prepare_step(lambda x: ours(input_ids=x, labels=x).loss, ours)
+    step = magi_train.prepare_step(lambda batch: case.loss(ours, batch), ours)
     losses = []
-    for function in (lambda x: theirs(input_ids=x, labels=x).loss, step):
+    for function in (lambda batch: case.loss(theirs, batch), step):
         with torch.autocast("cuda", torch.bfloat16):
-            loss = function(x)
+            loss = function(batch)
         loss.backward()
         losses.append(float(loss))
     worst, name = 0.0, ""
@@ -367,6 +360,7 @@ def main() -> None:
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--seconds", type=int, default=150, help="limit for one variant")
+    parser.add_argument("--kernels", action="store_true", help="list the longest kernels")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--trace", action="store_true", help=argparse.SUPPRESS)
@@ -391,7 +385,7 @@ def main() -> None:
             variant: str, gpus: int = gpus, slots: "queue.Queue[int]" = slots
         ) -> dict[str, Any]:
             arguments = ["--case", options.case, "--worker", variant]
-            arguments += ["--trace"] if gpus > 1 else []
+            arguments += ["--trace"] if gpus > 1 or options.kernels else []
             first = slots.get()
             done = launch(arguments, gpus, first, options.seconds)
             slots.put(first)
@@ -407,7 +401,7 @@ def main() -> None:
         checks["parity"] = launch(arguments, 2, 0, options.seconds)
     result = {
         "question": "train_step",
-        "case": {"name": options.case, **dataclasses.asdict(case)},
+        "case": options.case,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": options.commit,
         "versions": versions(),
