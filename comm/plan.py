@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from magi_train.core import compat
 from magi_train.core.config import CommConfig
 from magi_train.core.passes import Plan
 
@@ -115,17 +116,10 @@ def _bucket(group: list[tuple[str, torch.Tensor]], config: CommConfig) -> Bucket
     align = max(ALIGN_BYTES // dtype.itemsize, 1)
     slots, offset = [], 0
     for name, p in group:
-        slots.append(Slot(name, offset, tuple(p.shape), _dense_strides(p)))
+        dense = compat.is_non_overlapping_and_dense(p)
+        strides = p.stride() if dense else torch.empty(p.shape, device="meta").stride()
+        slots.append(Slot(name, offset, tuple(p.shape), strides))
         offset += -(-p.numel() // align) * align
     name = str(dtype).removeprefix("torch.")
     wire = config.wire_dtype if dtype is torch.float32 else name
     return Bucket(tuple(slots), name, wire, offset + len(group), offset)
-
-
-def _dense_strides(p: torch.Tensor) -> tuple[int, ...]:
-    expected = 1
-    for stride, size in sorted(zip(p.stride(), p.shape, strict=True)):
-        if size > 1 and stride != expected:
-            return torch.empty(p.shape, device="meta").stride()
-        expected *= size
-    return p.stride()

@@ -39,6 +39,7 @@ from magi_train.core.passes import Pass, PassContext, run_passes
 from magi_train.core.report import Report
 from magi_train.core.world import World, join_from_environment
 from magi_train.fusion.attention import CanonicalizeAttention
+from magi_train.fusion.shadow import UseWeightShadows, WeightShadows, shadow_graph
 from magi_train.lower import lower
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ class Runtime:
             self.report,
         )
         self.reducer.broadcast_state()
+        self.shadows = WeightShadows()
 
     def _agree(self, parameters: dict[str, nn.Parameter]) -> None:
         ask, seconds = self.world.agree, self.config.timeout_seconds
@@ -372,15 +374,26 @@ class Region:
         if in_graph and runtime.config.comm.in_graph and runtime.world.size > 1:
             trainable = {i: n for i, n in names.items() if n in reducer.planned}
             collectives = PlaceCollectives(reducer.plan, reducer.ordinal, trainable)
+        shadows = None
+        shadowed = shadow_graph(gm, inputs, runtime.shadows, runtime.device_type)
+        if shadowed is not None:
+            gm, inputs, shadows = shadowed
         budget = runtime.config.memory.activation_budget_mib
-        return lower(
+        compiled, rows = lower(
             gm,
             inputs,
             runtime.config.lowering,
+            context=context,
+            joint=[UseWeightShadows(shadows.layout)] if shadows else [],
             collectives=collectives,
             budget_bytes=None if budget is None else int(budget * MIB / shares),
-            into=runtime.report,
         )
+        for row in rows:
+            runtime.report.add(row)
+        if shadows is None:
+            return compiled
+        mine = [row for row in rows if row.name == UseWeightShadows.name]
+        return shadows.bind(compiled, used=not mine or bool(mine[0].plan))
 
     def vote_capture(self) -> None:
         """Tell the others that this rank captured the function; raise if one of them did not."""

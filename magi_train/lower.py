@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,14 @@ from magi_train.comm.in_graph import PlaceCollectives, place
 from magi_train.core import compat, graph
 from magi_train.core.config import Lowering
 from magi_train.core.graph import num_bytes, saved_for_backward
-from magi_train.core.passes import Plan, dump, source_fingerprint
+from magi_train.core.passes import (
+    CachedPass,
+    PassContext,
+    Plan,
+    dump,
+    run_passes,
+    source_fingerprint,
+)
 from magi_train.core.report import PassRow, Report, write_atomically
 from magi_train.memory import budget
 from magi_train.memory.budget import BoundActivations
@@ -39,16 +46,17 @@ class Lowered:
 
     collectives: PlaceCollectives | None
     budget_bytes: int | None
-    rows: list[PassRow]
+    joint: Sequence[CachedPass[Any]]
+    report: Report = field(default_factory=Report)
 
     def note(self, name: str, stage: str, plan: Plan) -> None:
         """Add the row of a pass that ran."""
-        self.rows.append(PassRow(name, stage, plan.as_dict(), 0.0))
+        self.report.add(PassRow(name, stage, plan.as_dict(), 0.0))
 
     def fingerprint(self) -> tuple[object, ...]:
         """Return what compiled code depends on, for caches."""
         comm = self.collectives.fingerprint() if self.collectives else ()
-        return (SOURCES, comm, self.budget_bytes)
+        return (SOURCES, comm, self.budget_bytes, *(each.uuid() for each in self.joint))
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,26 @@ class _PostGrad(compat.CustomGraphPass):  # type: ignore[misc]
                 dump(owner, "collectives_after")
 
 
+class _Joint(compat.CustomPartitionerFn):  # type: ignore[misc]
+    """Inductor's partitioner slot: JOINT passes, then the cut into forward and backward."""
+
+    def __init__(self, lowered: Lowered, context: PassContext) -> None:
+        self.lowered, self.context = lowered, context
+
+    def uuid(self) -> str:
+        return f"magi-joint-{self.lowered.fingerprint()}"
+
+    def __call__(self, joint: GraphModule, inputs: Sequence[Any], **rest: Any) -> Any:
+        run_passes(self.lowered.joint, joint, self.context, self.lowered.report)
+        bytes_limit = self.lowered.budget_bytes
+        if bytes_limit is None:
+            return compat.min_cut_partition(joint, inputs, **rest)
+        bound = BoundActivations(
+            bytes_limit, lambda plan: self.lowered.note("bound_activations", "joint", plan)
+        )
+        return bound(joint, inputs, **rest)
+
+
 def _note_saved(lowered: Lowered, graph: Graph) -> None:
     saved = saved_for_backward(graph)
     if saved:
@@ -91,40 +119,36 @@ def lower(
     inputs: Sequence[Any],
     how: Lowering,
     *,
-    collectives: PlaceCollectives | None,
-    budget_bytes: int | None,
-    into: Report,
-) -> Callable[..., Any]:
+    context: PassContext,
+    joint: Sequence[CachedPass[Any]] = (),
+    collectives: PlaceCollectives | None = None,
+    budget_bytes: int | None = None,
+) -> tuple[Callable[..., Any], list[PassRow]]:
     """Compile a captured graph for training.
 
     Args:
         gm: Dynamo's graph after the PRE_GRAD passes.
         inputs: Its example inputs.
         how: "inductor" or "aot_eager".
+        context: For the passes.
+        joint: Passes over forward and backward together, in their order.
         collectives: The communication of its backward; None to leave it to hooks.
         budget_bytes: What its forward may save; None for PyTorch's choice.
-        into: Gets one row per pass that ran, or that ran when the code was cached.
+
+    Returns:
+        The compiled graph, and one row per pass that ran, or that ran when the code was cached.
     """
-    lowered = Lowered(collectives, budget_bytes, [])
-    partition = None
-    if budget_bytes is not None:
-        partition = BoundActivations(
-            budget_bytes, lambda plan: lowered.note("bound_activations", "joint", plan)
-        )
+    lowered = Lowered(collectives, budget_bytes, joint)
+    partition = _Joint(lowered, context) if joint or budget_bytes is not None else None
     if how == "aot_eager":
-        compiled = _lower_without_code(gm, inputs, lowered, partition)
-        remembered = lowered.rows
-    else:
-        memory = _memory_of(gm, inputs, lowered)
-        patches: dict[str, Any] = {"post_grad_custom_pre_pass": _PostGrad(lowered)}
-        if partition is not None:
-            patches["custom_partitioner_fn"] = partition
-        with compat.forced_backward_lowering():
-            compiled = compat.compile_fx(gm, inputs, config_patches=patches)
-        remembered = _remember(memory, lowered.rows)
-    for row in remembered:
-        into.add(row)
-    return compiled  # type: ignore[no-any-return]
+        return _lower_without_code(gm, inputs, lowered, partition), lowered.report.rows
+    memory = _memory_of(gm, inputs, lowered)
+    patches: dict[str, Any] = {"post_grad_custom_pre_pass": _PostGrad(lowered)}
+    if partition is not None:
+        patches["custom_partitioner_fn"] = partition
+    with compat.forced_backward_lowering():
+        compiled = compat.compile_fx(gm, inputs, config_patches=patches)
+    return compiled, _remember(memory, lowered.report.rows)
 
 
 def _lower_without_code(

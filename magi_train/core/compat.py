@@ -19,12 +19,15 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._subclasses.fake_tensor.unset_fake_temporarily | real tensors inside a backend |
 | torch.autograd.Variable._execution_engine.queue_callback | the end of a backward |
 | torch.distributed.distributed_c10d._get_default_store | messages between ranks |
+| placeholder._dynamo_source | a graph input that is no variable of the user's |
+| torch.amp.autocast_mode._enter_autocast | autocast inside of a captured graph |
 | output.meta["original_output_strides"] | what Inductor restores the layout of outputs to |
 | torch._inductor.aoti_compile_and_package, aoti_load_package | export to machine code |
 | torch.aten._fused_sdp_choice | which attention kernel a call would take |
 """
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -210,6 +213,52 @@ def live_example(placeholder: torch.fx.Node) -> Any:
         return argument.example
     except (AssertionError, ReferenceError, RuntimeError):  # the weak reference is dead
         return None
+
+
+def with_inputs(
+    gm: torch.fx.GraphModule, values: Mapping[str, torch.Tensor]
+) -> torch.fx.GraphModule:
+    """Return a copy of Dynamo's graph with more inputs, last, and the metadata AOTAutograd reads.
+
+    A copy, because Dynamo goes on to read the placeholders of its own.
+    """
+    copied = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    copied.meta = dict(gm.meta)
+    placeholders = copied.graph.find_nodes(op="placeholder")
+    for old, new in zip(gm.graph.find_nodes(op="placeholder"), placeholders, strict=True):
+        new._dynamo_source = getattr(old, "_dynamo_source", None)
+    last = placeholders[-1]
+    for name, value in values.items():
+        with copied.graph.inserting_after(last):
+            last = copied.graph.placeholder(name)
+        last.meta["example_value"] = value
+        last._dynamo_source = None  # no variable of the user's
+    copied.recompile()
+    return copied
+
+
+def empty_like_inputs(
+    inputs: Sequence[Any], numel: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Return a new vector, fake if `inputs` are."""
+    fakes = [x for x in inputs if isinstance(x, FakeTensor)]
+    with fakes[0].fake_mode if fakes else contextlib.nullcontext():
+        return torch.empty(numel, dtype=dtype, device=device)
+
+
+def autocast_dtype(gm: torch.fx.GraphModule, device_type: str) -> torch.dtype | None:
+    """Return what autocast casts to around or inside a captured graph, None where it is off."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    for node in gm.graph.nodes:
+        if node.target is torch.amp.autocast_mode._enter_autocast and node.args[2]:
+            return node.args[1] or torch.get_autocast_dtype(device_type)  # type: ignore[no-any-return]
+    return None
+
+
+def is_non_overlapping_and_dense(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor fills its storage without gaps, in whatever order."""
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 
 def clone_store(store: Any) -> Any:

@@ -34,5 +34,9 @@ class UnreducedGradientError(MagiError):
     """A parameter received a gradient outside the captured graph after the first step."""
 
 
+class StaleShadowError(MagiError):
+    """A weight was written where neither PyTorch nor magi-train could see it."""
+
+
 class ExportError(MagiError):
     """A model could not be exported, or an exported file could not be loaded."""

@@ -117,6 +117,12 @@ def outputs(graph: Graph) -> list[Any]:
     return list(values)
 
 
+def input_position(placeholder: Node) -> int | None:
+    """Return which input of the captured graph a placeholder of AOTAutograd's graph is."""
+    what = placeholder.meta.get("desc")
+    return what.idx if isinstance(what, compat.PlainAOTInput) else None
+
+
 def num_bytes(value: Any) -> int:
     """Return the bytes of a tensor with static sizes, 0 for anything else."""
     if not isinstance(value, torch.Tensor):

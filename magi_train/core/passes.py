@@ -76,10 +76,18 @@ class Pass(Protocol[P]):
         ...
 
 
+class CachedPass(Pass[P], Protocol[P]):
+    """A pass over a graph that PyTorch's compile caches remember; what JOINT and BACKWARD need."""
+
+    def uuid(self) -> str:
+        """Return a text that changes whenever the pass would do something else to a graph."""
+        ...
+
+
 def run_passes(
     passes: Sequence[Pass[Any]], gm: GraphModule, context: PassContext, report: Report
 ) -> None:
-    """Run PRE_GRAD passes over `gm` in their order: plan, apply, lint, report.
+    """Run passes over `gm` in their order: plan, apply, lint, report.
 
     Raises:
         PassError: A pass left a graph that is not well formed; names the pass.
