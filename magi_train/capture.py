@@ -35,7 +35,7 @@ from magi_train.core import compat
 from magi_train.core.config import Config
 from magi_train.core.errors import CaptureError, MagiError
 from magi_train.core.hardware import devices_in_use
-from magi_train.core.passes import Pass, PassContext, run_passes
+from magi_train.core.passes import Pass, PassContext, Stage, registered_passes, run_passes
 from magi_train.core.report import Report
 from magi_train.core.world import World, join_from_environment
 from magi_train.fusion.attention import CanonicalizeAttention
@@ -60,7 +60,7 @@ def pre_grad_passes(config: Config) -> list[Pass[Any]]:
     passes: list[Pass[Any]] = []
     if config.fusion is not None and config.fusion.attention:
         passes.append(CanonicalizeAttention())
-    return passes
+    return [*passes, *registered_passes(Stage.PRE_GRAD)]
 
 
 class Runtime:
@@ -110,7 +110,9 @@ class Runtime:
 
     def _agree(self, parameters: dict[str, nn.Parameter]) -> None:
         ask, seconds = self.world.agree, self.config.timeout_seconds
-        ask("settings", {**self.config.as_dict(), "torch": torch.__version__}, seconds)
+        passes = [f"{each.name} ({each.stage}): {each.uuid()}" for each in registered_passes()]
+        settings = {"torch": torch.__version__, "registered passes": passes}
+        ask("settings", {**self.config.as_dict(), **settings}, seconds)
         shapes = {n: [list(p.shape), str(p.dtype), p.requires_grad] for n, p in parameters.items()}
         buffers = {n: [list(b.shape), str(b.dtype)] for n, b in self.module.named_buffers()}
         ask("model", {"parameters": shapes, "buffers": buffers}, seconds)
@@ -374,17 +376,19 @@ class Region:
         if in_graph and runtime.config.comm.in_graph and runtime.world.size > 1:
             trainable = {i: n for i, n in names.items() if n in reducer.planned}
             collectives = PlaceCollectives(reducer.plan, reducer.ordinal, trainable)
-        shadows = None
+        shadows, joint = None, []
         shadowed = shadow_graph(gm, inputs, runtime.shadows, runtime.device_type)
         if shadowed is not None:
             gm, inputs, shadows = shadowed
+            joint.append(UseWeightShadows(shadows.layout))
         budget = runtime.config.memory.activation_budget_mib
         compiled, rows = lower(
             gm,
             inputs,
             runtime.config.lowering,
             context=context,
-            joint=[UseWeightShadows(shadows.layout)] if shadows else [],
+            joint=[*joint, *registered_passes(Stage.JOINT)],
+            backward=registered_passes(Stage.BACKWARD),
             collectives=collectives,
             budget_bytes=None if budget is None else int(budget * MIB / shares),
         )

@@ -21,7 +21,7 @@ from magi_train.comm import in_graph
 from magi_train.comm.in_graph import PlaceCollectives, place
 from magi_train.core import compat, graph
 from magi_train.core.config import Lowering
-from magi_train.core.graph import num_bytes, saved_for_backward
+from magi_train.core.graph import is_backward, num_bytes, saved_for_backward
 from magi_train.core.passes import (
     CachedPass,
     PassContext,
@@ -46,7 +46,9 @@ class Lowered:
 
     collectives: PlaceCollectives | None
     budget_bytes: int | None
+    context: PassContext
     joint: Sequence[CachedPass[Any]]
+    backward: Sequence[CachedPass[Any]]
     report: Report = field(default_factory=Report)
 
     def note(self, name: str, stage: str, plan: Plan) -> None:
@@ -56,7 +58,12 @@ class Lowered:
     def fingerprint(self) -> tuple[object, ...]:
         """Return what compiled code depends on, for caches."""
         comm = self.collectives.fingerprint() if self.collectives else ()
-        return (SOURCES, comm, self.budget_bytes, *(each.uuid() for each in self.joint))
+        return (
+            SOURCES,
+            comm,
+            self.budget_bytes,
+            *(each.uuid() for each in (*self.joint, *self.backward)),
+        )
 
 
 @dataclass(frozen=True)
@@ -78,8 +85,10 @@ class _PostGrad(compat.CustomGraphPass):  # type: ignore[misc]
 
     def __call__(self, graph: Graph) -> None:
         _note_saved(self.lowered, graph)
+        owner = graph.owning_module
+        if owner is not None and is_backward(graph):
+            run_passes(self.lowered.backward, owner, self.lowered.context, self.lowered.report)
         if self.lowered.collectives is not None:
-            owner = graph.owning_module
             dump(owner, "collectives_before")
             plan = place(graph, self.lowered.collectives, pin=True)
             if plan is not None:
@@ -90,19 +99,19 @@ class _PostGrad(compat.CustomGraphPass):  # type: ignore[misc]
 class _Joint(compat.CustomPartitionerFn):  # type: ignore[misc]
     """Inductor's partitioner slot: JOINT passes, then the cut into forward and backward."""
 
-    def __init__(self, lowered: Lowered, context: PassContext) -> None:
-        self.lowered, self.context = lowered, context
+    def __init__(self, lowered: Lowered) -> None:
+        self.lowered = lowered
 
     def uuid(self) -> str:
         return f"magi-joint-{self.lowered.fingerprint()}"
 
     def __call__(self, joint: GraphModule, inputs: Sequence[Any], **rest: Any) -> Any:
-        run_passes(self.lowered.joint, joint, self.context, self.lowered.report)
-        bytes_limit = self.lowered.budget_bytes
-        if bytes_limit is None:
+        lowered = self.lowered
+        run_passes(lowered.joint, joint, lowered.context, lowered.report)
+        if lowered.budget_bytes is None:
             return compat.min_cut_partition(joint, inputs, **rest)
         bound = BoundActivations(
-            bytes_limit, lambda plan: self.lowered.note("bound_activations", "joint", plan)
+            lowered.budget_bytes, lambda plan: lowered.note("bound_activations", "joint", plan)
         )
         return bound(joint, inputs, **rest)
 
@@ -121,6 +130,7 @@ def lower(
     *,
     context: PassContext,
     joint: Sequence[CachedPass[Any]] = (),
+    backward: Sequence[CachedPass[Any]] = (),
     collectives: PlaceCollectives | None = None,
     budget_bytes: int | None = None,
 ) -> tuple[Callable[..., Any], list[PassRow]]:
@@ -132,14 +142,15 @@ def lower(
         how: "inductor" or "aot_eager".
         context: For the passes.
         joint: Passes over forward and backward together, in their order.
+        backward: Passes over the backward, before the collectives are placed.
         collectives: The communication of its backward; None to leave it to hooks.
         budget_bytes: What its forward may save; None for PyTorch's choice.
 
     Returns:
         The compiled graph, and one row per pass that ran, or that ran when the code was cached.
     """
-    lowered = Lowered(collectives, budget_bytes, joint)
-    partition = _Joint(lowered, context) if joint or budget_bytes is not None else None
+    lowered = Lowered(collectives, budget_bytes, context, joint, backward)
+    partition = _Joint(lowered) if joint or budget_bytes is not None else None
     if how == "aot_eager":
         return _lower_without_code(gm, inputs, lowered, partition), lowered.report.rows
     memory = _memory_of(gm, inputs, lowered)
@@ -159,6 +170,7 @@ def _lower_without_code(
         return compat.make_boxed(traced.forward)
 
     def backward(traced: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        run_passes(lowered.backward, traced, lowered.context, lowered.report)
         if lowered.collectives is not None:
             plan = place(traced.graph, lowered.collectives, pin=False)
             if plan is not None:

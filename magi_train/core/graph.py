@@ -146,6 +146,12 @@ def saved_for_backward(forward: GraphModule | Graph) -> list[Node]:
     )
 
 
+def is_backward(graph: Graph) -> bool:
+    """Return whether a partitioned graph is the backward: whether it returns gradients."""
+    descriptors = graph.output_node().meta.get("desc") or []
+    return any(isinstance(what, compat.GradAOTOutput) for what in descriptors)
+
+
 def user_line(node: Node) -> str:
     """Return the last line of the user's code that made `node`, "" if unknown."""
     lines = (node.stack_trace or "").strip().splitlines()

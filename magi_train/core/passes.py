@@ -84,6 +84,53 @@ class CachedPass(Pass[P], Protocol[P]):
         ...
 
 
+_registered: list[CachedPass[Any]] = []
+
+
+def register_pass(new: CachedPass[Any]) -> None:
+    """Add a pass of your own, behind the built-in ones of its stage.
+
+    It runs for every model that is prepared or exported from now on (JOINT and BACKWARD passes for
+    training only); its plan is in the report, and its `uuid` in the keys of PyTorch's compile
+    caches. All ranks must register the same passes in the same order.
+
+    Args:
+        new: Has `name`, `stage`, `plan`, `apply` and `uuid`: see `CachedPass`.
+
+    Raises:
+        TypeError: One of these is missing; says which.
+        ValueError: Another pass has that name, or the stage is unknown.
+    """
+    missing = [a for a in ("name", "stage", "plan", "apply", "uuid") if not hasattr(new, a)]
+    if missing:
+        raise TypeError(f"the pass {new!r} lacks {', '.join(missing)}; see CachedPass")
+    if new.stage not in list(Stage):
+        raise ValueError(
+            f"pass {new.name!r}: stage must be one of {list(Stage)}, got {new.stage!r}"
+        )
+    if any(old.name == new.name for old in _registered):
+        raise ValueError(f"a pass {new.name!r} is registered already; unregister_pass() it first")
+    _registered.append(new)
+
+
+def unregister_pass(name: str) -> None:
+    """Take a registered pass away again, for models prepared from now on.
+
+    Raises:
+        ValueError: No such pass is registered; names those that are.
+    """
+    found = [each for each in _registered if each.name == name]
+    if not found:
+        have = [each.name for each in _registered]
+        raise ValueError(f"no pass named {name!r} is registered, only {have}")
+    _registered.remove(found[0])
+
+
+def registered_passes(stage: Stage | None = None) -> list[CachedPass[Any]]:
+    """Return the registered passes of a stage, or all, in the order in which they run."""
+    return [each for each in _registered if stage is None or each.stage == stage]
+
+
 def run_passes(
     passes: Sequence[Pass[Any]], gm: GraphModule, context: PassContext, report: Report
 ) -> None:
