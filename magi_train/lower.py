@@ -105,6 +105,10 @@ class _Joint(compat.CustomPartitionerFn):  # type: ignore[misc]
     def uuid(self) -> str:
         return f"magi-joint-{self.lowered.fingerprint()}"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the text it stands for: PyTorch hashes all settings, this object included."""
+        return str, (self.uuid(),)
+
     def __call__(self, joint: GraphModule, inputs: Sequence[Any], **rest: Any) -> Any:
         lowered = self.lowered
         run_passes(lowered.joint, joint, lowered.context, lowered.report)

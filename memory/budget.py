@@ -15,7 +15,6 @@ Source: PyTorch's partitioner, `activation_memory_budget` (a knapsack over the m
 """
 
 import copy
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +25,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 from magi_train.core import compat
 from magi_train.core.errors import PassError
 from magi_train.core.graph import num_bytes, saved_for_backward
-from magi_train.core.passes import Plan, source_fingerprint
+from magi_train.core.passes import Plan
 
 MIB = 2**20
-SOURCE = source_fingerprint(sys.modules[__name__])
 TRIALS = 5
 """Bisection steps: the ratio is found to 1/32."""
 
@@ -61,8 +59,8 @@ def saved_bytes(forward: GraphModule) -> int:
 Partition = tuple[GraphModule, GraphModule]
 
 
-class BoundActivations(compat.CustomPartitionerFn):  # type: ignore[misc]
-    """Inductor's partitioner slot: min-cut within a budget of bytes.
+class BoundActivations:
+    """A partitioner: min-cut within a budget of bytes.
 
     Args:
         budget_bytes: What one forward may save.
@@ -74,10 +72,6 @@ class BoundActivations(compat.CustomPartitionerFn):  # type: ignore[misc]
 
     def __init__(self, budget_bytes: int, note: Callable[[BudgetPlan], None]) -> None:
         self.budget_bytes, self._note = budget_bytes, note
-
-    def uuid(self) -> str:
-        """Return what compiled code depends on."""
-        return f"magi-activation-budget-{SOURCE}-{self.budget_bytes}"
 
     def __call__(self, joint: GraphModule, inputs: Sequence[Any], **rest: Any) -> Partition:
         """Return forward and backward.

@@ -106,7 +106,7 @@ def register_pass(new: CachedPass[Any]) -> None:
         raise TypeError(f"the pass {new!r} lacks {', '.join(missing)}; see CachedPass")
     if new.stage not in list(Stage):
         raise ValueError(
-            f"pass {new.name!r}: stage must be one of {list(Stage)}, got {new.stage!r}"
+            f"pass {new.name!r}: stage must be one of {', '.join(Stage)}; got {new.stage!r}"
         )
     if any(old.name == new.name for old in _registered):
         raise ValueError(f"a pass {new.name!r} is registered already; unregister_pass() it first")
