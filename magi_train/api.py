@@ -48,6 +48,7 @@ class PreparedModule(nn.Module):
         """Set training mode on the shared module."""
         self._magi_module.train(mode)
         self.training = mode
+        self._magi_runtime.shadows.invalidate()
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,185 @@
+"""Weight shadows: the numbers are autocast's, bit for bit, whoever writes the weights."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import magi_train
+from magi_train import Config
+from magi_train.core.errors import StaleShadowError
+from magi_train.fusion.shadow import MATRICES, VECTORS, WeightShadows
+from tests.models import MODELS, bert, llama, loss_of
+
+EAGER_CODE = "aot_eager"
+
+
+def train(kind, tier, lowering, *, shadows, dtype=torch.bfloat16, between=None, steps=3):
+    """Return the losses and the prepared module after `steps` of two micro-batches."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    make, batch = MODELS[kind]
+    model = make().train()
+    prepared = magi_train.prepare(model, config=Config(tier=tier, lowering=lowering))
+    if shadows:
+        prepared._magi_runtime.shadows.manage(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for step in range(steps):
+        for micro in range(2):
+            with torch.autocast("cpu", dtype):
+                loss = loss_of(prepared(**batch(10 * step + micro)))
+            loss.backward()
+            losses.append(float(loss.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+        if between is not None:
+            between(model)
+    return losses, prepared
+
+
+def row(prepared):
+    return next(r.plan for r in magi_train.report(prepared).rows if r.name == "use_weight_shadows")
+
+
+@pytest.mark.parametrize(
+    ("kind", "tier", "lowering"),
+    [
+        ("llama", "graph", EAGER_CODE),
+        ("bert", "graph", "inductor"),
+        ("llama", "region", EAGER_CODE),
+        ("resnet", "graph", EAGER_CODE),
+        pytest.param("llama", "region", "inductor", marks=pytest.mark.full),
+        pytest.param("t5", "graph", "inductor", marks=pytest.mark.full),
+    ],
+)
+def test_the_numbers_are_those_of_autocast(kind, tier, lowering):
+    want, _ = train(kind, tier, lowering, shadows=False)
+    got, prepared = train(kind, tier, lowering, shadows=True)
+    assert got == want
+    assert row(prepared)["weights"] >= 7
+    assert row(prepared)["casts"] >= row(prepared)["weights"]
+
+
+def test_fp16_is_shadowed_as_well():
+    want, _ = train("llama", "graph", EAGER_CODE, shadows=False, dtype=torch.float16)
+    got, prepared = train("llama", "graph", EAGER_CODE, shadows=True, dtype=torch.float16)
+    assert got == want
+    shadows = prepared._magi_runtime.shadows
+    assert shadows.of(prepared.lm_head.weight).dtype is torch.float16
+
+
+def load_other_weights(model):
+    torch.manual_seed(7)
+    model.load_state_dict({k: torch.randn_like(v) * 0.02 for k, v in model.state_dict().items()})
+
+
+def assign_data(model):
+    for p in model.parameters():
+        p.data = p.data * 0.5
+
+
+def in_place(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+
+
+@pytest.mark.parametrize("write", [load_other_weights, assign_data, in_place])
+def test_foreign_writes_are_seen(write):
+    want, _ = train("llama", "graph", EAGER_CODE, shadows=False, between=write)
+    plain, _ = train("llama", "graph", EAGER_CODE, shadows=False)
+    got, _ = train("llama", "graph", EAGER_CODE, shadows=True, between=write)
+    assert got == want
+    assert got[2:] != plain[2:]
+
+
+def test_evaluation_is_a_time_to_look_again():
+    """Averaged weights are often swapped in through .data, for an evaluation."""
+    torch.manual_seed(0)
+    model = llama()
+    prepared = magi_train.prepare(model, config=Config(lowering=EAGER_CODE))
+    prepared._magi_runtime.shadows.manage(model.parameters())
+    batch = MODELS["llama"][1](0)
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16):
+            return float(prepared(**batch).loss.detach())
+
+    before = loss()
+    model.lm_head.weight.data.mul_(0.5)
+    assert loss() == before, "nothing can see this write, or the test is void"
+    prepared.eval()
+    prepared.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        want = float(model(**batch).loss.detach())
+    assert loss() == pytest.approx(want, rel=1e-2)
+    assert loss() != before
+
+
+def test_a_drift_that_the_optimizer_found_is_an_error():
+    _, prepared = train("llama", "graph", EAGER_CODE, shadows=True, steps=1)
+    prepared._magi_runtime.shadows.drifted = lambda: True
+    batch = MODELS["llama"][1](0)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(StaleShadowError, match=r"written through `\.data`"),
+    ):
+        prepared(**batch)
+
+
+def test_without_autocast_nothing_is_allocated():
+    torch.manual_seed(0)
+    model = bert()
+    prepared = magi_train.prepare(model, config=Config(lowering=EAGER_CODE))
+    prepared._magi_runtime.shadows.manage(model.parameters())
+    prepared(**MODELS["bert"][1](0)).loss.backward()
+    shadows = prepared._magi_runtime.shadows
+    assert all(shadows.of(p) is None for p in model.parameters())
+
+
+def test_places_are_disjoint_aligned_and_neighbours():
+    block = nn.ModuleDict({n: nn.Linear(16, 24, bias=True) for n in ("q", "k", "v")})
+    block["conv"] = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+    block["low"] = nn.Linear(8, 8).bfloat16()
+    shadows = WeightShadows()
+    shadows.manage(block.parameters())
+    assert shadows.place(block["low"].weight) is None
+    assert shadows.allocate(torch.bfloat16)
+    assert not shadows.allocate(torch.float16), "one precision at a time"
+    shadows.refresh()
+    ends = {MATRICES: 0, VECTORS: 0}
+    for name, p in block.named_parameters():
+        place = shadows.place(p)
+        if place is None:
+            continue
+        assert place.flat == (MATRICES if p.dim() > 1 else VECTORS)
+        assert place.offset % 128 == 0
+        assert place.offset >= ends[place.flat]
+        ends[place.flat] = place.end
+        assert torch.equal(shadows.of(p), p.detach().bfloat16()), name
+        assert shadows.of(p).stride() == p.stride()
+    assert shadows.place(block["k"].weight).offset == shadows.place(block["q"].weight).end
+
+
+def test_a_copy_of_the_model_is_not_confused_with_it():
+    """Blocks that share a graph may lie otherwise, or have no shadow at all."""
+    torch.manual_seed(0)
+    model = llama(num_hidden_layers=3)
+    twin = copy.deepcopy(model)
+    config = Config(tier="region", lowering=EAGER_CODE)
+    ours, theirs = magi_train.prepare(model, config=config), magi_train.prepare(twin, config=config)
+    layers = model.model.layers
+    mixed = [*layers[0].parameters(), *layers[2].parameters(), *layers[1].mlp.parameters()]
+    ours._magi_runtime.shadows.manage(mixed)
+    batch = MODELS["llama"][1](0)
+    losses = []
+    for prepared in (ours, theirs):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = prepared(**batch).loss
+        loss.backward()
+        losses.append(float(loss.detach()))
+    assert losses[0] == losses[1]
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
