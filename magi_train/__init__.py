@@ -3,6 +3,7 @@
 from magi_train.api import DataParallel, PreparedModule, prepare, prepare_step, report
 from magi_train.core.config import CommConfig, Config, FusionConfig, MemoryConfig
 from magi_train.core.errors import MagiError
+from magi_train.core.facts import to_device
 from magi_train.core.report import Report
 from magi_train.exporter import export, load
 
@@ -20,4 +21,5 @@ __all__ = [
     "prepare",
     "prepare_step",
     "report",
+    "to_device",
 ]

@@ -21,6 +21,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch.distributed.distributed_c10d._get_default_store | messages between ranks |
 | output.meta["original_output_strides"] | what Inductor restores the layout of outputs to |
 | torch._inductor.aoti_compile_and_package, aoti_load_package | export to machine code |
+| placeholder.meta["grapharg"] | the live tensor of a graph input, and how Dynamo reads it |
 | torch.aten._fused_sdp_choice | which attention kernel a call would take |
 """
 
@@ -210,6 +211,13 @@ def live_example(placeholder: torch.fx.Node) -> Any:
         return argument.example
     except (AssertionError, ReferenceError, RuntimeError):  # the weak reference is dead
         return None
+
+
+def source_name(placeholder: torch.fx.Node) -> str:
+    """Return the expression by which Dynamo reads a graph input, "" if unknown."""
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")  # a method in older versions
+    return str(name() if callable(name) else name)
 
 
 def clone_store(store: Any) -> Any:
