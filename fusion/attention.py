@@ -9,8 +9,10 @@ Proof, never names. A mask is constant if nothing it is computed from is an inpu
 subgraph is then executed, and the result compared with `tril` and with all-true, element by element
 (for additive masks: 0 where allowed, and -inf or the dtype's lowest value elsewhere). Repeated
 heads are proven by running the movement of data, from a candidate tensor to the attention op, on a
-tensor of its own element numbers. A mask that depends on inputs or is changed in place, or sizes
-that are not known, are left alone, with the reason in the plan.
+tensor of its own element numbers. An input that the context says is all ones (a padding mask of a
+batch without padding, core/facts.py) counts as constant. A mask that depends on other inputs or is
+changed in place, a sliding window, or sizes that are not known, are left alone, with the reason in
+the plan.
 """
 
 from collections.abc import Callable, Sequence
@@ -62,12 +64,14 @@ class AttentionPlan(Plan):
         unmasked: Nodes whose mask allows everything.
         grouped: Nodes with the names of the unrepeated key and value.
         left_alone: Nodes that keep their mask or repeated heads, each with the reason.
+        assumed: Inputs that the proofs take to be all ones: a batch with padding has another graph.
     """
 
     causal: tuple[str, ...]
     unmasked: tuple[str, ...]
     grouped: tuple[tuple[str, str, str], ...]
     left_alone: tuple[tuple[str, str], ...]
+    assumed: tuple[str, ...] = ()
 
 
 class CanonicalizeAttention:
@@ -79,6 +83,7 @@ class CanonicalizeAttention:
     def plan(self, gm: GraphModule, context: PassContext) -> AttentionPlan | None:
         """Return what is proven about the masks and heads in `gm`; None without attention."""
         causal, unmasked, grouped, left = [], [], [], []
+        assumed: set[str] = set()
         verdicts: dict[tuple[Node, int, int], str] = {}
         nodes = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in ATTENTION]
         for node in nodes:
@@ -86,7 +91,7 @@ class CanonicalizeAttention:
             mask = arguments["attn_mask"]
             trivial = mask is None
             if isinstance(mask, Node):
-                verdict = self._mask_verdict(gm, arguments, mask, verdicts)
+                verdict = self._mask_verdict(gm, arguments, mask, verdicts, context.ones)
                 trivial = verdict in ("causal", "unmasked")
                 if verdict == "causal" and not arguments["is_causal"]:
                     causal.append(node.name)
@@ -95,6 +100,8 @@ class CanonicalizeAttention:
                 else:
                     left.append((node.name, verdict))
                     trivial = False
+                if trivial:
+                    assumed |= inputs_of(mask)
             if trivial and not arguments["enable_gqa"]:
                 sources = self._grouped_sources(gm, arguments)
                 if isinstance(sources, str):
@@ -103,7 +110,9 @@ class CanonicalizeAttention:
                     grouped.append((node.name, sources[0].name, sources[1].name))
         if not (causal or unmasked or grouped or left):
             return None
-        return AttentionPlan(tuple(causal), tuple(unmasked), tuple(grouped), tuple(left))
+        return AttentionPlan(
+            tuple(causal), tuple(unmasked), tuple(grouped), tuple(left), tuple(sorted(assumed))
+        )
 
     def apply(self, gm: GraphModule, plan: AttentionPlan, context: PassContext) -> None:
         """Rewrite the nodes that `plan` names, then drop what only the masks needed."""
@@ -131,6 +140,7 @@ class CanonicalizeAttention:
         arguments: dict[str, Any],
         mask: Node,
         known: dict[tuple[Node, int, int], str],
+        ones: frozenset[str],
     ) -> str:
         """Return "causal", "unmasked", or why neither is proven."""
         query, key = example_value(arguments["query"]), example_value(arguments["key"])
@@ -140,7 +150,7 @@ class CanonicalizeAttention:
         if not isinstance(length, int) or not isinstance(keys, int):
             return "the sequence length is dynamic"
         if (mask, length, keys) not in known:
-            known[mask, length, keys] = _fold(gm, mask, length, keys)
+            known[mask, length, keys] = _fold(gm, mask, length, keys, ones)
         return known[mask, length, keys]
 
     def _grouped_sources(
@@ -164,20 +174,34 @@ def attention_arguments(node: Node) -> dict[str, Any]:
     return {**DEFAULTS, **dict(zip(ARGUMENTS, node.args, strict=False)), **node.kwargs}
 
 
-def _fold(gm: GraphModule, mask: Node, length: int, keys: int) -> str:
+def inputs_of(mask: Node) -> frozenset[str]:
+    """Return the names of the inputs and attributes that `mask` is computed from."""
+    return frozenset(n.name for n in ancestors(mask) if n.op in ("placeholder", "get_attr"))
+
+
+def mask_inputs(gm: GraphModule) -> list[frozenset[str]]:
+    """Return, for each masked attention op in `gm`, the names of the inputs its mask depends on."""
+    nodes = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in ATTENTION]
+    masks = [attention_arguments(n)["attn_mask"] for n in nodes]
+    known = {m: inputs_of(m) for m in masks if isinstance(m, Node)}
+    return [known[m] for m in masks if m in known]
+
+
+def _fold(gm: GraphModule, mask: Node, length: int, keys: int, ones: frozenset[str]) -> str:
     shape = example_value(mask).shape
     if any(not isinstance(size, int) for size in shape):
         return "the size of the mask is dynamic"
     if example_value(mask).numel() > MAX_PROOF_ELEMENTS:
         return f"the mask has more than {MAX_PROOF_ELEMENTS} elements"
     needed = ancestors(mask)
-    inputs = [n.name for n in needed if n.op in ("placeholder", "get_attr")]
+    known = {n: _ones(n) for n in needed if n.op == "placeholder" and n.name in ones}
+    inputs = inputs_of(mask) - {n.name for n, value in known.items() if value is not None}
     if inputs:
         return f"the mask depends on {', '.join(sorted(inputs)[:3])}"
     changer = changed_behind(gm, needed)
     if changer is not None:
         return f"{changer.name} may change the mask in place"
-    value = _execute(gm, needed, {}, mask)
+    value = _execute(gm, needed, known, mask)
     if isinstance(value, str):
         return value
     if tuple(value.shape[-2:]) != (length, keys):
@@ -190,7 +214,30 @@ def _fold(gm: GraphModule, mask: Node, length: int, keys: int) -> str:
     lower = torch.ones(length, keys, dtype=torch.bool, device=allowed.device).tril()
     if length == keys and bool((allowed == lower).all()):
         return "causal"
-    return "the mask is constant, but neither causal nor all-true"
+    return _window(allowed) or "the mask is constant, but neither causal nor all-true"
+
+
+def _ones(node: Node) -> Tensor | None:
+    """Return the value of an input that is all ones, None where its size is not known."""
+    value = example_value(node)
+    if not isinstance(value, Tensor) or any(not isinstance(s, int) for s in value.shape):
+        return None
+    with compat.unset_fake_temporarily():
+        return torch.ones(tuple(value.shape), dtype=value.dtype, device=value.device)
+
+
+def _window(allowed: Tensor) -> str:
+    """Return the sliding window that `allowed` (`[..., length, length]`) is, "" if it is none."""
+    length, keys = allowed.shape[-2:]
+    one = allowed[(0,) * (allowed.dim() - 2)]
+    ahead, back = int(one[0].sum()) - 1, int(one[:, 0].sum()) - 1
+    band = torch.ones_like(one).tril(ahead).triu(-back)
+    if length != keys or not one[0, 0] or not bool((allowed == band).all()):
+        return ""
+    return (
+        f"the mask is a sliding window of {back} keys back and {ahead} ahead, "
+        "which the attention op cannot express without it"
+    )
 
 
 def _allowed_by_addition(mask: Tensor) -> Tensor | None:

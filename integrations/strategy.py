@@ -17,6 +17,7 @@ from torch import Tensor
 
 from magi_train.capture import Region, Runtime
 from magi_train.core.config import CommConfig, Config
+from magi_train.core.facts import recording
 from magi_train.core.report import Report
 
 logger = logging.getLogger(__name__)
@@ -122,6 +123,11 @@ class MagiStrategyMixin:
                 hooks_because="optimization is manual: the user decides how often backward runs",
             )
             module.__dict__["forward"] = self._region
+
+    def batch_to_device(self, *args: Any, **kwargs: Any) -> Any:
+        """Move a batch as Lightning does, and remember which of its masks are all ones."""
+        with recording():
+            return super().batch_to_device(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the captured training step, then what it logged."""

@@ -3,6 +3,7 @@
 from magi_train.api import DataParallel, PreparedModule, prepare, prepare_step, report
 from magi_train.core.config import CommConfig, Config, FusionConfig, MemoryConfig
 from magi_train.core.errors import MagiError
+from magi_train.core.facts import to_device
 from magi_train.core.passes import (
     CachedPass,
     PassContext,
@@ -33,5 +34,6 @@ __all__ = [
     "prepare_step",
     "register_pass",
     "report",
+    "to_device",
     "unregister_pass",
 ]

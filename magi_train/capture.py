@@ -13,7 +13,9 @@ others, which have not run anything yet. Dynamo only ever proposes: with `fullgr
 whole function is in one graph or our backend is never called.
 
 Later calls may compile again (another shape); such a graph executes the agreed plan, so nothing is
-asked. A later call that cannot be captured runs uncompiled on this rank alone, with hooks.
+asked. A later call that cannot be captured runs uncompiled on this rank alone, with hooks. The same
+holds for the second form of a GRAPH region, for batches without padding (core/facts.py): a rank
+takes it or not as its own batch allows.
 """
 
 import collections
@@ -34,11 +36,12 @@ from magi_train.comm.reducer import Reducer
 from magi_train.core import compat
 from magi_train.core.config import Config
 from magi_train.core.errors import CaptureError, MagiError
+from magi_train.core.facts import Assumptions, Inputs, Paths
 from magi_train.core.hardware import devices_in_use
 from magi_train.core.passes import Pass, PassContext, Stage, registered_passes, run_passes
 from magi_train.core.report import Report
 from magi_train.core.world import World, join_from_environment
-from magi_train.fusion.attention import CanonicalizeAttention
+from magi_train.fusion.attention import CanonicalizeAttention, mask_inputs
 from magi_train.fusion.shadow import UseWeightShadows, WeightShadows, shadow_graph
 from magi_train.lower import lower
 
@@ -167,8 +170,11 @@ class Region:
         self._ordinal = next(runtime.region_ordinals)
         runtime.regions.add(self)
         self._function = function
-        self._own = _own_code(function, f"magi_region_{next(_region_ordinals)}")
         self._compiled: Callable[..., Any] = function
+        fusion = runtime.config.fusion
+        self._facts = Assumptions(fusion is not None and fusion.attention and fusion.padding)
+        self._variants: dict[Paths, Callable[..., Any]] = {}
+        self._inputs, self._assumed = Inputs(), Paths()  # of the call that is running
         self._blocks: list[nn.Module] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -266,13 +272,12 @@ class Region:
 
     def _try_graph(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[bool, Any]:
         """Return (True, output), or (False, why some rank cannot capture the function whole)."""
-        backend = _GraphBackend(self)
-        compiled = torch.compile(
-            self._own, backend=backend, fullgraph=True, dynamic=self.runtime.config.dynamic
-        )
+        backend = _GraphBackend(self, voted=False)
+        compiled = self._whole(backend)
+        inputs = self._facts.look(args, kwargs)
         self.runtime.reducer.begin(in_graph=self.runtime.config.comm.in_graph)
         try:
-            with self.runtime.entered():
+            with self.runtime.entered(), self._assuming(inputs, inputs.ones):
                 output = compat.call_captured(compiled, args, kwargs)
         except (compat.DynamoError, compat.RecompileLimitHit, _NotTogetherError) as error:
             inner = compat.inner_backend_error(error)
@@ -287,8 +292,25 @@ class Region:
             why = self._vote("capture", None)
             if why:
                 return False, why
-        self._compiled = compiled
+        self._variants[self._facts.key(inputs)] = compiled
         return True, output
+
+    def _whole(self, backend: "_GraphBackend") -> Callable[..., Any]:
+        return torch.compile(
+            self._own_code(), backend=backend, fullgraph=True, dynamic=self.runtime.config.dynamic
+        )
+
+    def _own_code(self) -> Callable[..., Any]:
+        return _own_code(self._function, f"magi_region_{next(_region_ordinals)}")
+
+    @contextlib.contextmanager
+    def _assuming(self, inputs: Inputs, assumed: Paths) -> Iterator[None]:
+        """While this holds, graphs are compiled under the facts `assumed` about `inputs`."""
+        self._inputs, self._assumed = inputs, assumed
+        try:
+            yield
+        finally:
+            self._inputs, self._assumed = Inputs(), Paths()
 
     def _try_region(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[bool, Any]:
         """Return (True, output), or (False, why some rank cannot compile its regions)."""
@@ -298,7 +320,9 @@ class Region:
         self._compiled = self._function
         if not blocks:
             self._compiled = torch.compile(
-                self._own, backend=_RegionBackend(self, 1), dynamic=self.runtime.config.dynamic
+                self._own_code(),
+                backend=_RegionBackend(self, 1),
+                dynamic=self.runtime.config.dynamic,
             )
         self.runtime.reducer.begin(in_graph=False)
         try:
@@ -339,10 +363,17 @@ class Region:
 
     def _next(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         reducer = self.runtime.reducer
+        compiled, inputs, assumed = self._compiled, Inputs(), Paths()
+        if self.tier == "graph":
+            inputs = self._facts.look(args, kwargs)
+            assumed = self._facts.key(inputs)
+            if assumed not in self._variants:
+                self._variants[assumed] = self._whole(_GraphBackend(self, voted=True))
+            compiled = self._variants[assumed]
         reducer.begin(in_graph=self.tier == "graph" and self.runtime.config.comm.in_graph)
         try:
-            with self.runtime.entered():
-                return compat.call_captured(self._compiled, args, kwargs)
+            with self.runtime.entered(), self._assuming(inputs, assumed):
+                return compat.call_captured(compiled, args, kwargs)
         except (compat.DynamoError, compat.RecompileLimitHit) as error:
             inner = compat.inner_backend_error(error)
             if isinstance(inner, MagiError):
@@ -369,8 +400,16 @@ class Region:
         """
         runtime = self.runtime
         names = parameter_positions(gm, runtime.module)
-        context = PassContext(runtime.device_type)
+        places = self._inputs.places(gm)
+        ones = frozenset(name for name, path in places.items() if path in self._assumed)
+        context = PassContext(runtime.device_type, ones=ones)
+        before = _mask_places(gm, places)
         run_passes(pre_grad_passes(runtime.config), gm, context, runtime.report)
+        if places:
+            after = _mask_places(gm, places)
+            advice = self._facts.learn(self._inputs, self._assumed, before, after)
+            if advice:
+                runtime.report.note(advice)
         collectives = None
         reducer = runtime.reducer
         if in_graph and runtime.config.comm.in_graph and runtime.world.size > 1:
@@ -417,10 +456,10 @@ class Region:
 
 
 class _GraphBackend:
-    """Dynamo backend of the GRAPH tier: votes on its first call, then compiles."""
+    """Dynamo backend of the GRAPH tier: votes on its first call unless that is done, compiles."""
 
-    def __init__(self, region: Region) -> None:
-        self.region, self.voted = region, False
+    def __init__(self, region: Region, *, voted: bool) -> None:
+        self.region, self.voted = region, voted
 
     def __call__(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         region = self.region
@@ -476,6 +515,11 @@ def parameter_positions(gm: GraphModule, module: nn.Module) -> dict[int, str]:
         if id(example) in names:
             found[i] = names[id(example)]
     return found
+
+
+def _mask_places(gm: GraphModule, places: dict[str, str]) -> list[Paths]:
+    """Return where the inputs of each mask lie in the call; "%name" for what is not in it."""
+    return [frozenset(places.get(n, f"%{n}") for n in names) for names in mask_inputs(gm)]
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:

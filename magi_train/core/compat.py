@@ -23,6 +23,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch.amp.autocast_mode._enter_autocast | autocast inside of a captured graph |
 | output.meta["original_output_strides"] | what Inductor restores the layout of outputs to |
 | torch._inductor.aoti_compile_and_package, aoti_load_package | export to machine code |
+| placeholder.meta["grapharg"] | the live tensor of a graph input, and how Dynamo reads it |
 | torch.aten._fused_sdp_choice | which attention kernel a call would take |
 """
 
@@ -259,6 +260,13 @@ def autocast_dtype(gm: torch.fx.GraphModule, device_type: str) -> torch.dtype | 
 def is_non_overlapping_and_dense(tensor: torch.Tensor) -> bool:
     """Return whether a tensor fills its storage without gaps, in whatever order."""
     return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
+
+
+def source_name(placeholder: torch.fx.Node) -> str:
+    """Return the expression by which Dynamo reads a graph input, "" if unknown."""
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")  # a method in older versions
+    return str(name() if callable(name) else name)
 
 
 def clone_store(store: Any) -> Any:

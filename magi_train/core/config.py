@@ -31,6 +31,11 @@ class FusionConfig:
     """Drop attention masks that are proven causal or all-true, and feed grouped keys and values
     to the attention op without repeating them."""
 
+    padding: bool = True
+    """Train batches whose padding masks are all ones without these masks, in a captured form of
+    their own; a batch with padding takes the other form. Looks at masks on the host only: on the
+    CPU, in Lightning's transfers, and in `magi_train.to_device`. False: one form for all."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:

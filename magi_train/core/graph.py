@@ -62,6 +62,8 @@ def mutated(node: Node) -> list[Node]:
     found = [out] if isinstance(out, Node) else []
     if node.op not in ("call_function", "call_method"):
         return []
+    if node.kwargs.get("inplace"):
+        return first or [a for a in (node.kwargs.get("input"),) if isinstance(a, Node)]
     if isinstance(target, torch._ops.OpOverload):
         schema = target._schema.arguments
         given = [*zip(schema, node.args, strict=False)]
@@ -81,6 +83,14 @@ def changed_behind(gm: GraphModule, nodes: set[Node]) -> Node | None:
         if node not in nodes and any(ancestors(n) & nodes for n in mutated(node)):
             return node
     return None
+
+
+def written_inputs(gm: GraphModule) -> set[Node]:
+    """Return the inputs of `gm` that some op changes in place, itself or through a view."""
+    sources: set[Node] = set()
+    for write in {m for node in gm.graph.nodes for m in mutated(node)}:
+        sources |= ancestors(write) if write not in sources else set()
+    return {n for n in sources if n.op == "placeholder"}
 
 
 def erase_unused(gm: GraphModule, nodes: set[Node]) -> None:

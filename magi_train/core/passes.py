@@ -52,10 +52,13 @@ class PassContext:
     Attributes:
         device_type: Where the graph runs: "cpu", "cuda", ...
         training: Whether a backward will follow.
+        ones: Names of graph inputs whose elements are all one (core/facts.py). Only proofs may use
+            it; the inputs stay what they are.
     """
 
     device_type: str = "cpu"
     training: bool = True
+    ones: frozenset[str] = frozenset()
 
 
 P = TypeVar("P", bound=Plan)

@@ -205,6 +205,17 @@ def test_a_mask_that_is_changed_in_place_keeps_the_change(change):
     assert plan.left_alone[0][1]
 
 
+def test_a_mask_that_a_keyword_changes_in_place_keeps_the_change():
+    def function(q, k, v):
+        mask = torch.full((LENGTH, LENGTH), -float("inf")).triu(1)
+        F.relu(mask, inplace=True)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    _, plan = plan_of(function, *qkv())
+    assert not plan.causal, plan
+    assert "in place" in plan.left_alone[0][1]
+
+
 class Counts(nn.Module):
     """Changes buffers in place, as BatchNorm and moving averages do, beside an attention."""
 

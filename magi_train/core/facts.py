@@ -1,0 +1,247 @@
+"""Facts about input tensors: "all ones", learned while the batch is still on the host.
+
+A padding mask is an input, so no graph can know that nothing is padded, and a look at a tensor on
+a device makes the host wait for it. But every batch was on the host once:
+
+* a tensor on the CPU is looked at when the captured function is called;
+* a tensor that is moved inside `recording()` is looked at before the move, and what is learned is
+  kept with the tensor that it became. Lightning's transfers run inside it, and `to_device` does
+  the same for a plain loop. What was recorded ends with the tensor, and with any write in place
+  (its version counter moves). Only writes through `.data` escape PyTorch's counter, as they do
+  autograd's.
+
+A captured function is compiled once without facts and once for the facts that drop a mask
+(`Assumptions`); which of the two runs is decided outside of the graph, call by call. The tensor
+itself stays an input: only proofs take it to be ones.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+from collections import UserDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from magi_train.core import compat
+from magi_train.core.graph import written_inputs
+
+MAX_ELEMENTS = 2**20
+"""Larger tensors are not looked at: half a millisecond of the host's time."""
+MAX_DEPTH, MAX_ITEMS = 4, 64
+"""How far nested batches are searched."""
+MAX_VARIANTS = 4
+"""Captured forms of one function; further combinations of facts run the one without."""
+
+ARGS, KWARGS = "L['args']", "L['kwargs']"
+"""What Dynamo calls the arguments of a function that takes *args, **kwargs."""
+
+Paths = frozenset[str]
+
+_recorded = WeakTensorKeyDictionary()  # tensor on a device: (all ones?, version when recorded)
+
+
+def all_ones(tensor: Tensor) -> bool | None:
+    """Return whether `tensor` is a mask full of ones (of True); None if only its device knows.
+
+    False for everything that is not looked at: large tensors, subclasses, tensors with gradients,
+    and all that do not have two to four dimensions.
+    """
+    if not _may_be_mask(tensor):
+        return False
+    if tensor.device.type == "cpu":
+        return _look(tensor)
+    ones, version = _recorded.get(tensor, (None, None))
+    return ones if version == tensor._version else None
+
+
+def _may_be_mask(tensor: Tensor) -> bool:
+    return (
+        type(tensor) is Tensor
+        and 2 <= tensor.dim() <= 4
+        and 0 < tensor.numel() <= MAX_ELEMENTS
+        and not tensor.requires_grad
+        and not tensor.is_inference()  # it counts no versions
+        and tensor.layout is torch.strided
+        and not tensor.is_complex()
+    )
+
+
+def _look(tensor: Tensor) -> bool:
+    corners = tensor[(0,) * tensor.dim()], tensor[(-1,) * tensor.dim()]
+    return all(c.item() == 1 for c in corners) and bool((tensor == 1).all())
+
+
+class _Recorder(TorchFunctionMode):
+    """Sees each move from the host to a device."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (Tensor.to, Tensor.cuda) and isinstance(result, Tensor):
+            source = args[0]
+            if source.device.type == "cpu" and result.device.type != "cpu":
+                if _may_be_mask(source) and _may_be_mask(result):
+                    _recorded[result] = (_look(source), result._version)
+        return result
+
+
+def recording() -> contextlib.AbstractContextManager[Any]:
+    """Return a context that remembers, for tensors moved to a device in it, if they are ones."""
+    return _Recorder()
+
+
+def to_device(batch: Any, device: torch.device | str | int, non_blocking: bool = True) -> Any:
+    """Move a batch, and remember which of its masks are all ones.
+
+    With it, batches without padding train without a mask; after a plain `.to(device)` nobody can
+    tell without waiting for the device.
+
+    Args:
+        batch: Tensors, and objects with a method `to`, in dicts, lists and tuples. Anything else
+            stays as it is.
+        device: Where to; a number is a CUDA device.
+        non_blocking: As in Tensor.to; a move to the host always waits.
+
+    Returns:
+        The same structure on `device`.
+    """
+    device = torch.device(device)
+
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.to(device, non_blocking=non_blocking and device.type != "cpu")
+        return leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf
+
+    with recording():
+        return pytree.tree_map(move, batch)
+
+
+def tensors(tree: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a nested batch, each with the expression that Dynamo reads it by."""
+    if isinstance(tree, Tensor):
+        yield path, tree
+    if depth == MAX_DEPTH:
+        return
+    items: Any = ()
+    if isinstance(tree, dict):
+        items = ((f"{path}[{key!r}]", value) for key, value in tree.items())
+    elif isinstance(tree, UserDict):
+        items = ((f"{path}.data[{key!r}]", value) for key, value in tree.data.items())
+    elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        items = ((f"{path}.{name}", getattr(tree, name)) for name in tree._fields)
+    elif isinstance(tree, list | tuple):
+        items = ((f"{path}[{i}]", value) for i, value in enumerate(tree))
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        names = (f.name for f in dataclasses.fields(tree))
+        items = ((f"{path}.{name}", getattr(tree, name, None)) for name in names)
+    for where, value in itertools.islice(items, MAX_ITEMS):
+        yield from tensors(value, where, depth + 1)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of one call, by the expressions that Dynamo reads them by.
+
+    The graph is matched with the call by these and not by identity: a tensor may be passed twice,
+    or lie in an attribute as well, and the next call may pass two.
+
+    Attributes:
+        paths: Of all tensors.
+        ones: Of masks full of ones.
+        unknown: Of tensors that only their device knows.
+    """
+
+    paths: Paths = frozenset()
+    ones: Paths = frozenset()
+    unknown: Paths = frozenset()
+
+    def places(self, gm: GraphModule) -> dict[str, str]:
+        """Return {name of a graph input: its path}, without inputs whose memory `gm` changes."""
+        if not self.paths:
+            return {}
+        inputs = gm.graph.find_nodes(op="placeholder")
+        written = {_memory(node) for node in written_inputs(gm)}
+        named = {node: compat.source_name(node) for node in inputs}
+        return {
+            node.name: path
+            for node, path in named.items()
+            if path in self.paths and not (written and _memory(node) in written)
+        }
+
+
+def _memory(placeholder: Node) -> int | None:
+    example = compat.live_example(placeholder)
+    return example.untyped_storage().data_ptr() if isinstance(example, Tensor) else None
+
+
+class Assumptions:
+    """Which inputs of one captured function are worth a fact, and which variant a call takes.
+
+    Args:
+        enabled: False: nothing is ever looked at.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled
+        self._proven: set[Paths] = set()
+        self._open: set[Paths] = set()
+        self._useless: set[Paths] = set()
+        self._variants: set[Paths] = {frozenset()}
+        self._learned = False
+
+    def look(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
+        """Return what is known about the arguments of a call.
+
+        Before the first compilation every tensor is looked at, later those that decide a mask.
+        """
+        if not self._enabled or (self._learned and not self._proven | self._open):
+            return Inputs()
+        wanted = Paths().union(*self._proven, *self._open)
+        found = dict(tensors(tuple(args), ARGS)) | dict(tensors(dict(kwargs), KWARGS))
+        known = {p: all_ones(t) for p, t in found.items() if not self._learned or p in wanted}
+        ones = frozenset(p for p, state in known.items() if state)
+        unknown = frozenset(p for p, state in known.items() if state is None)
+        return Inputs(frozenset(found), ones, unknown)
+
+    def key(self, inputs: Inputs) -> Paths:
+        """Return the facts that select the variant for a call: those that drop a mask whole."""
+        sets = [s for s in self._proven | self._open if s <= inputs.ones]
+        key = Paths().union(*sets)
+        if key not in self._variants and len(self._variants) >= MAX_VARIANTS:
+            return frozenset()
+        self._variants.add(key)
+        return key
+
+    def learn(
+        self, inputs: Inputs, assumed: Paths, before: Sequence[Paths], after: Sequence[Paths]
+    ) -> str:
+        """Take note of which facts helped; return advice for the report, "" for none.
+
+        Args:
+            inputs: Of the call that compiled.
+            assumed: Facts that the graph was compiled with.
+            before: For each masked attention of the captured graph, the inputs of its mask.
+            after: The same once the passes have run: what is gone was proven.
+        """
+        self._learned = True
+        masks = {m for m in before if m and m <= inputs.paths}
+        tried = {m for m in masks if m <= assumed}
+        self._proven |= {m for m in tried if after.count(m) < before.count(m)}
+        self._useless |= tried - self._proven
+        self._open = (self._open | masks) - self._proven - self._useless
+        unknown = ", ".join(sorted(Paths().union(*masks) & inputs.unknown))
+        if not unknown:
+            return ""
+        return (
+            f"masks made of {unknown} stay, since nothing is known about its values on the device; "
+            "move batches with magi_train.to_device(batch, device)"
+        )
