@@ -39,6 +39,7 @@ from magi_train.core.passes import Pass, PassContext, run_passes
 from magi_train.core.report import Report
 from magi_train.core.world import World, join_from_environment
 from magi_train.fusion.attention import CanonicalizeAttention
+from magi_train.fusion.loss import ChunkLinearCrossEntropy
 from magi_train.lower import lower
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ def pre_grad_passes(config: Config) -> list[Pass[Any]]:
     passes: list[Pass[Any]] = []
     if config.fusion is not None and config.fusion.attention:
         passes.append(CanonicalizeAttention())
+    if config.fusion is not None and config.fusion.loss:
+        passes.append(ChunkLinearCrossEntropy(int(config.fusion.loss_chunk_mib * MIB)))
     return passes
 
 
