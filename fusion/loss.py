@@ -158,7 +158,7 @@ def _proven(gm: GraphModule, match: Match, region: Region) -> str:
     def draw(how: Draw) -> Sequence[Tensor]:
         x, weight, *bias = (example_value(n) for n in inputs)
         hidden = how.normal(small.shape(x), x, how.magnitude)
-        matrix = how.normal(small.shape(weight), weight, x.shape[-1] ** -0.5)
+        matrix = how.normal(small.shape(weight), weight, hidden.shape[-1] ** -0.5)
         rest = [how.normal(small.shape(b), b, 1.0) for b in bias]
         picked = hidden
         for index in match.recipe.slices:

@@ -93,10 +93,6 @@ def slice_region(gm: GraphModule, inputs: Sequence[Node], output: Node) -> Regio
             return f"it also depends on {node.name}"
         found.add(node)
         todo += node.all_input_nodes
-    for node in found - {output}:
-        readers = [u for u in node.users if u not in found and op_name(u) not in _CHECKS]
-        if readers:
-            return f"{node.name} is also read by {readers[0].name}"
     order = list(gm.graph.nodes)
     nodes = tuple(n for n in order if n in found)
     for node in order[order.index(nodes[0]) : order.index(output) + 1]:
@@ -104,6 +100,10 @@ def slice_region(gm: GraphModule, inputs: Sequence[Node], output: Node) -> Regio
             return (
                 f"{node.name} changes a tensor in place between {nodes[0].name} and {output.name}"
             )
+    for node in found - {output}:
+        readers = [u for u in node.users if u not in found and op_name(u) not in _CHECKS]
+        if readers:
+            return f"{node.name} is also read by {readers[0].name}"
     return Region(nodes, tuple(inputs), tuple(n for n in order if n in sizes), output)
 
 
@@ -131,21 +131,29 @@ class Small:
 
     Args:
         values: Fake tensors whose sizes will be asked for.
+
+    Raises:
+        ValueError: They have more sizes than there are stand-ins.
     """
 
     def __init__(self, values: Iterable[Any]) -> None:
         self._fixed: dict[int, int] = {}
         self._symbols: dict[Any, int] = {}
-        left = iter(STAND_INS)
         for value in values:
-            for size in value.shape:
+            for size in map(compat.known_size, value.shape):
                 if isinstance(size, int):
                     if size > KEPT_SIZE and size not in self._fixed:
-                        self._fixed[size] = next(left)
+                        self._fixed[size] = self._next()
                 else:
                     for symbol in compat.size_symbols(size):
                         if symbol not in self._symbols:
-                            self._symbols[symbol] = next(left)
+                            self._symbols[symbol] = self._next()
+
+    def _next(self) -> int:
+        taken = len(self._fixed) + len(self._symbols)
+        if taken == len(STAND_INS):
+            raise ValueError(f"it has more than {taken} different sizes")
+        return STAND_INS[taken]
 
     def size(self, value: Any) -> int:
         """Return what stands in for one size.
@@ -153,6 +161,7 @@ class Small:
         Raises:
             ValueError: Nothing does.
         """
+        value = compat.known_size(value)
         if isinstance(value, torch.SymInt):
             return compat.evaluate_size(value, self._symbols)
         if value <= KEPT_SIZE or value in self._fixed:
@@ -264,12 +273,12 @@ def _differentiate(output: Tensor, inputs: Sequence[Tensor]) -> list[Any]:
 
 
 def _distance(got: Tensor | None, want: Tensor | None) -> float:
-    """Return the relative difference; inf where shapes or the places of nan differ."""
+    """Return the relative difference; inf where shapes differ or values are not finite."""
     if got is None or want is None:
         return 0.0 if got is want else float("inf")
-    if got.shape != want.shape or not torch.equal(got.isnan(), want.isnan()):
+    a, b = got.detach().double(), want.detach().double()
+    if a.shape != b.shape or not bool(a.isfinite().all() & b.isfinite().all()):
         return float("inf")
-    a, b = (t.detach().double().nan_to_num(nan=0.0) for t in (got, want))
     off, size = float((a - b).norm()), float(a.norm())
     return 0.0 if off == 0 else off / size if size else float("inf")
 

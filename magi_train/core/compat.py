@@ -188,6 +188,13 @@ def size_hint(size: int | torch.SymInt) -> int | None:
     return hint if isinstance(hint, int) else None
 
 
+def known_size(size: int | torch.SymInt) -> int | torch.SymInt:
+    """Return a size as a number if it has turned out to be one."""
+    if isinstance(size, torch.SymInt) and size.node.expr.is_number:
+        return int(size.node.expr)
+    return size
+
+
 def size_symbols(size: torch.SymInt) -> list[Any]:
     """Return the symbols that a dynamic size is computed from."""
     return sorted(size.node.expr.free_symbols, key=str)

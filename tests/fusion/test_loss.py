@@ -1,4 +1,4 @@
-"""Chunked linear + cross-entropy: what it plans, computes and refuses; nothing of full size left."""
+"""Chunked linear + cross-entropy: what it plans, computes, refuses; no full logits are left."""
 
 import copy
 import os
@@ -406,15 +406,13 @@ def step_of(make, lowering, logits=False, autocast=False, tier="auto"):
 
         return step
 
-    step = magi_train.prepare_step(function(model), model, config=config)
+    prepared = magi_train.prepare(model, config=config)
+    step = magi_train.prepare_step(function(prepared), prepared)
     got, want = step(ids), function(plain)(ids)
     if logits:
         got, want = got[0], want[0]
-    return (
-        rows(model).get(ChunkLinearCrossEntropy.name, {}),
-        gradients(got, model),
-        gradients(want, plain),
-    )
+    plan = rows(prepared).get(ChunkLinearCrossEntropy.name, {})
+    return plan, gradients(got, model), gradients(want, plain)
 
 
 @pytest.mark.parametrize("make", [llama, gpt2, bert, t5])
@@ -424,6 +422,7 @@ def test_steps_of_unmodified_library_models(make):
     assert difference(got, want) < tolerance(torch.float32)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled_steps(autocast):
     plan, got, want = step_of(gpt2, "inductor", autocast=autocast)
@@ -448,9 +447,8 @@ def test_it_can_be_switched_off_and_its_budget_is_checked():
     torch._dynamo.reset()
     model, ids = llama(), tokens(0)
     config = Config(lowering="aot_eager", fusion=FusionConfig(loss=False))
-    step = magi_train.prepare_step(
-        lambda x: model(input_ids=x, labels=x).loss, model, config=config
-    )
+    model = magi_train.prepare(model, config=config)
+    step = magi_train.prepare_step(lambda x: model(input_ids=x, labels=x).loss, model)
     step(ids).backward()
     assert ChunkLinearCrossEntropy.name not in rows(model)
     with pytest.raises(ValueError, match="loss_chunk_mib must be positive, got 0"):
@@ -503,7 +501,8 @@ from tests.models import Small, tokens
 torch.manual_seed(0)
 model, ids = Small(), tokens(0)
 fusion = FusionConfig(loss_chunk_mib=0.01)
-step = magi_train.prepare_step(lambda x: model(x, x), model, config=Config(fusion=fusion))
+model = magi_train.prepare(model, config=Config(fusion=fusion))
+step = magi_train.prepare_step(lambda x: model(x, x), model)
 loss = step(ids)
 loss.backward()
 (plan,) = [r.plan for r in magi_train.report(model).rows if r.name.startswith("chunk_linear")]
@@ -516,6 +515,7 @@ print(
 """
 
 
+@pytest.mark.full
 def test_a_second_process_takes_the_code_from_the_cache(tmp_path):
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     outputs = []
