@@ -45,8 +45,6 @@ STAND_INS = (17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61)
 _SHAPED = {"view", "reshape", "_unsafe_view"}
 _CHECKS = {"_assert_tensor_metadata"}
 _CANNOT_RUN = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
-Proxy = Any
-"""A tensor, or the fx.Proxy of one."""
 
 
 @dataclass(frozen=True)
