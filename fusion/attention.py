@@ -25,14 +25,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from magi_train.core import compat
-from magi_train.core.graph import (
-    ancestors,
-    changed_behind,
-    erase_unused,
-    example_value,
-    run_nodes,
-)
+from magi_train.core.graph import ancestors, changed_behind, erase_unused, example_value
 from magi_train.core.passes import PassContext, Plan, Stage
+from magi_train.fusion.verified import execute
 
 ATTENTION = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -201,7 +196,7 @@ def _fold(gm: GraphModule, mask: Node, length: int, keys: int, ones: frozenset[s
     changer = changed_behind(gm, needed)
     if changer is not None:
         return f"{changer.name} may change the mask in place"
-    value = _execute(gm, needed, known, mask)
+    value = execute(gm, needed, known, mask)
     if isinstance(value, str):
         return value
     if tuple(value.shape[-2:]) != (length, keys):
@@ -245,34 +240,6 @@ def _allowed_by_addition(mask: Tensor) -> Tensor | None:
     lowest = torch.finfo(mask.dtype).min
     allowed = mask == 0
     return allowed if bool((allowed | (mask <= lowest)).all()) else None
-
-
-def _execute(
-    gm: GraphModule, needed: set[Node], known: dict[Node, Any], target: Node
-) -> Tensor | str:
-    """Return the real value of `target`, or why it cannot be computed."""
-    try:
-        with compat.unset_fake_temporarily(), torch.no_grad(), _no_autocast(), _Reproducible():
-            values = run_nodes([n for n in gm.graph.nodes if n in needed], known)
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"its subgraph cannot be executed ({type(error).__name__}: {str(error)[:80]})"
-    value = values[target]
-    return value if isinstance(value, Tensor) else "the mask is not a tensor"
-
-
-class _Reproducible(compat.TorchDispatchMode):  # type: ignore[misc]
-    """Refuses ops whose result is not a function of their arguments."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags or "empty" in str(func):
-            raise ValueError(f"{func} is random or uninitialised")
-        return func(*args, **(kwargs or {}))
-
-
-def _no_autocast() -> Any:
-    return torch.autocast("cpu", enabled=False)
 
 
 def _unrepeated(gm: GraphModule, node: Any, heads: int) -> Node | None:
@@ -326,7 +293,7 @@ def _is_repeat(
     if changed_behind(gm, set(path)) is not None:
         return False
     other = ancestors(target) - ancestors(source)
-    moved = _execute(gm, other | set(path), {source: numbers}, target)
+    moved = execute(gm, other | set(path), {source: numbers}, target)
     wanted = numbers.repeat_interleave(heads // shape[1], dim=1)
     return isinstance(moved, Tensor) and torch.equal(moved, wanted)
 

@@ -42,6 +42,7 @@ from magi_train.core.passes import Pass, PassContext, Stage, registered_passes, 
 from magi_train.core.report import Report
 from magi_train.core.world import World, join_from_environment
 from magi_train.fusion.attention import CanonicalizeAttention, mask_inputs
+from magi_train.fusion.loss import ChunkLinearCrossEntropy
 from magi_train.fusion.shadow import UseWeightShadows, WeightShadows, shadow_graph
 from magi_train.lower import lower
 
@@ -63,6 +64,8 @@ def pre_grad_passes(config: Config) -> list[Pass[Any]]:
     passes: list[Pass[Any]] = []
     if config.fusion is not None and config.fusion.attention:
         passes.append(CanonicalizeAttention())
+    if config.fusion is not None and config.fusion.loss:
+        passes.append(ChunkLinearCrossEntropy(int(config.fusion.loss_chunk_mib * MIB)))
     return [*passes, *registered_passes(Stage.PRE_GRAD)]
 
 

@@ -31,12 +31,13 @@ from magi_train.core.passes import (
     source_fingerprint,
 )
 from magi_train.core.report import PassRow, Report, write_atomically
+from magi_train.fusion import attach
 from magi_train.memory import budget
 from magi_train.memory.budget import BoundActivations
 
 MIB = 2**20
 
-SOURCES = source_fingerprint(sys.modules[__name__], compat, graph, in_graph, budget)
+SOURCES = source_fingerprint(sys.modules[__name__], compat, graph, in_graph, attach, budget)
 """Code that PyTorch compiled with another version of a pass is not taken from its cache."""
 
 

@@ -25,6 +25,8 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._inductor.aoti_compile_and_package, aoti_load_package | export to machine code |
 | placeholder.meta["grapharg"] | the live tensor of a graph input, and how Dynamo reads it |
 | torch.aten._fused_sdp_choice | which attention kernel a call would take |
+| torch.fx.proxy.GraphAppendingTracer | inserting what a function computes into a graph |
+| SymInt.node.expr, .hint | symbols of a dynamic size, and its size while compiling |
 """
 
 import contextlib
@@ -88,6 +90,7 @@ cache_dir: Callable[[], str] = _lookup("torch._inductor.runtime.cache_dir_utils"
 TorchDispatchMode: Any = (
     _lookup("torch.utils._python_dispatch", "TorchDispatchMode") or contextlib.nullcontext
 )
+GraphAppendingTracer: Any = _lookup("torch.fx.proxy", "GraphAppendingTracer")
 aoti_compile: Callable[..., Any] = _lookup("torch._inductor", "aoti_compile_and_package")
 aoti_load: Callable[..., Any] = _lookup("torch._inductor", "aoti_load_package")
 get_default_store: Callable[..., Any] = _lookup(
@@ -181,6 +184,29 @@ def activation_ratio(ratio: float) -> Any:
 def fused_attention_choice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> int:
     """Return the attention kernel chosen for real tensors: 0 is the unfused one."""
     return int(torch.ops.aten._fused_sdp_choice(q, k, v, **kwargs))
+
+
+def size_hint(size: int | torch.SymInt) -> int | None:
+    """Return a size as it is while compiling, without fixing it to that; None if unknown."""
+    hint = size.node.hint if isinstance(size, torch.SymInt) else size
+    return hint if isinstance(hint, int) else None
+
+
+def known_size(size: int | torch.SymInt) -> int | torch.SymInt:
+    """Return a size as a number if it has turned out to be one."""
+    if isinstance(size, torch.SymInt) and size.node.expr.is_number:
+        return int(size.node.expr)
+    return size
+
+
+def size_symbols(size: torch.SymInt) -> list[Any]:
+    """Return the symbols that a dynamic size is computed from."""
+    return sorted(size.node.expr.free_symbols, key=str)
+
+
+def evaluate_size(size: torch.SymInt, values: Mapping[Any, int]) -> int:
+    """Return a dynamic size where its symbols have `values`."""
+    return int(size.node.expr.subs(dict(values)))
 
 
 def capture_failure_text(error: BaseException) -> str:

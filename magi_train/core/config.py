@@ -36,6 +36,18 @@ class FusionConfig:
     their own; a batch with padding takes the other form. Looks at masks on the host only: on the
     CPU, in Lightning's transfers, and in `magi_train.to_device`. False: one form for all."""
 
+    loss: bool = True
+    """Compute a linear and the cross-entropy of its logits in chunks of tokens, so that the full
+    logits never exist, where nothing else reads them (a step that returns only the loss)."""
+
+    loss_chunk_mib: float = 2048.0
+    """MiB that the logits of one chunk may take, in the dtype of the matmul and float32 together;
+    at most 8 chunks. Losses that fit one chunk are left alone. Smaller saves memory, and costs one
+    read and write of the weight's gradient per chunk."""
+
+    def __post_init__(self) -> None:
+        _check_positive("FusionConfig", "loss_chunk_mib", self.loss_chunk_mib)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:

@@ -1,11 +1,11 @@
 """Questions about FX graphs, and how to add a node with all its metadata."""
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
@@ -36,10 +36,64 @@ def call_with_metadata(graph: Graph, target: Callable[..., Any], args: tuple[Any
     return node
 
 
+def insert_computation(before: Node, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    """Run `function` on proxies of `arguments`, so that its ops become nodes in front of `before`.
+
+    Each new node gets its fake value, under the key that this graph uses, and `before`'s stack
+    trace.
+
+    Args:
+        before: Where to insert.
+        function: Takes proxies; Python control flow is unrolled.
+        arguments: Nodes become proxies, other values go in as they are.
+
+    Returns:
+        The result of `function`, nodes for proxies.
+    """
+    graph = before.graph
+    old = set(graph.nodes)
+    tracer = compat.GraphAppendingTracer(graph)
+    proxies = [Proxy(a, tracer) if isinstance(a, Node) else a for a in arguments]
+    with graph.inserting_before(before):
+        result = function(*proxies)
+    for node in graph.nodes:
+        if node not in old:
+            _describe(node, before)
+    return pytree.tree_map(lambda r: r.node if isinstance(r, Proxy) else r, result)
+
+
+def insert_call(before: Node, target: Callable[..., Any], args: Any, kwargs: Any) -> Node:
+    """Insert one call in front of `before`, with its fake value as `insert_computation` does."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args, kwargs)
+    _describe(node, before)
+    return node
+
+
+def _describe(node: Node, like: Node) -> None:
+    key = "example_value" if "example_value" in like.meta else "val"
+    node.stack_trace = like.stack_trace
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta[key])
+    with _fake_mode(like.graph):
+        if node.op == "call_method":
+            node.meta[key] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            node.meta[key] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def op_name(node: Node) -> str:
+    """Return the bare name of what `node` calls: "linear", "add_"; "" if it calls nothing."""
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.split("::")[1]
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
 def _fake_mode(graph: Graph) -> Any:
     for node in graph.nodes:
-        if isinstance(node.meta.get("val"), compat.FakeTensor):
-            return node.meta["val"].fake_mode
+        if isinstance(example_value(node), compat.FakeTensor):
+            return example_value(node).fake_mode
     raise AssertionError("a graph without a single fake tensor")
 
 
@@ -105,13 +159,25 @@ def erase_unused(gm: GraphModule, nodes: set[Node]) -> None:
                 gm.graph.erase_node(node)
 
 
-def run_nodes(nodes: Iterable[Node], known: dict[Node, Any]) -> dict[Node, Any]:
-    """Execute `nodes` in order on real values; return the value of each, `known` included."""
+def run_nodes(
+    nodes: Iterable[Node],
+    known: dict[Node, Any],
+    arguments: Callable[[Node, Any, Any], tuple[Any, Any]] | None = None,
+) -> dict[Node, Any]:
+    """Execute `nodes` in order on real values; return the value of each, `known` included.
+
+    Args:
+        nodes: What to execute.
+        known: Values that are given.
+        arguments: From a node, its args and its kwargs to those that it is called with instead.
+    """
     values = dict(known)
     for node in nodes:
         if node in values:
             continue
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
+        if arguments is not None:
+            args, kwargs = arguments(node, args, kwargs)
         if node.op == "call_function":
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         elif node.op == "call_method":

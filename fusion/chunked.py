@@ -1,0 +1,181 @@
+"""The chunk body: loss of a linear and a cross-entropy, with its gradients, chunk by chunk.
+
+Plain torch ops on tensors or on fx proxies of them: the same lines are the reference of the proof
+(fusion/verified.py) and the nodes in the graph. With z the logits of one token after the steps of
+the recipe, t its label, e the label smoothing and V the vocabulary:
+
+    loss   = logsumexp(z) - (1 - e) z[t] - e mean(z)
+    dz     = softmax(z) - (1 - e) onehot(t) - e / V
+
+summed over the tokens whose label counts; dx = dlogits W, dW = sum over chunks of dlogits^T x. The
+divisor of a mean is applied to the loss, and to the gradients in the backward.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from magi_train.fusion.attach import attach_gradients
+
+ALIGNED_ROWS, ROUNDED_FROM = 128, 1024
+"""Chunks of at least ROUNDED_FROM tokens are multiples of ALIGNED_ROWS, as matmul tiles are."""
+Value = Any
+"""A tensor, or the fx.Proxy of one."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about one loss but its tensors.
+
+    Attributes:
+        ignore_index: Label of tokens that do not count.
+        mean: Whether the sum is divided by how many tokens count.
+        smoothing: Label smoothing, 0 to 1.
+        slices: Indices into the linear's input that pick the tokens, in order.
+        steps: What happens to the logits: ("scale", factor) or ("tanh", 0).
+        vocabulary: How many labels there are.
+        transposed: The weight is `[width, vocabulary]` instead of `[vocabulary, width]`.
+        differentiated: Whether input, weight and bias need gradients.
+        compute: Dtype of the matmuls.
+        wide: Dtype of softmax, loss and of sums over chunks.
+        out: Dtype of the loss.
+    """
+
+    ignore_index: int
+    mean: bool
+    smoothing: float
+    slices: tuple[Any, ...]
+    steps: tuple[tuple[str, float], ...]
+    vocabulary: int
+    transposed: bool
+    differentiated: tuple[bool, bool, bool]
+    compute: torch.dtype
+    wide: torch.dtype
+    out: torch.dtype
+
+
+def chunked_cross_entropy(
+    x: Value,
+    weight: Value,
+    bias: Value | None,
+    labels: Value,
+    columns: Value,
+    recipe: Recipe,
+    chunks: int,
+    num_tokens: int | None,
+) -> Value:
+    """Return the loss, `[]`, with its gradients attached.
+
+    Args:
+        x: Hidden states, `[..., width]`.
+        weight: `[vocabulary, width]`, or transposed.
+        bias: `[vocabulary]`, or None.
+        labels: `[tokens]`.
+        columns: The numbers 0 to vocabulary - 1.
+        recipe: The loss.
+        chunks: How many.
+        num_tokens: Tokens after the slices; None where that is dynamic.
+    """
+    for index in recipe.slices:
+        x = x[index]
+    rows = x.flatten(0, -2)
+    counted = labels != recipe.ignore_index
+    targets = torch.where(counted, labels, 0).unsqueeze(1)
+    w = weight.detach().to(recipe.compute)
+    w = w.t() if recipe.transposed else w
+    b = None if bias is None else bias.detach().to(recipe.compute)
+    total: Value = None
+    parts = _Gradients(recipe)
+    size = rows.size(0) if num_tokens is None else num_tokens
+    for low, high in chunk_bounds(size, chunks, static=num_tokens is not None):
+        tokens = rows.detach()[low:high].to(recipe.compute)
+        logits = F.linear(tokens, w, b)
+        loss, dz = _chunk(
+            logits, targets[low:high], counted[low:high].unsqueeze(1), columns, recipe
+        )
+        total = loss if total is None else total + loss
+        parts.add(tokens, w, dz)
+    if recipe.mean:
+        count = counted.sum().to(recipe.wide)  # true division of integers is in float32
+        total = total / count
+        scale = torch.where(count > 0, 1.0 / count, 0.0)
+    else:
+        scale = torch.ones_like(total)
+    gradients = zip((rows, weight, bias), parts.finished(), strict=True)
+    pairs = [(tensor, gradient) for tensor, gradient in gradients if gradient is not None]
+    return attach_gradients(
+        total.to(recipe.out), scale, [t for t, _ in pairs], [g for _, g in pairs]
+    )
+
+
+def chunk_bounds(size: Any, chunks: int, *, static: bool) -> list[tuple[Any, Any]]:
+    """Return where each chunk starts and ends.
+
+    Args:
+        size: How many tokens: a number, or a proxy of it.
+        chunks: How many.
+        static: Whether the size is a number, so that chunks can be aligned.
+    """
+    if not static:
+        return [(size * i // chunks, size * (i + 1) // chunks) for i in range(chunks)]
+    step = -(-size // chunks)
+    step = -(-step // ALIGNED_ROWS) * ALIGNED_ROWS if step >= ROUNDED_FROM else step
+    return [(low, min(low + step, size)) for low in range(0, size, step)]
+
+
+def _chunk(
+    logits: Value, targets: Value, counted: Value, columns: Value, recipe: Recipe
+) -> tuple[Value, Value]:
+    """Return the summed loss of one chunk and its gradient by the logits."""
+    z, tanhs = logits.to(recipe.wide), []
+    for kind, factor in recipe.steps:
+        z = torch.tanh(z) if kind == "tanh" else z * factor
+        tanhs.append(z)
+    e = recipe.smoothing
+    log_sum = torch.logsumexp(z, -1, keepdim=True)
+    each = log_sum - (1 - e) * z.gather(1, targets)
+    if e:
+        each = each - e * z.mean(-1, keepdim=True)
+    loss = torch.where(counted, each, 0.0).sum()
+    p = torch.exp(z - log_sum)
+    if e:
+        p = p - e / recipe.vocabulary
+    dz = torch.where(columns == targets, p - (1 - e), p)
+    dz = torch.where(counted, dz, 0.0)
+    for (kind, factor), tanh in zip(reversed(recipe.steps), reversed(tanhs), strict=True):
+        dz = dz * (1 - tanh * tanh) if kind == "tanh" else dz * factor
+    return loss, dz
+
+
+class _Gradients:
+    """Collects what each chunk adds to the gradients of input, weight and bias."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.tokens: list[Value] = []
+        self.weight: list[Value] = []
+        self.bias: list[Value] = []
+
+    def add(self, tokens: Value, weight: Value, dz: Value) -> None:
+        """Add a chunk with inputs `[tokens, width]` and gradient `[tokens, vocabulary]`."""
+        of_tokens, of_weight, of_bias = self.recipe.differentiated
+        dlogits = dz.to(self.recipe.compute)
+        if of_tokens:
+            self.tokens.append(torch.matmul(dlogits, weight))
+        if of_weight:
+            pair = (tokens.t(), dlogits) if self.recipe.transposed else (dlogits.t(), tokens)
+            _add(self.weight, torch.matmul(*pair).to(self.recipe.wide))
+        if of_bias:
+            _add(self.bias, dz.sum(0))
+
+    def finished(self) -> tuple[Value | None, Value | None, Value | None]:
+        """Return the three gradients, None where one is not needed."""
+        rows = torch.cat(self.tokens) if self.tokens else None
+        weight = self.weight[0] if self.weight else None
+        return rows, weight, self.bias[0] if self.bias else None
+
+
+def _add(total: list[Value], part: Value) -> None:
+    total[:] = [total[0] + part] if total else [part]
