@@ -18,6 +18,7 @@ from torch import Tensor
 from magi_train.capture import Region, Runtime
 from magi_train.core.config import CommConfig, Config
 from magi_train.core.report import Report
+from magi_train.fusion.optimizer import take_over
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,14 @@ class MagiStrategyMixin:
                 hooks_because="optimization is manual: the user decides how often backward runs",
             )
             module.__dict__["forward"] = self._region
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        """Make the optimizers as Lightning does, then let one kernel take their steps."""
+        super().setup_optimizers(trainer)  # type: ignore[misc]
+        fusion = self.magi_config.fusion
+        if self.runtime is not None and fusion is not None and fusion.optimizer:
+            for optimizer in self.optimizers:  # type: ignore[attr-defined]
+                take_over(optimizer, self.runtime.report)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the captured training step, then what it logged."""

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from magi_train.capture import Region, Runtime
 from magi_train.core.config import CommConfig, Config
 from magi_train.core.report import Report
+from magi_train.fusion.optimizer import take_over
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -196,7 +197,8 @@ def prepare(
 
     Args:
         model: Any module. It is not changed; the result shares its parameters.
-        optimizer: Over the model's parameters; returned as it is.
+        optimizer: Over the model's parameters. The same object is returned; its step may run in a
+            kernel of ours, see `FusionConfig.optimizer`.
         config: What to do; `Config()` by default.
 
     Returns:
@@ -214,8 +216,14 @@ def prepare(
         mine = {id(p) for p in model.parameters()}
         if not any(id(p) in mine for g in optimizer.param_groups for p in g["params"]):
             raise ValueError("the optimizer holds no parameter of this model; build it from them")
-    prepared = PreparedModule(model, Runtime(model, config or Config()))
-    return prepared if optimizer is None else (prepared, optimizer)
+    runtime = Runtime(model, config or Config())
+    prepared = PreparedModule(model, runtime)
+    if optimizer is None:
+        return prepared
+    fusion = runtime.config.fusion
+    if fusion is not None and fusion.optimizer:
+        take_over(optimizer, runtime.report)
+    return prepared, optimizer
 
 
 def prepare_step(function: F, module: PreparedModule) -> F:

@@ -21,11 +21,15 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch.distributed.distributed_c10d._get_default_store | messages between ranks |
 | output.meta["original_output_strides"] | what Inductor restores the layout of outputs to |
 | torch._inductor.aoti_compile_and_package, aoti_load_package | export to machine code |
+| Optimizer.step.hooked, ._init_group, ._opt_called | give an optimizer another class |
+| optimizer.step._wrapped_by_lr_sched | know a learning-rate scheduler's wrapper |
 | torch.aten._fused_sdp_choice | which attention kernel a call would take |
 """
 
 import contextlib
+import functools
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -177,6 +181,52 @@ def activation_ratio(ratio: float) -> Any:
 def fused_attention_choice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> int:
     """Return the attention kernel chosen for real tensors: 0 is the unfused one."""
     return int(torch.ops.aten._fused_sdp_choice(q, k, v, **kwargs))
+
+
+def own_step(kind: type[torch.optim.Optimizer]) -> Callable[..., Any]:
+    """Return an optimizer class's step without the wrapper that runs step hooks."""
+    step: Any = kind.step
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__
+    return step
+
+
+def steps_like(kind: type[torch.optim.Optimizer], base: type[torch.optim.Optimizer]) -> bool:
+    """Return whether an optimizer class takes its step, and the state it makes, from `base`."""
+    return (
+        issubclass(kind, base)
+        and own_step(kind) is own_step(base)
+        and kind._init_group is base._init_group  # type: ignore[attr-defined]
+    )
+
+
+def step_is_replaced(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an instance has a step that is not its class's; LRScheduler's does not count.
+
+    LRScheduler puts a function on the instance that notes the call and runs the class's step.
+    """
+    step: Any = optimizer.__dict__.get("step")
+    if step is None:
+        return False
+    scheduled = getattr(step, "_wrapped_by_lr_sched", False)
+    return not (scheduled and step.__wrapped__ is type(optimizer).step)
+
+
+def change_class(optimizer: torch.optim.Optimizer, kind: type[torch.optim.Optimizer]) -> None:
+    """Give an optimizer another class, and its schedulers' wrapper that class's step."""
+    optimizer.__class__ = kind
+    if "step" not in optimizer.__dict__:
+        return
+    reference, call = weakref.ref(optimizer), kind.step
+
+    @functools.wraps(call)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        optimizer: Any = reference()
+        optimizer._opt_called = True
+        return call(optimizer, *args, **kwargs)
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.__dict__["step"] = step
 
 
 def capture_failure_text(error: BaseException) -> str:

@@ -25,11 +25,15 @@ def _check_positive(owner: str, name: str, value: float | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class FusionConfig:
-    """Which rewrites of the captured graph run before autograd."""
+    """Which rewrites of the captured graph run before autograd, and what the optimizer runs."""
 
     attention: bool = True
     """Drop attention masks that are proven causal or all-true, and feed grouped keys and values
     to the attention op without repeating them."""
+
+    optimizer: bool = True
+    """Let one kernel take the steps of torch's Adam, AdamW and SGD on CUDA devices. What it cannot
+    take, torch does; the report says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
