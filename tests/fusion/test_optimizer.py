@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 import magi_train
@@ -21,11 +21,10 @@ from magi_train.core.report import Report
 pytest.importorskip("triton")
 from magi_train.fusion import fused_step
 from magi_train.fusion.kernels import multi_tensor
-from magi_train.fusion.kernels.adamw import AdamSettings, adamw_reference
 from magi_train.fusion.kernels.multi_tensor import BLOCK_ELEMENTS, AddressTable, StepScalars
-from magi_train.fusion.kernels.sgd import SgdSettings, sgd_reference
 from magi_train.fusion.optimizer import TakenOver, take_over
 from tests.close import difference, tolerance
+from tests.optimizers import ALL, give_gradients, parameters, reference_step
 
 if not multi_tensor.interpreted():
     pytest.skip("needs TRITON_INTERPRET=1; tests/gpu runs the kernels", allow_module_level=True)
@@ -38,18 +37,6 @@ SIZES = (1, 3, 1030, BLOCK_ELEMENTS + 5)
 def _on_the_cpu(monkeypatch):
     """Nobody wants an interpreted step outside of tests, so the CPU is not taken otherwise."""
     monkeypatch.setattr(fused_step, "DEVICES", ("cpu",))
-
-
-def parameters(sizes=(3, 40)):
-    g = torch.Generator().manual_seed(1)
-    return [nn.Parameter(torch.randn(n, generator=g)) for n in sizes]
-
-
-def give_gradients(params, step, dtype=torch.float32, scale=1.0):
-    g = torch.Generator().manual_seed(100 + step)
-    for p in params:
-        p.grad_dtype = None
-        p.grad = (torch.randn(p.shape, generator=g) * scale).to(dtype)
 
 
 def apart(got, want):
@@ -68,24 +55,9 @@ def taken(optimizer, report=None, **kwargs):
     return optimizer
 
 
-ADAM = {
-    "AdamW": (AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
-    "AdamW, ascending": (AdamW, {"lr": 1e-2, "maximize": True, "eps": 1e-3}),
-    "AMSGrad": (AdamW, {"lr": 1e-2, "amsgrad": True, "betas": (0.5, 0.6)}),
-    "Adam, L2": (Adam, {"lr": 1e-2, "weight_decay": 0.1}),
-    "Adam, no first moment": (Adam, {"lr": 1e-2, "betas": (0.0, 0.9)}),
-}
-PLAIN = {
-    "SGD": (SGD, {"lr": 0.1}),
-    "momentum": (SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
-    "nesterov": (SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
-    "dampening": (SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "maximize": True}),
-}
-
-
-@pytest.mark.parametrize("name", [*ADAM, *PLAIN])
+@pytest.mark.parametrize("name", ALL)
 def test_steps_equal_torch(name):
-    kind, settings = {**ADAM, **PLAIN}[name]
+    kind, settings = ALL[name]
     sizes = (3, 1030)
     mine, theirs = parameters(sizes), parameters(sizes)
     ours, reference = taken(kind(mine, **settings)), kind(theirs, **settings)
@@ -100,30 +72,10 @@ def test_steps_equal_torch(name):
             assert apart([ours.state[p][key]], [value]) <= LIMIT, key
 
 
-def reference_step(kind, settings, masters, grads, states, scalars):
-    """Take a float64 step with the kernel file's own reference."""
-    optimizer = kind([nn.Parameter(torch.zeros(1))], **settings)
-    group = optimizer.param_groups[0]
-    for p, g, state in zip(masters, grads, states, strict=True):
-        if kind is SGD:
-            names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-            sgd_reference(p, g, state, SgdSettings(**{n: group[n] for n in names}), scalars)
-        else:
-            if not state:
-                state["step"] = torch.zeros(())
-                for moment in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-                    state[moment] = torch.zeros_like(p)
-            names = ("lr", "eps", "weight_decay", "amsgrad", "maximize")
-            chosen = AdamSettings(
-                **{n: group[n] for n in names}, beta1=group["betas"][0], beta2=group["betas"][1],
-                decoupled=group["decoupled_weight_decay"])  # fmt: skip
-            adamw_reference(p, g, state, chosen, scalars)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["AdamW", "AMSGrad", "nesterov"])
 def test_narrow_gradients_scale_and_clip_equal_the_reference_in_float64(name, dtype):
-    kind, settings = {**ADAM, **PLAIN}[name]
+    kind, settings = ALL[name]
     params = parameters((3, 40))
     masters = [p.detach().double() for p in params]
     states = [{} for _ in params]
@@ -271,7 +223,7 @@ def test_grad_scaler_skips_an_overflow(fused):
 
 @pytest.mark.parametrize("name", ["AdamW", "momentum"])
 def test_found_inf_changes_nothing_at_all(name):
-    kind, settings = {**ADAM, **PLAIN}[name]
+    kind, settings = ALL[name]
     params = parameters((3, BLOCK_ELEMENTS))
     shadows = {p: p.detach().bfloat16() for p in params}
     optimizer = taken(kind(params, **settings), shadow_of=shadows.get)
@@ -346,7 +298,7 @@ def test_schedulers_made_before_and_after(before):
 @pytest.mark.parametrize("ours_first", [True, False])
 @pytest.mark.parametrize("name", ["AdamW", "AMSGrad", "momentum"])
 def test_a_checkpoint_goes_both_ways(name, ours_first, fused):
-    kind, settings = {**ADAM, **PLAIN}[name]
+    kind, settings = ALL[name]
     settings = {**settings, "fused": fused}
     params, straight = parameters(), parameters()
     first, reference = kind(params, **settings), kind(straight, **settings)
@@ -404,7 +356,7 @@ def test_autograd_notices_the_write():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 def test_the_shadow_is_the_rounded_parameter(name, dtype):
-    kind, settings = {**ADAM, **PLAIN}[name]
+    kind, settings = ALL[name]
     params = parameters((3, 1030, 5))
     half = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8])  # ties of bfloat16
     params[0].data.copy_(half)
@@ -431,7 +383,7 @@ def test_the_shadow_is_the_rounded_parameter(name, dtype):
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 def test_a_foreign_write_raises_the_flag(name):
-    kind, settings = {**ADAM, **PLAIN}[name]
+    kind, settings = ALL[name]
     params = parameters((3, BLOCK_ELEMENTS + 5))
     shadows = {p: p.detach().bfloat16() for p in params}
     drift = torch.zeros((), dtype=torch.int32)
