@@ -211,14 +211,16 @@ class FusedStep:
             return "its gradient is sparse or a tensor subclass"
         if g.dtype not in GRADIENTS or g.device != p.device:
             return f"its gradient is {g.dtype} on {g.device}"
-        if layout(g) != layout(p):
+        stride = p.stride()
+        if g.stride() != stride and layout(g) != layout(p):
             return "its gradient has other strides"
         for name in self.algorithm.states(group) if state else ():
             held = state.get(name)
             if held is not None and (
-                held.dtype is not torch.float32 or held.device != p.device
-                or layout(held) != layout(p)
-            ):  # fmt: skip
+                held.dtype is not torch.float32
+                or held.device != p.device
+                or (held.stride() != stride and layout(held) != layout(p))
+            ):
                 return f"its {name} has another dtype, device or strides"
         return None
 

@@ -360,7 +360,8 @@ def test_the_shadow_is_the_rounded_parameter(name, dtype):
     params = parameters((3, 1030, 5))
     half = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8])  # ties of bfloat16
     params[0].data.copy_(half)
-    params[2].data.copy_(torch.tensor([torch.nan, torch.inf, -0.0, 1e-40, -1e38]))
+    params[2].data.copy_(torch.tensor([0.0, torch.inf, -0.0, 1e-40, -1e38]))
+    params[2].data[0] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # NaN
     shadows = {p: torch.full_like(p, 7, dtype=dtype) for p in (params[0], *params[2:])}
     written = []
     optimizer = taken(
@@ -375,6 +376,7 @@ def test_the_shadow_is_the_rounded_parameter(name, dtype):
         optimizer.step()
     assert torch.equal(params[0], half)
     for p, shadow in shadows.items():
+        assert torch.equal(shadow.isnan(), p.isnan())
         assert torch.equal(shadow.float().nan_to_num(), p.to(dtype).float().nan_to_num())
         assert shadow._version > 0
     assert [list(map(id, each)) for each in written] == [[id(p) for p in shadows]]
