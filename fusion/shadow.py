@@ -65,6 +65,30 @@ class Place:
         return self.offset + torch.Size(self.shape).numel()
 
 
+class DriftFlag:
+    """A number on the device that a kernel raises, read without waiting for the device.
+
+    Attributes:
+        flag: int32 of one element, 0 until something drifted.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.flag = torch.zeros(1, dtype=torch.int32, device=device)
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+        self._host = torch.zeros(1, dtype=torch.int32, pin_memory=self._event is not None)
+
+    def fetch(self) -> None:
+        """Start to copy the flag to the host."""
+        self._host.copy_(self.flag, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def raised(self) -> bool:
+        """Return whether the flag was up in a copy that has arrived."""
+        arrived = self._event is None or self._event.query()
+        return arrived and bool(self._host)
+
+
 class WeightShadows:
     """Low-precision copies of the float32 weights that one optimizer step writes.
 
@@ -76,16 +100,17 @@ class WeightShadows:
         self._places: dict[int, Place] = {}
         self._known: dict[int, tuple[int, int]] = {}
         self._flats: tuple[Tensor, ...] = ()
-        self.drifted: Callable[[], bool] = lambda: False
-        """Whether the optimizer found a weight that had changed behind its shadow."""
+        self.drift: DriftFlag | None = None
 
     def manage(self, parameters: Iterable[nn.Parameter]) -> None:
         """Lay out shadows for `parameters`, given in registration order; those before are gone.
 
         Parameters that are not dense float32 are left out.
         """
-        self._parameters = [p for p in parameters if p.dtype is torch.float32 and _is_dense(p)]
+        dense = compat.is_non_overlapping_and_dense
+        self._parameters = [p for p in parameters if p.dtype is torch.float32 and dense(p)]
         self._places, self._known, self._flats = {}, {}, ()
+        self.drift = DriftFlag(self._parameters[0].device) if self._parameters else None
         ends = [0, 0]
         for p in self._parameters:
             flat = MATRICES if p.dim() > 1 else VECTORS
@@ -121,7 +146,7 @@ class WeightShadows:
         Raises:
             StaleShadowError: A weight changed behind its shadow, and a step used the old value.
         """
-        if self.drifted():
+        if self.drift is not None and self.drift.raised():
             raise StaleShadowError(
                 "a weight was written through `.data` after a step, so the step that followed "
                 "still used its old value; write it in place under torch.no_grad(), or prepare "
@@ -135,12 +160,19 @@ class WeightShadows:
             torch._foreach_copy_(shadows, list(stale))
         self._known.update((id(p), _mark(p)) for p in stale)
 
-    def written(self, parameters: Iterable[Tensor]) -> None:
-        """Note that the shadows of `parameters` hold their present values."""
-        if self._flats:
-            for flat in self._flats:  # autograd then notices a backward that still needs the old
-                torch.autograd.graph.increment_version(flat)
-            self._known.update((id(p), _mark(p)) for p in parameters)
+    def before_step(self, parameter: Tensor) -> Tensor | None:
+        """Return the shadow that a step shall write, true to the parameter as it is now."""
+        shadow = self.of(parameter)
+        if shadow is not None and self._known.get(id(parameter)) != _mark(parameter):
+            shadow.copy_(parameter.detach())
+            self._known[id(parameter)] = _mark(parameter)
+        return shadow
+
+    def after_step(self, parameters: Iterable[Tensor]) -> None:
+        """Note that a step wrote the shadows of `parameters`, and may have raised the flag."""
+        self._known.update((id(p), _mark(p)) for p in parameters)
+        if self.drift is not None:
+            self.drift.fetch()
 
     def invalidate(self) -> None:
         """Cast everything again before the next forward."""
@@ -153,10 +185,6 @@ class WeightShadows:
 
 def _mark(p: Tensor) -> tuple[int, int]:
     return p._version, p.data_ptr()
-
-
-def _is_dense(p: Tensor) -> bool:
-    return bool(compat.is_non_overlapping_and_dense(p))
 
 
 @dataclass(frozen=True)

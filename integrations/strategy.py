@@ -129,6 +129,12 @@ class MagiStrategyMixin:
         with recording():
             return super().batch_to_device(*args, **kwargs)  # type: ignore[misc]
 
+    def setup_optimizers(self, trainer: Any) -> None:
+        """Make the optimizers as Lightning does, then let one kernel take their steps."""
+        super().setup_optimizers(trainer)  # type: ignore[misc]
+        if self.runtime is not None:
+            self.runtime.take_over(self.optimizers)  # type: ignore[attr-defined]
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the captured training step, then what it logged."""
         assert self.runtime is not None, "configure_ddp has not run"

@@ -197,7 +197,8 @@ def prepare(
 
     Args:
         model: Any module. It is not changed; the result shares its parameters.
-        optimizer: Over the model's parameters; returned as it is.
+        optimizer: Over the model's parameters. The same object is returned; its step may run in a
+            kernel of ours, see `FusionConfig.optimizer`.
         config: What to do; `Config()` by default.
 
     Returns:
@@ -215,8 +216,12 @@ def prepare(
         mine = {id(p) for p in model.parameters()}
         if not any(id(p) in mine for g in optimizer.param_groups for p in g["params"]):
             raise ValueError("the optimizer holds no parameter of this model; build it from them")
-    prepared = PreparedModule(model, Runtime(model, config or Config()))
-    return prepared if optimizer is None else (prepared, optimizer)
+    runtime = Runtime(model, config or Config())
+    prepared = PreparedModule(model, runtime)
+    if optimizer is None:
+        return prepared
+    runtime.take_over([optimizer])
+    return prepared, optimizer
 
 
 def prepare_step(function: F, module: PreparedModule) -> F:

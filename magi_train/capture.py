@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule
+from torch.optim import Optimizer
 
 from magi_train.comm.in_graph import PlaceCollectives
 from magi_train.comm.reducer import Reducer
@@ -43,6 +44,7 @@ from magi_train.core.report import Report
 from magi_train.core.world import World, join_from_environment
 from magi_train.fusion.attention import CanonicalizeAttention, mask_inputs
 from magi_train.fusion.loss import ChunkLinearCrossEntropy
+from magi_train.fusion.optimizer import take_over, taken_parameters
 from magi_train.fusion.shadow import UseWeightShadows, WeightShadows, shadow_graph
 from magi_train.lower import lower
 
@@ -122,6 +124,28 @@ class Runtime:
         shapes = {n: [list(p.shape), str(p.dtype), p.requires_grad] for n, p in parameters.items()}
         buffers = {n: [list(b.shape), str(b.dtype)] for n, b in self.module.named_buffers()}
         ask("model", {"parameters": shapes, "buffers": buffers}, seconds)
+
+    def take_over(self, optimizers: Sequence[Optimizer]) -> None:
+        """Let one kernel take the steps of `optimizers` and keep the weights' shadows."""
+        fusion = self.config.fusion
+        if fusion is None or not fusion.optimizer:
+            return
+        for optimizer in optimizers:
+            take_over(optimizer, self.report)
+        if not fusion.weight_shadows:
+            return
+        shadows = self.shadows
+        taken = {id(p) for optimizer in optimizers for p in taken_parameters(optimizer)}
+        shadows.manage(p for p in self.module.parameters() if id(p) in taken)
+        drift = shadows.drift
+        for optimizer in optimizers if drift is not None else ():
+            take_over(
+                optimizer,
+                self.report,
+                shadows.before_step,
+                on_written=shadows.after_step,
+                drift=None if drift is None else drift.flag,
+            )
 
     def close(self) -> None:
         """Take everything of ours off the model: it is a plain module again."""

@@ -1,6 +1,7 @@
 """Seeds, fresh compiler state, and one thread: what every test starts from."""
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from tests.ranks import RankPool
 
 logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,8 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | output.meta["original_output_strides"] | what Inductor restores the layout of outputs to |
 | torch._inductor.aoti_compile_and_package, aoti_load_package | export to machine code |
 | placeholder.meta["grapharg"] | the live tensor of a graph input, and how Dynamo reads it |
+| Optimizer.step.hooked, ._init_group, ._opt_called | give an optimizer another class |
+| optimizer.step._wrapped_by_lr_sched | know a learning-rate scheduler's wrapper |
 | torch.aten._fused_sdp_choice | which attention kernel a call would take |
 | torch.fx.proxy.GraphAppendingTracer | inserting what a function computes into a graph |
 | SymInt.node.expr, .hint | symbols of a dynamic size, and its size while compiling |
@@ -31,7 +33,9 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 
 import contextlib
 import copy
+import functools
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -207,6 +211,52 @@ def size_symbols(size: torch.SymInt) -> list[Any]:
 def evaluate_size(size: torch.SymInt, values: Mapping[Any, int]) -> int:
     """Return a dynamic size where its symbols have `values`."""
     return int(size.node.expr.subs(dict(values)))
+
+
+def own_step(kind: type[torch.optim.Optimizer]) -> Callable[..., Any]:
+    """Return an optimizer class's step without the wrapper that runs step hooks."""
+    step: Any = kind.step
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__
+    return step
+
+
+def steps_like(kind: type[torch.optim.Optimizer], base: type[torch.optim.Optimizer]) -> bool:
+    """Return whether an optimizer class takes its step, and the state it makes, from `base`."""
+    return (
+        issubclass(kind, base)
+        and own_step(kind) is own_step(base)
+        and kind._init_group is base._init_group  # type: ignore[attr-defined]
+    )
+
+
+def step_is_replaced(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an instance has a step that is not its class's; LRScheduler's does not count.
+
+    LRScheduler puts a function on the instance that notes the call and runs the class's step.
+    """
+    step: Any = optimizer.__dict__.get("step")
+    if step is None:
+        return False
+    scheduled = getattr(step, "_wrapped_by_lr_sched", False)
+    return not (scheduled and step.__wrapped__ is type(optimizer).step)
+
+
+def change_class(optimizer: torch.optim.Optimizer, kind: type[torch.optim.Optimizer]) -> None:
+    """Give an optimizer another class, and its schedulers' wrapper that class's step."""
+    optimizer.__class__ = kind
+    if "step" not in optimizer.__dict__:
+        return
+    reference, call = weakref.ref(optimizer), kind.step
+
+    @functools.wraps(call)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        optimizer: Any = reference()
+        optimizer._opt_called = True
+        return call(optimizer, *args, **kwargs)
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.__dict__["step"] = step
 
 
 def capture_failure_text(error: BaseException) -> str:

@@ -25,7 +25,7 @@ def _check_positive(owner: str, name: str, value: float | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class FusionConfig:
-    """Which rewrites of the captured graph run before autograd."""
+    """Which rewrites of the captured graph run before autograd, and what the optimizer runs."""
 
     attention: bool = True
     """Drop attention masks that are proven causal or all-true, and feed grouped keys and values
@@ -44,6 +44,14 @@ class FusionConfig:
     """MiB that the logits of one chunk may take, in the dtype of the matmul and float32 together;
     at most 8 chunks. Losses that fit one chunk are left alone. Smaller saves memory, and costs one
     read and write of the weight's gradient per chunk."""
+
+    optimizer: bool = True
+    """Let one kernel take the steps of torch's Adam, AdamW and SGD on CUDA devices. What it cannot
+    take, torch does; the report says why."""
+
+    weight_shadows: bool = True
+    """Keep the low-precision copies of weights that autocast would make in every step; the
+    optimizer's kernel writes them. Costs 2 bytes a weight, saves 6 bytes of traffic a step."""
 
     def __post_init__(self) -> None:
         _check_positive("FusionConfig", "loss_chunk_mib", self.loss_chunk_mib)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import magi_train
-from magi_train import Config
+from magi_train import Config, FusionConfig
 from magi_train.core.errors import StaleShadowError
 from magi_train.fusion.shadow import MATRICES, VECTORS, WeightShadows
 from tests.models import MODELS, bert, llama, loss_of
@@ -120,13 +120,73 @@ def test_evaluation_is_a_time_to_look_again():
 
 def test_a_drift_that_the_optimizer_found_is_an_error():
     _, prepared = train("llama", "graph", EAGER_CODE, shadows=True, steps=1)
-    prepared._magi_runtime.shadows.drifted = lambda: True
+    drift = prepared._magi_runtime.shadows.drift
+    drift.flag.fill_(1)
+    drift.fetch()
     batch = MODELS["llama"][1](0)
     with (
         torch.autocast("cpu", torch.bfloat16),
         pytest.raises(StaleShadowError, match=r"written through `\.data`"),
     ):
         prepared(**batch)
+
+
+@pytest.fixture
+def kernels_on_cpu(monkeypatch):
+    """Let the interpreter take the place of a device."""
+    fused_step = pytest.importorskip("magi_train.fusion.fused_step")
+    if not fused_step.interpreted():
+        pytest.skip("needs TRITON_INTERPRET=1")
+    monkeypatch.setattr(fused_step, "DEVICES", ("cpu",))
+
+
+def optimized(shadows, between, steps=4):
+    """Train with the fused optimizer; return losses and the prepared module."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = llama(num_hidden_layers=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    config = Config(lowering=EAGER_CODE, fusion=FusionConfig(weight_shadows=shadows))
+    prepared, optimizer = magi_train.prepare(model, optimizer, config=config)
+    losses = []
+    for step in range(steps):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = prepared(**MODELS["llama"][1](step)).loss
+        loss.backward()
+        between(step, model)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses, prepared
+
+
+def nothing(step, model):
+    pass
+
+
+def decay_by_hand(step, model):
+    if step == 1:
+        in_place(model)
+
+
+@pytest.mark.parametrize("between", [nothing, decay_by_hand])
+def test_the_optimizer_writes_the_shadows(between, kernels_on_cpu):
+    want, _ = optimized(False, between)
+    got, prepared = optimized(True, between)
+    assert got == want
+    shadows = prepared._magi_runtime.shadows
+    for p in prepared.parameters():
+        assert torch.equal(shadows.of(p), p.detach().bfloat16())
+        assert shadows._known[id(p)] == (p._version, p.data_ptr()), "a step makes nothing stale"
+
+
+def test_a_write_through_data_is_caught(kernels_on_cpu):
+    def behind_the_back(step, model):
+        if step == 1:
+            model.lm_head.weight.data[3, 5] += 1.0
+
+    with pytest.raises(StaleShadowError, match=r"written through `\.data`"):
+        optimized(True, behind_the_back)
 
 
 def test_without_autocast_nothing_is_allocated():

@@ -57,6 +57,10 @@ def test_the_name_alone_trains_as_ddp(tmp_path, namespace, plain_ddp):
     assert ours["strategy"].startswith("MagiStrategy")
     assert ours["report"]["tier"] == "graph", ours["report"]["reason"]
     assert (tmp_path / "magi_report.json").exists()
+    rows = json.loads((tmp_path / "magi_report.json").read_text())["rows"]
+    row = next(r for r in rows if r["name"] == "fused_optimizer")
+    assert row["plan"]["taken"] == 0, "a CPU's optimizer is torch's"
+    assert row["plan"]["left_alone"] == ["6 parameters: it lies on cpu; the kernel runs on cuda"]
 
 
 @pytest.mark.parametrize("mode", ["accumulate", "manual", "breaks"])

@@ -1,0 +1,139 @@
+"""Milliseconds and bandwidth of one optimizer step: ours beside torch's fused and foreach AdamW.
+
+    python -m benchmarks.optimizer_step --commit HASH --output benchmarks/results/NAME.json
+
+Parameters have the shapes of Llama 3.2 1B (1.24 B in 146 tensors). A step's bytes are what it must
+read and write once: float32 parameter and two moments each way, 24 bytes, the gradient 4 or 2, a
+shadow 2, its check 2. The last column is the share of what a copy from device to device moves.
+Times are medians of device events around steps that run back to back.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WARM_UP, TIMED = 5, 20
+LAYERS, HIDDEN, NARROW, WIDE, VOCABULARY = 16, 2048, 512, 8192, 128256
+
+VARIANTS = {
+    "torch foreach": {"foreach": True},
+    "torch fused": {"fused": True},
+    "ours": {},
+    "ours, shadow": {"shadow": True},
+    "ours, shadow, check": {"shadow": True, "check": True},
+    "ours, bf16 gradients": {"narrow": True},
+    "ours, bf16 gradients, shadow": {"narrow": True, "shadow": True},
+    "ours, bf16 gradients, shadow, check": {"narrow": True, "shadow": True, "check": True},
+}
+
+
+def shapes() -> list[tuple[int, ...]]:
+    """Return the shapes of Llama 3.2 1B's parameters, the head tied to the embedding."""
+    layer = [
+        (HIDDEN, HIDDEN), (NARROW, HIDDEN), (NARROW, HIDDEN), (HIDDEN, HIDDEN),
+        (WIDE, HIDDEN), (WIDE, HIDDEN), (HIDDEN, WIDE), (HIDDEN,), (HIDDEN,),
+    ]  # fmt: skip
+    return [(VOCABULARY, HIDDEN), *layer * LAYERS, (HIDDEN,)]
+
+
+def median_ms(function: Callable[[], Any]) -> float:
+    """Return the median device time of a call, back to back."""
+    for _ in range(WARM_UP):
+        function()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED + 1)]
+    events[0].record()
+    for event in events[1:]:
+        function()
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+
+
+def measure(variant: str, parameters: list[nn.Parameter]) -> dict[str, float]:
+    """Time one variant on parameters whose optimizer state is made anew."""
+    from magi_train.core.report import Report
+    from magi_train.fusion.optimizer import TakenOver, take_over
+
+    options = VARIANTS[variant]
+    dtype = torch.bfloat16 if options.get("narrow") else torch.float32
+    for p in parameters:
+        p.grad_dtype = None  # type: ignore[attr-defined]
+        p.grad = torch.full_like(p, 1e-3, dtype=dtype)
+    if variant.startswith("torch"):
+        step = torch.optim.AdamW(parameters, lr=1e-6, **options).step
+    else:
+        shadows: dict[Tensor, Tensor] = {}
+        if options.get("shadow"):
+            shadows = {p: p.detach().bfloat16() for p in parameters}
+        drift = torch.zeros((), dtype=torch.int32, device="cuda") if options.get("check") else None
+        optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+        take_over(optimizer, Report(), shadows.get, drift=drift)
+        assert isinstance(optimizer, TakenOver), "the optimizer was not taken over"
+        step = optimizer.step
+    ms = median_ms(step)
+    each = 24 + dtype.itemsize + 2 * bool(options.get("shadow")) + 2 * bool(options.get("check"))
+    moved = each * sum(p.numel() for p in parameters)
+    return {"step_ms": ms, "gb_per_second": moved / ms / 1e6}
+
+
+def copy_bandwidth(num_bytes: int = 4 * 2**30) -> float:
+    """Return GB/s, reads and writes together, of a copy far larger than the L2 cache."""
+    source = torch.ones(num_bytes, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * num_bytes / median_ms(lambda: target.copy_(source)) / 1e6
+
+
+def main() -> None:
+    """Measure all variants, print the table, write JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    import triton
+
+    copy = copy_bandwidth()
+    parameters = [nn.Parameter(torch.randn(s, device="cuda") * 0.02) for s in shapes()]
+    rows = []
+    for variant in VARIANTS:
+        try:
+            row = measure(variant, parameters)
+            row["share_of_copy"] = row["gb_per_second"] / copy
+            rows.append({"variant": variant, **row})
+        except Exception as error:
+            rows.append({"variant": variant, "failed": repr(error)[-600:]})
+        print(json.dumps(rows[-1]), flush=True)
+    result = {
+        "question": "optimizer_step",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": options.commit,
+        "versions": {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+                     "triton": triton.__version__},
+        "parameters": sum(p.numel() for p in parameters),
+        "tensors": len(parameters),
+        "copy_gb_per_second": copy,
+        "rows": rows,
+    }  # fmt: skip
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\n{'copy, device to device':38} {'':>9} {copy:9.0f} GB/s")
+    for row in rows:
+        if "failed" in row:
+            print(f"{row['variant']:38} failed: {row['failed']}")
+        else:
+            print(f"{row['variant']:38} {row['step_ms']:6.2f} ms {row['gb_per_second']:9.0f} GB/s "
+                  f"{row['share_of_copy']:7.1%}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
