@@ -99,6 +99,7 @@ class WeightShadows:
         self._parameters: list[nn.Parameter] = []
         self._places: dict[int, Place] = {}
         self._known: dict[int, tuple[int, int]] = {}
+        self._used: set[int] = set()
         self._flats: tuple[Tensor, ...] = ()
         self.drift: DriftFlag | None = None
 
@@ -109,7 +110,7 @@ class WeightShadows:
         """
         dense = compat.is_non_overlapping_and_dense
         self._parameters = [p for p in parameters if p.dtype is torch.float32 and dense(p)]
-        self._places, self._known, self._flats = {}, {}, ()
+        self._places, self._known, self._used, self._flats = {}, {}, set(), ()
         self.drift = DriftFlag(self._parameters[0].device) if self._parameters else None
         ends = [0, 0]
         for p in self._parameters:
@@ -123,10 +124,10 @@ class WeightShadows:
         return self._places.get(id(parameter))
 
     def of(self, parameter: Tensor) -> Tensor | None:
-        """Return the shadow of `parameter`, shaped as it; None where there is none (yet)."""
-        place = self._places.get(id(parameter))
-        if place is None or not self._flats:
+        """Return the shadow of `parameter`, shaped as it; None where no graph reads one."""
+        if id(parameter) not in self._used:
             return None
+        place = self._places[id(parameter)]
         return self._flats[place.flat].as_strided(place.shape, place.strides, place.offset)
 
     def allocate(self, dtype: torch.dtype) -> bool:
@@ -140,6 +141,10 @@ class WeightShadows:
             self._flats = tuple(torch.zeros(n, dtype=dtype, device=device) for n in ends)
         return bool(self._flats) and self._flats[0].dtype is dtype
 
+    def use(self, parameters: Iterable[Tensor]) -> None:
+        """Keep the shadows of `parameters` from now on: a graph reads them."""
+        self._used.update(id(p) for p in parameters)
+
     def refresh(self) -> None:
         """Cast every parameter that has been written since its shadow was.
 
@@ -152,12 +157,16 @@ class WeightShadows:
                 "still used its old value; write it in place under torch.no_grad(), or prepare "
                 "with Config(fusion=FusionConfig(weight_shadows=False))"
             )
-        stale = [p for p in self._parameters if self._known.get(id(p)) != _mark(p)]
-        if not stale:
-            return
-        shadows = [s for p in stale if (s := self.of(p)) is not None]
-        with torch.no_grad():
-            torch._foreach_copy_(shadows, list(stale))
+        used = [p for p in self._parameters if id(p) in self._used]
+        stale = [p for p in used if self._known.get(id(p)) != _mark(p)]
+        for first_use in (False, True):
+            group: list[Tensor] = [p for p in stale if (id(p) not in self._known) == first_use]
+            shadows = [s for p in group if (s := self.of(p)) is not None]
+            if first_use:  # no backward needs what was there: leave the version counter alone
+                shadows = [s.data for s in shadows]
+            if group:
+                with torch.no_grad():
+                    torch._foreach_copy_(shadows, group)
         self._known.update((id(p), _mark(p)) for p in stale)
 
     def before_step(self, parameter: Tensor) -> Tensor | None:
@@ -176,7 +185,7 @@ class WeightShadows:
 
     def invalidate(self) -> None:
         """Cast everything again before the next forward."""
-        self._known.clear()
+        self._known = dict.fromkeys(self._known, (-1, -1))
 
     def window(self, flat: int, start: int, length: int) -> Tensor:
         """Return `length` elements of a flat tensor."""
@@ -209,12 +218,12 @@ class ShadowPlan(Plan):
     """Which casts of a joint graph read a shadow instead.
 
     Attributes:
-        weights: Parameters whose casts are gone.
+        weights: Positions among the graph's inputs of the parameters whose casts are gone.
         casts: Casts that are gone.
         mib_not_written: What these casts wrote.
     """
 
-    weights: int
+    weights: tuple[int, ...]
     casts: int
     mib_not_written: float
 
@@ -237,28 +246,29 @@ class UseWeightShadows:
         found = self._casts(gm)
         if not found:
             return None
-        mib = sum(c.meta["val"].numel() * c.meta["val"].element_size() for c, _ in found) / 2**20
-        return ShadowPlan(len({place for _, place in found}), len(found), round(mib, 3))
+        mib = sum(c.meta["val"].numel() * c.meta["val"].element_size() for c, *_ in found) / 2**20
+        weights = sorted({position for _, _, position in found})
+        return ShadowPlan(tuple(weights), len(found), round(mib, 3))
 
     def apply(self, gm: GraphModule, plan: ShadowPlan, context: PassContext) -> None:
         """Read the shadows."""
         flats = {input_position(n): n for n in gm.graph.find_nodes(op="placeholder")}
         views: dict[Place, Node] = {}
-        for cast, place in self._casts(gm):
+        for cast, place, _ in self._casts(gm):
             if place not in views:
                 with gm.graph.inserting_before(_first_op(gm)):
                     views[place] = _view(gm.graph, flats[self.layout.inputs[place.flat]], place)
             cast.replace_all_uses_with(views[place])
             gm.graph.erase_node(cast)
 
-    def _casts(self, gm: GraphModule) -> list[tuple[Node, Place]]:
+    def _casts(self, gm: GraphModule) -> list[tuple[Node, Place, int]]:
         places, dtype = dict(self.layout.weights), getattr(torch, self.layout.dtype)
         found = []
         for node in gm.graph.find_nodes(op="placeholder"):
             position = input_position(node)
-            place = None if position is None else places.get(position)
-            if place is not None:
-                found += [(cast, place) for cast in _casts_of(node, dtype)]
+            if position is not None and position in places:
+                casts = _casts_of(node, dtype)
+                found += [(cast, places[position], position) for cast in casts]
         return found
 
 
@@ -300,21 +310,26 @@ class GraphShadows:
     def __init__(self, shadows: WeightShadows, layout: ShadowLayout) -> None:
         self._shadows, self.layout = shadows, layout
         self._windows: dict[tuple[int, ...], list[Tensor]] = {}
+        self._read: list[int] = []
 
-    def bind(self, compiled: Callable[..., Any], *, used: bool) -> Callable[..., Any]:
+    def bind(
+        self, compiled: Callable[..., Any], read: Iterable[int] | None = None
+    ) -> Callable[..., Any]:
         """Return `compiled` without the two inputs.
 
         Args:
             compiled: Takes the flat tensors last.
-            used: Whether it reads them.
+            read: Positions of the parameters whose shadows it reads; None if that is not known.
         """
-        if not used:
+        self._read = [i for i, _ in self.layout.weights] if read is None else list(read)
+        if not self._read:
             nothing = [torch.empty(0), torch.empty(0)]
             return lambda *args: compiled(*args, *nothing)
 
         def call(*args: Any) -> Any:
+            flats = self._flats(args)
             self._shadows.refresh()
-            return compiled(*args, *self._flats(args))
+            return compiled(*args, *flats)
 
         return call
 
@@ -326,6 +341,7 @@ class GraphShadows:
             if windows is None:
                 return self._packed(parameters)
             self._windows[key] = windows
+            self._shadows.use(args[i] for i in self._read)
         return self._windows[key]
 
     def _same_layout(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:

@@ -463,7 +463,7 @@ class Region:
         if shadows is None:
             return compiled
         mine = [row for row in rows if row.name == UseWeightShadows.name]
-        return shadows.bind(compiled, used=not mine or bool(mine[0].plan))
+        return shadows.bind(compiled, mine[0].plan.get("weights", ()) if mine else None)
 
     def vote_capture(self) -> None:
         """Tell the others that this rank captured the function; raise if one of them did not."""

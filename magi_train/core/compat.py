@@ -25,6 +25,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._inductor.aoti_compile_and_package, aoti_load_package | export to machine code |
 | placeholder.meta["grapharg"] | the live tensor of a graph input, and how Dynamo reads it |
 | Optimizer.step.hooked, ._init_group, ._opt_called | give an optimizer another class |
+| _torchdynamo_orig_callable | a method of an optimizer that Dynamo replaced |
 | optimizer.step._wrapped_by_lr_sched | know a learning-rate scheduler's wrapper |
 | torch.aten._fused_sdp_choice | which attention kernel a call would take |
 | torch.fx.proxy.GraphAppendingTracer | inserting what a function computes into a graph |
@@ -213,21 +214,23 @@ def evaluate_size(size: torch.SymInt, values: Mapping[Any, int]) -> int:
     return int(size.node.expr.subs(dict(values)))
 
 
+_UNTRACED = "_torchdynamo_orig_callable"
+"""Where Dynamo keeps a method that it replaced; it does so to optimizers when it first compiles."""
+
+
 def own_step(kind: type[torch.optim.Optimizer]) -> Callable[..., Any]:
     """Return an optimizer class's step without the wrapper that runs step hooks."""
     step: Any = kind.step
-    while getattr(step, "hooked", False):
-        step = step.__wrapped__
+    while getattr(step, "hooked", False) or hasattr(step, _UNTRACED):
+        step = getattr(step, _UNTRACED, None) or step.__wrapped__
     return step
 
 
 def steps_like(kind: type[torch.optim.Optimizer], base: type[torch.optim.Optimizer]) -> bool:
     """Return whether an optimizer class takes its step, and the state it makes, from `base`."""
-    return (
-        issubclass(kind, base)
-        and own_step(kind) is own_step(base)
-        and kind._init_group is base._init_group  # type: ignore[attr-defined]
-    )
+    first, second = (getattr(k, "_init_group", None) for k in (kind, base))
+    same_state = getattr(first, _UNTRACED, first) is getattr(second, _UNTRACED, second)
+    return issubclass(kind, base) and own_step(kind) is own_step(base) and same_state
 
 
 def step_is_replaced(optimizer: torch.optim.Optimizer) -> bool:

@@ -58,8 +58,7 @@ def test_the_numbers_are_those_of_autocast(kind, tier, lowering):
     want, _ = train(kind, tier, lowering, shadows=False)
     got, prepared = train(kind, tier, lowering, shadows=True)
     assert got == want
-    assert row(prepared)["weights"] >= 7
-    assert row(prepared)["casts"] >= row(prepared)["weights"]
+    assert row(prepared)["casts"] >= len(row(prepared)["weights"]) >= 7
 
 
 def test_fp16_is_shadowed_as_well():
@@ -175,7 +174,10 @@ def test_the_optimizer_writes_the_shadows(between, kernels_on_cpu):
     got, prepared = optimized(True, between)
     assert got == want
     shadows = prepared._magi_runtime.shadows
-    for p in prepared.parameters():
+    for name, p in prepared.named_parameters():
+        if "norm" in name or "embed" in name:  # autocast does not cast these
+            assert shadows.of(p) is None
+            continue
         assert torch.equal(shadows.of(p), p.detach().bfloat16())
         assert shadows._known[id(p)] == (p._version, p.data_ptr()), "a step makes nothing stale"
 
@@ -208,12 +210,13 @@ def test_places_are_disjoint_aligned_and_neighbours():
     assert shadows.place(block["low"].weight) is None
     assert shadows.allocate(torch.bfloat16)
     assert not shadows.allocate(torch.float16), "one precision at a time"
+    shadows.use(block.parameters())
     shadows.refresh()
     ends = {MATRICES: 0, VECTORS: 0}
     for name, p in block.named_parameters():
         place = shadows.place(p)
         if place is None:
-            continue
+            continue  # it has the low precision already
         assert place.flat == (MATRICES if p.dim() > 1 else VECTORS)
         assert place.offset % 128 == 0
         assert place.offset >= ends[place.flat]
