@@ -20,6 +20,7 @@ that fails is a row that says why.
 | fsdp2 | fully_shard of every layer, no resharding, every layer compiled; bf16, fp32 reduction |
 | magi | magi_train.prepare and prepare_step, Config() |
 | magi-bf16-wire | the same with bfloat16 all-reduces |
+| magi-without-A+B | the same with FusionConfig(A=False, B=False) |
 """
 
 import argparse
@@ -140,10 +141,12 @@ def setup(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     if variant.startswith("magi"):
         import magi_train
-        from magi_train import CommConfig, Config
+        from magi_train import CommConfig, Config, FusionConfig
 
         wire = "bfloat16" if variant == "magi-bf16-wire" else "float32"
-        config = Config(comm=CommConfig(wire_dtype=wire))
+        without = variant.removeprefix("magi-without-").split("+") if "-without-" in variant else ()
+        fusion = FusionConfig(**dict.fromkeys(without, False))
+        config = Config(fusion=fusion, comm=CommConfig(wire_dtype=wire))
         prepared, optimizer = magi_train.prepare(model, optimizer, config=config)
         loss_of = magi_train.prepare_step(lambda batch: case.loss(prepared, batch), prepared)
         return prepared, loss_of, optimizer
