@@ -179,6 +179,7 @@ class FusedStep:
         on_written: Told, after a step, which parameters had their shadow written.
         drift: int32 on the device, set to 1 where a shadow was not its rounded parameter.
         note: Takes a sentence for the report.
+        steps: Taken so far.
     """
 
     algorithm: Algorithm
@@ -186,6 +187,7 @@ class FusedStep:
     on_written: Callable[[Sequence[Tensor]], None] | None
     drift: Tensor | None
     note: Callable[[str], None]
+    steps: int = -1
     tables: dict[tuple[int, torch.device, torch.dtype], AddressTable] = field(default_factory=dict)
 
     def why_never(self, p: Tensor, group: Group) -> str | None:
@@ -250,6 +252,7 @@ class FusedStep:
     def run(self, optimizer: Optimizer, taken: list[tuple[int, list[Tensor]]]) -> None:
         """Step every parameter of `taken` that has a gradient."""
         shadowed: list[Tensor] = []
+        self.steps += 1
         for index, parameters in taken:
             group = optimizer.param_groups[index]
             for (device, dtype), launch in self._launches(optimizer, group, parameters).items():
@@ -276,7 +279,7 @@ class FusedStep:
                 device, non_blocking=True)
             for name, value in given.items()
         }  # fmt: skip
-        return StepScalars(drift=self.drift, **tensors)
+        return StepScalars(drift=self.drift, number=self.steps, **tensors)
 
     def _launches(
         self, optimizer: Optimizer, group: Group, parameters: list[Tensor]

@@ -17,7 +17,8 @@ When is a shadow stale? Whatever writes a parameter through PyTorch (another opt
 `load_state_dict`, an in-place op) moves its version counter, and an assignment to `.data` its
 address: both are compared before every forward, and all stale shadows are cast again. A write
 *through* `.data` moves neither. For that the optimizer's kernel compares shadow and weight before
-it overwrites them, and the next forward raises `StaleShadowError`.
+it overwrites them, and the next forward raises `StaleShadowError`: all of them in the first steps,
+an eighth in turns later, so that whole tensors are always caught and slices in their turn.
 """
 
 import dataclasses

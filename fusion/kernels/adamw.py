@@ -94,7 +94,8 @@ def _advance(
 
 @triton.jit
 def _update(
-    row, start, scalars, beta1, beta2, rest1, rest2, eps, weight_decay, grad_scale, clip, drift,
+    row, start, scalars, beta1, beta2, rest1, rest2, eps, weight_decay, grad_scale, clip,
+    drift, stride, phase,
     GRAD_DTYPE: tl.constexpr, SHADOW_DTYPE: tl.constexpr, DECOUPLED: tl.constexpr,
     AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +119,10 @@ def _update(
         m = tl.load(firsts + at, mask=mask)
         v = tl.load(seconds + at, mask=mask)
         if drift is not None:
-            if shadowed:
+            look = shadowed
+            if WIDE:
+                look = shadowed & ((at // TILE + phase) % stride == 0)
+            if look:
                 note_drift(shadows + at, mask, p, drift, SHADOW_DTYPE)
         if DECOUPLED:
             p -= decay * p
@@ -138,10 +142,10 @@ def _update(
                 tl.store(shadows + at, to_nearest(p, SHADOW_DTYPE), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "phase"])
 def _adamw(
     table, blocks, scalars, beta1, beta2, rest1, rest2, eps, weight_decay,
-    grad_scale, clip, found_inf, drift,
+    grad_scale, clip, found_inf, drift, stride, phase,
     GRAD_DTYPE: tl.constexpr, SHADOW_DTYPE: tl.constexpr, DECOUPLED: tl.constexpr,
     AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr,
 ):  # fmt: skip
@@ -157,12 +161,12 @@ def _adamw(
     if live:
         if ((flags & ALIGNED) != 0) & (tl.load(row + NUMEL) - start >= BLOCK):
             _update(row, start, scalars + 3 * tensor, beta1, beta2, rest1, rest2, eps,
-                    weight_decay, grad_scale, clip, drift, GRAD_DTYPE, SHADOW_DTYPE, DECOUPLED,
-                    AMSGRAD, MAXIMIZE, True)  # fmt: skip
+                    weight_decay, grad_scale, clip, drift, stride, phase, GRAD_DTYPE,
+                    SHADOW_DTYPE, DECOUPLED, AMSGRAD, MAXIMIZE, True)  # fmt: skip
         else:
             _update(row, start, scalars + 3 * tensor, beta1, beta2, rest1, rest2, eps,
-                    weight_decay, grad_scale, clip, drift, GRAD_DTYPE, SHADOW_DTYPE, DECOUPLED,
-                    AMSGRAD, MAXIMIZE, False)  # fmt: skip
+                    weight_decay, grad_scale, clip, drift, stride, phase, GRAD_DTYPE,
+                    SHADOW_DTYPE, DECOUPLED, AMSGRAD, MAXIMIZE, False)  # fmt: skip
 
 
 def adamw(
@@ -196,7 +200,7 @@ def adamw(
     _adamw[(num_blocks,)](
         table.rows, table.blocks, corrections, s.beta1, s.beta2, 1 - s.beta1, 1 - s.beta2, s.eps,
         s.weight_decay, scalars.grad_scale, scalars.clip, scalars.found_inf,
-        scalars.drift if shadow_dtype is not None else None,
+        scalars.drift if shadow_dtype is not None else None, *scalars.looked_at(),
         GRAD_DTYPE=TRITON_DTYPE[grad_dtype], SHADOW_DTYPE=TRITON_DTYPE[shadow_dtype],
         DECOUPLED=s.decoupled, AMSGRAD=s.amsgrad, MAXIMIZE=s.maximize, num_warps=WARPS,
     )  # fmt: skip

@@ -26,6 +26,9 @@ TILE = tl.constexpr(32 * WARPS * 4)
 """What it does at a time: 4 elements a thread, so that float32 moves in 16-byte accesses and loads
 and stores agree on a layout (with 8, Triton sends what it stores through shared memory first)."""
 
+FULL_CHECKS, CHECK_STRIDE = 64, 8
+"""Comparing every shadow with its weight takes 1.2 of 10.3 ms at 1.2 billion weights on an H200."""
+
 ADDRESSES = 7
 """Columns that hold addresses; the kernels name those after the first three."""
 MASTER, GRAD, SHADOW = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -56,12 +59,21 @@ class StepScalars:
         clip: float32; gradients are multiplied by it; what is stored is not.
         found_inf: float32; not 0: the whole step is skipped.
         drift: int32; set to 1 if a shadow did not equal its rounded master before the update.
+        number: Of this step: at first every element is compared, from FULL_CHECKS steps on one tile
+            in CHECK_STRIDE of whole blocks, in turns. A write to a whole tensor is always seen
+            then, one to a slice in its turn.
     """
 
     grad_scale: Tensor | None = None
     clip: Tensor | None = None
     found_inf: Tensor | None = None
     drift: Tensor | None = None
+    number: int = 0
+
+    def looked_at(self) -> tuple[int, int]:
+        """Return (stride, phase): tiles whose index plus phase is a multiple are compared."""
+        stride = 1 if self.number < FULL_CHECKS else CHECK_STRIDE
+        return stride, self.number % CHECK_STRIDE
 
 
 def interpreted() -> bool:

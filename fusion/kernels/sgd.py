@@ -60,7 +60,7 @@ class SgdSettings:
 
 @triton.jit
 def _update(
-    row, start, first, lr, momentum, rest, weight_decay, grad_scale, clip, drift,
+    row, start, first, lr, momentum, rest, weight_decay, grad_scale, clip, drift, stride, phase,
     GRAD_DTYPE: tl.constexpr, SHADOW_DTYPE: tl.constexpr, MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +79,10 @@ def _update(
         g = read_gradient(grads + at, mask, grad_scale, clip, GRAD_DTYPE, MAXIMIZE)
         p = tl.load(masters + at, mask=mask)
         if drift is not None:
-            if shadowed:
+            look = shadowed
+            if WIDE:
+                look = shadowed & ((at // TILE + phase) % stride == 0)
+            if look:
                 note_drift(shadows + at, mask, p, drift, SHADOW_DTYPE)
         g += weight_decay * p
         if MOMENTUM:
@@ -97,9 +100,10 @@ def _update(
                 tl.store(shadows + at, to_nearest(p, SHADOW_DTYPE), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "phase"])
 def _sgd(
-    table, blocks, lr, momentum, rest, weight_decay, grad_scale, clip, found_inf, drift,
+    table, blocks, lr, momentum, rest, weight_decay, grad_scale, clip, found_inf,
+    drift, stride, phase,
     GRAD_DTYPE: tl.constexpr, SHADOW_DTYPE: tl.constexpr, MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, LR_TENSOR: tl.constexpr,
 ):  # fmt: skip
@@ -118,11 +122,13 @@ def _sgd(
         rate = lr
     if live:
         if ((flags & ALIGNED) != 0) & (tl.load(row + NUMEL) - start >= BLOCK):
-            _update(row, start, first, rate, momentum, rest, weight_decay, grad_scale, clip, drift,
-                    GRAD_DTYPE, SHADOW_DTYPE, MOMENTUM, NESTEROV, MAXIMIZE, True)  # fmt: skip
+            _update(row, start, first, rate, momentum, rest, weight_decay, grad_scale, clip,
+                    drift, stride, phase, GRAD_DTYPE, SHADOW_DTYPE, MOMENTUM, NESTEROV, MAXIMIZE,
+                    True)  # fmt: skip
         else:
-            _update(row, start, first, rate, momentum, rest, weight_decay, grad_scale, clip, drift,
-                    GRAD_DTYPE, SHADOW_DTYPE, MOMENTUM, NESTEROV, MAXIMIZE, False)  # fmt: skip
+            _update(row, start, first, rate, momentum, rest, weight_decay, grad_scale, clip,
+                    drift, stride, phase, GRAD_DTYPE, SHADOW_DTYPE, MOMENTUM, NESTEROV, MAXIMIZE,
+                    False)  # fmt: skip
 
 
 def sgd(
@@ -147,7 +153,7 @@ def sgd(
     _sgd[(len(table.blocks),)](
         table.rows, table.blocks, s.lr, s.momentum, 1 - s.dampening, s.weight_decay,
         scalars.grad_scale, scalars.clip, scalars.found_inf,
-        scalars.drift if shadow_dtype is not None else None,
+        scalars.drift if shadow_dtype is not None else None, *scalars.looked_at(),
         GRAD_DTYPE=TRITON_DTYPE[grad_dtype], SHADOW_DTYPE=TRITON_DTYPE[shadow_dtype],
         MOMENTUM=s.momentum != 0, NESTEROV=s.nesterov, MAXIMIZE=s.maximize,
         LR_TENSOR=isinstance(s.lr, Tensor), num_warps=WARPS,

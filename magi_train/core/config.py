@@ -40,7 +40,7 @@ class FusionConfig:
     """Compute a linear and the cross-entropy of its logits in chunks of tokens, so that the full
     logits never exist, where nothing else reads them (a step that returns only the loss)."""
 
-    loss_chunk_mib: float = 2048.0
+    loss_chunk_mib: float = 8192.0
     """MiB that the logits of one chunk may take, in the dtype of the matmul and float32 together;
     at most 8 chunks. Losses that fit one chunk are left alone. Smaller saves memory, and costs one
     read and write of the weight's gradient per chunk."""

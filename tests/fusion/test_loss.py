@@ -349,7 +349,7 @@ def test_small_losses_stay_whole_by_default():
     chunk_bytes = int(FusionConfig().loss_chunk_mib * 2**20)
     _, backend = compiled(lambda x: model(x, x), ids, chunk_bytes=chunk_bytes)
     assert not backend.plan.chunked
-    assert "fits one chunk of 2048 MiB" in backend.plan.left_alone[0][1]
+    assert "fits one chunk of 8192 MiB" in backend.plan.left_alone[0][1]
 
 
 def test_inference_and_exported_programs_are_left_alone():
