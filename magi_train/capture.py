@@ -47,6 +47,7 @@ from magi_train.fusion.loss import ChunkLinearCrossEntropy
 from magi_train.fusion.optimizer import take_over, taken_parameters
 from magi_train.fusion.shadow import UseWeightShadows, WeightShadows, shadow_graph
 from magi_train.lower import lower
+from magi_train.tune import Tuner
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +201,9 @@ class Region:
         self._compiled: Callable[..., Any] = function
         fusion = runtime.config.fusion
         self._facts = Assumptions(fusion is not None and fusion.attention and fusion.padding)
-        self._variants: dict[Paths, Callable[..., Any]] = {}
+        self._variants: dict[tuple[Paths, Config], Callable[..., Any]] = {}
+        self._tuner = Tuner(runtime.config, runtime.world, runtime.report)
+        self._tuner.done |= not runtime.config.tune
         self._inputs, self._assumed = Inputs(), Paths()  # of the call that is running
         self._blocks: list[nn.Module] = []
 
@@ -319,7 +322,7 @@ class Region:
             why = self._vote("capture", None)
             if why:
                 return False, why
-        self._variants[self._facts.key(inputs)] = compiled
+        self._variants[self._facts.key(inputs), self._tuner.settings] = compiled
         return True, output
 
     def _whole(self, backend: "_GraphBackend") -> Callable[..., Any]:
@@ -394,9 +397,10 @@ class Region:
         if self.tier == "graph":
             inputs = self._facts.look(args, kwargs)
             assumed = self._facts.key(inputs)
-            if assumed not in self._variants:
-                self._variants[assumed] = self._whole(_GraphBackend(self, voted=True))
-            compiled = self._variants[assumed]
+            form = (assumed, self._form())
+            if form not in self._variants:
+                self._variants[form] = self._whole(_GraphBackend(self, voted=True))
+            compiled = self._variants[form]
         reducer.begin(in_graph=self.tier == "graph" and self.runtime.config.comm.in_graph)
         try:
             with self.runtime.entered(), self._assuming(inputs, assumed):
@@ -411,6 +415,19 @@ class Region:
         reducer.begin(in_graph=False)
         with self.runtime.entered():
             return self._function(*args, **kwargs)
+
+    def _form(self) -> Config:
+        """Return the settings to run with now; once they are chosen, forget the other forms."""
+        if self._tuner.done:
+            return self._tuner.settings
+        settings = self._tuner.next()
+        if self._tuner.done:
+            kept = {form: c for form, c in self._variants.items() if form[1] == settings}
+            self._variants = kept
+            shadows = settings.fusion is not None and settings.fusion.weight_shadows
+            if not shadows and len(self.runtime.regions) == 1:
+                self.runtime.shadows.manage([])
+        return settings
 
     # -- backends --------------------------------------------------------------------------------
 
@@ -431,8 +448,9 @@ class Region:
         ones = frozenset(name for name, path in places.items() if path in self._assumed)
         context = PassContext(runtime.device_type, ones=ones)
         before = _mask_places(gm, places)
-        run_passes(pre_grad_passes(runtime.config), gm, context, runtime.report)
-        if places:
+        settings = self._tuner.settings
+        run_passes(pre_grad_passes(settings), gm, context, runtime.report)
+        if places and settings.fusion is not None and settings.fusion.attention:
             after = _mask_places(gm, places)
             advice = self._facts.learn(self._inputs, self._assumed, before, after)
             if advice:
@@ -443,7 +461,10 @@ class Region:
             trainable = {i: n for i, n in names.items() if n in reducer.planned}
             collectives = PlaceCollectives(reducer.plan, reducer.ordinal, trainable)
         shadows, joint = None, []
-        shadowed = shadow_graph(gm, inputs, runtime.shadows, runtime.device_type)
+        if settings.fusion is not None and settings.fusion.weight_shadows:
+            shadowed = shadow_graph(gm, inputs, runtime.shadows, runtime.device_type)
+        else:
+            shadowed = None
         if shadowed is not None:
             gm, inputs, shadows = shadowed
             joint.append(UseWeightShadows(shadows.layout))
@@ -464,6 +485,11 @@ class Region:
             return compiled
         mine = [row for row in rows if row.name == UseWeightShadows.name]
         return shadows.bind(compiled, mine[0].plan.get("weights", ()) if mine else None)
+
+    def recall(self, gm: GraphModule, inputs: Sequence[Any]) -> None:
+        """Take an earlier process's choice of passes for this graph, where that was asked for."""
+        if not self._tuner.done:
+            self._tuner.recall(gm, inputs)
 
     def vote_capture(self) -> None:
         """Tell the others that this rank captured the function; raise if one of them did not."""
@@ -494,6 +520,7 @@ class _GraphBackend:
             return region.compile_graph(gm, inputs, in_graph=True, shares=1)
         self.voted = True
         region.vote_capture()
+        region.recall(gm, inputs)
         try:
             compiled = region.compile_graph(gm, inputs, in_graph=True, shares=1)
         except Exception as error:

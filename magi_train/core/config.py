@@ -118,6 +118,11 @@ class Config:
     dynamic: bool | None = None
     """As in torch.compile: None turns a size dynamic once it has changed, False never does."""
 
+    tune: bool = False
+    """Measure the fusion passes on the first steps of the GRAPH tier, each in turns of seven, and
+    drop those without which the slowest rank is faster. Costs a compilation for each pass that did
+    something, and device synchronisations in these steps; later processes remember."""
+
     timeout_seconds: float = 600.0
     """How long ranks wait for each other outside of a collective before they give up."""
 
