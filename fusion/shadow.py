@@ -23,6 +23,7 @@ an eighth in turns later, so that whole tensors are always caught and slices in 
 
 import dataclasses
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,25 +76,29 @@ class DriftFlag:
 
     def __init__(self, device: torch.device) -> None:
         self.flag = torch.zeros(1, dtype=torch.int32, device=device)
-        self._event = torch.cuda.Event() if device.type == "cuda" else None
-        self._host = torch.zeros(1, dtype=torch.int32, pin_memory=self._event is not None)
+        self._host = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
 
     def fetch(self) -> None:
         """Start to copy the flag to the host."""
         self._host.copy_(self.flag, non_blocking=True)
-        if self._event is not None:
-            self._event.record()
 
     def raised(self) -> bool:
-        """Return whether the flag was up in a copy that has arrived."""
-        arrived = self._event is None or self._event.query()
-        return arrived and bool(self._host)
+        """Return whether the flag was up in a copy that has arrived.
+
+        The host's number is read while a copy may be under way: it goes from 0 to 1 once. To ask
+        whether the last copy has arrived would never be answered yes where the host runs ahead.
+        """
+        return bool(self._host)
 
 
 class WeightShadows:
     """Low-precision copies of the float32 weights that one optimizer step writes.
 
     Nothing is allocated before a captured graph asks for it.
+
+    Attributes:
+        windows: What captured graphs were given, by graph and parameters.
+        drift: Raised by a step that found a shadow other than its weight; None without parameters.
     """
 
     def __init__(self) -> None:
@@ -101,6 +106,8 @@ class WeightShadows:
         self._places: dict[int, Place] = {}
         self._known: dict[int, tuple[int, int]] = {}
         self._used: set[int] = set()
+        self._doubted: set[int] = set()
+        self.windows: dict[tuple[object, ...], list[Tensor]] = {}
         self._flats: tuple[Tensor, ...] = ()
         self.drift: DriftFlag | None = None
 
@@ -112,6 +119,7 @@ class WeightShadows:
         dense = compat.is_non_overlapping_and_dense
         self._parameters = [p for p in parameters if p.dtype is torch.float32 and dense(p)]
         self._places, self._known, self._used, self._flats = {}, {}, set(), ()
+        self._doubted, self.windows = set(), {}
         self.drift = DriftFlag(self._parameters[0].device) if self._parameters else None
         ends = [0, 0]
         for p in self._parameters:
@@ -121,14 +129,26 @@ class WeightShadows:
             ends[flat] = -(-place.end // ALIGN_ELEMENTS) * ALIGN_ELEMENTS
 
     def place(self, parameter: object) -> Place | None:
-        """Return where the shadow of `parameter` lies; None where it has none."""
-        return self._places.get(id(parameter))
+        """Return where the shadow of `parameter` lies; None where it has none.
+
+        None as well if it has another dtype, device or layout now: `module.to` changes it in place.
+        """
+        place = self._places.get(id(parameter))
+        if place is None or self.drift is None or not isinstance(parameter, Tensor):
+            return None
+        as_managed = (
+            parameter.dtype is torch.float32
+            and parameter.device == self.drift.flag.device
+            and tuple(parameter.shape) == place.shape
+            and parameter.stride() == place.strides
+        )
+        return place if as_managed else None
 
     def of(self, parameter: Tensor) -> Tensor | None:
         """Return the shadow of `parameter`, shaped as it; None where no graph reads one."""
-        if id(parameter) not in self._used:
+        place = self.place(parameter) if id(parameter) in self._used else None
+        if place is None:
             return None
-        place = self._places[id(parameter)]
         return self._flats[place.flat].as_strided(place.shape, place.strides, place.offset)
 
     def allocate(self, dtype: torch.dtype) -> bool:
@@ -159,34 +179,46 @@ class WeightShadows:
                 "with Config(fusion=FusionConfig(weight_shadows=False))"
             )
         used = [p for p in self._parameters if id(p) in self._used]
-        stale = [p for p in used if self._known.get(id(p)) != _mark(p)]
-        for first_use in (False, True):
-            group: list[Tensor] = [p for p in stale if (id(p) not in self._known) == first_use]
-            shadows = [s for p in group if (s := self.of(p)) is not None]
-            if first_use:  # no backward needs what was there: leave the version counter alone
-                shadows = [s.data for s in shadows]
+        stale = [(p, s) for p in used if self._stale(p) and (s := self.of(p)) is not None]
+        if not stale:
+            return
+        # A backward may be waiting that needs what was there: the version counter tells it. Nothing
+        # was there at first use, and nothing has changed, as far as anybody can know, where a
+        # shadow is only doubted.
+        written = {id(p) for p, _ in stale if self._known.get(id(p), _mark(p)) != _mark(p)}
+        for bump in (False, True):
+            group: list[Tensor] = [p for p, _ in stale if (id(p) in written) == bump]
+            shadows = [s if bump else s.data for p, s in stale if (id(p) in written) == bump]
             if group:
                 with torch.no_grad():
                     torch._foreach_copy_(shadows, group)
-        self._known.update((id(p), _mark(p)) for p in stale)
+        self._note_fresh(p for p, _ in stale)
 
     def before_step(self, parameter: Tensor) -> Tensor | None:
         """Return the shadow that a step shall write, true to the parameter as it is now."""
         shadow = self.of(parameter)
-        if shadow is not None and self._known.get(id(parameter)) != _mark(parameter):
+        if shadow is not None and self._stale(parameter):
             shadow.copy_(parameter.detach())
-            self._known[id(parameter)] = _mark(parameter)
+            self._note_fresh([parameter])
         return shadow
 
     def after_step(self, parameters: Iterable[Tensor]) -> None:
         """Note that a step wrote the shadows of `parameters`, and may have raised the flag."""
-        self._known.update((id(p), _mark(p)) for p in parameters)
+        self._note_fresh(parameters)
         if self.drift is not None:
             self.drift.fetch()
 
     def invalidate(self) -> None:
         """Cast everything again before the next forward."""
-        self._known = dict.fromkeys(self._known, (-1, -1))
+        self._doubted = set(self._known)
+
+    def _stale(self, p: Tensor) -> bool:
+        return id(p) in self._doubted or self._known.get(id(p)) != _mark(p)
+
+    def _note_fresh(self, parameters: Iterable[Tensor]) -> None:
+        for p in parameters:
+            self._known[id(p)] = _mark(p)
+            self._doubted.discard(id(p))
 
     def window(self, flat: int, start: int, length: int) -> Tensor:
         """Return `length` elements of a flat tensor."""
@@ -278,8 +310,11 @@ def _casts_of(node: Node, dtype: torch.dtype) -> list[Node]:
     for user in node.users:
         if user.target in _SAME:
             found += _casts_of(user, dtype)
-        elif user.target in _CASTS and user.args[0] is node and user.meta["val"].dtype is dtype:
-            found.append(user)
+        elif user.target in _CASTS and user.args[0] is node:
+            cast, weight = user.meta["val"], node.meta["val"]
+            same = cast.device == weight.device and cast.stride() == weight.stride()
+            if same and cast.dtype is dtype:
+                found.append(user)
     return found
 
 
@@ -309,8 +344,8 @@ class GraphShadows:
     """
 
     def __init__(self, shadows: WeightShadows, layout: ShadowLayout) -> None:
-        self._shadows, self.layout = shadows, layout
-        self._windows: dict[tuple[int, ...], list[Tensor]] = {}
+        # Dynamo keeps what it compiled for as long as the process lives: hold no weights here
+        self._shadows, self.layout = weakref.ref(shadows), layout
         self._read: list[int] = []
 
     def bind(
@@ -328,35 +363,41 @@ class GraphShadows:
             return lambda *args: compiled(*args, *nothing)
 
         def call(*args: Any) -> Any:
-            flats = self._flats(args)
-            self._shadows.refresh()
-            return compiled(*args, *flats)
+            return compiled(*args, *self._flats(args))
 
         return call
 
     def _flats(self, args: Sequence[Any]) -> list[Tensor]:
         parameters = [args[i] for i, _ in self.layout.weights]
-        key = tuple(map(id, parameters))
-        if key not in self._windows:
-            windows = self._same_layout(parameters)
+        shadows = self._shadows()
+        if shadows is None:
+            return self._packed(parameters)
+        key = (self, *map(id, parameters))
+        if key not in shadows.windows:
+            windows = self._same_layout(shadows, parameters)
             if windows is None:
                 return self._packed(parameters)
-            self._windows[key] = windows
-            self._shadows.use(args[i] for i in self._read)
-        return self._windows[key]
+            shadows.windows[key] = windows
+            shadows.use(args[i] for i in self._read)
+        shadows.refresh()
+        return shadows.windows[key]
 
-    def _same_layout(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
+    def _same_layout(
+        self, shadows: WeightShadows, parameters: Sequence[Tensor]
+    ) -> list[Tensor] | None:
         """Return the part of the shadows that lies as the graph expects, None if it does not."""
         starts: dict[int, int] = {}
+        if not shadows.allocate(getattr(torch, self.layout.dtype)):
+            return None
         for p, (_, want) in zip(parameters, self.layout.weights, strict=True):
-            place = self._shadows.place(p)
+            place = shadows.place(p)
             if place is None:
                 return None
             start = starts.setdefault(want.flat, place.offset - want.offset)
             if dataclasses.replace(want, offset=want.offset + start) != place:
                 return None
         lengths = self.layout.lengths
-        return [self._shadows.window(f, starts.get(f, 0), lengths[f]) for f in (MATRICES, VECTORS)]
+        return [shadows.window(f, starts.get(f, 0), lengths[f]) for f in (MATRICES, VECTORS)]
 
     def _packed(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Cast now: parameters that lie otherwise, or that nobody shadows."""

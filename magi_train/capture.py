@@ -509,13 +509,17 @@ class Region:
 
 
 class _GraphBackend:
-    """Dynamo backend of the GRAPH tier: votes on its first call unless that is done, compiles."""
+    """Dynamo backend of the GRAPH tier: votes on its first call unless that is done, compiles.
+
+    Dynamo keeps every backend for as long as the process lives: it must not keep the model.
+    """
 
     def __init__(self, region: Region, *, voted: bool) -> None:
-        self.region, self.voted = region, voted
+        self._region, self.voted = weakref.ref(region), voted
 
     def __call__(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        region = self.region
+        region = self._region()
+        assert region is not None, "only the region itself calls what this compiles"
         if self.voted:  # another shape: the plan is agreed, nothing to ask
             return region.compile_graph(gm, inputs, in_graph=True, shares=1)
         self.voted = True
@@ -534,10 +538,13 @@ class _RegionBackend:
     """Dynamo backend of the REGION tier: every graph it is given, collectives left to hooks."""
 
     def __init__(self, region: Region, shares: int) -> None:
-        self.region, self.shares = region, shares
+        self._region, self.shares = weakref.ref(region), shares  # weak: see _GraphBackend
 
     def __call__(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        return self.region.compile_graph(gm, inputs, in_graph=False, shares=self.shares)
+        region = self._region()
+        if region is None:  # the blocks have outlived what prepare() returned
+            return gm.forward
+        return region.compile_graph(gm, inputs, in_graph=False, shares=self.shares)
 
 
 class _Bound:

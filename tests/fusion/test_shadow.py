@@ -1,6 +1,8 @@
 """Weight shadows: the numbers are autocast's, bit for bit, whoever writes the weights."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from torch import nn
 import magi_train
 from magi_train import Config, FusionConfig
 from magi_train.core.errors import StaleShadowError
-from magi_train.fusion.shadow import MATRICES, VECTORS, WeightShadows
+from magi_train.fusion.shadow import MATRICES, VECTORS, DriftFlag, WeightShadows
+from tests.close import difference, tolerance
 from tests.models import MODELS, bert, llama, loss_of
 
 EAGER_CODE = "aot_eager"
@@ -246,3 +249,99 @@ def test_a_copy_of_the_model_is_not_confused_with_it():
     assert losses[0] == losses[1]
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
+
+
+class Pictures(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3)
+        self.weight = nn.Parameter(torch.randn(8, 8, 3, 3) / 8)
+
+    def forward(self, x):
+        weight = self.weight.to(torch.bfloat16, memory_format=torch.channels_last)
+        x = nn.functional.conv2d(self.conv(x).bfloat16(), weight)
+        return x.square().mean() + weight.permute(0, 2, 3, 1).view(-1).square().mean()
+
+
+def pictures(ours, change, steps=3):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = module = Pictures()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    if ours:
+        config = Config(lowering=EAGER_CODE)
+        module, optimizer = magi_train.prepare(model, optimizer, config=config)
+    losses = []
+    for step in range(steps):
+        if step == 0:
+            change(model)
+        images = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(step))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = module(images)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize(
+    "change", [lambda model: None, lambda model: model.to(memory_format=torch.channels_last)]
+)
+def test_other_strides_than_those_of_the_shadow(change, kernels_on_cpu):
+    """Of a cast, and of parameters whose layout `module.to` changes behind `prepare`."""
+    assert pictures(True, change) == pytest.approx(pictures(False, change), rel=1e-2)
+
+
+def test_two_forwards_with_an_evaluation_between_them():
+    """train() casts again; a backward that is still to come must not take that for a change."""
+    torch.manual_seed(0)
+    model = llama(num_hidden_layers=1)
+    prepared = magi_train.prepare(model, config=Config(lowering=EAGER_CODE))
+    prepared._magi_runtime.shadows.manage(model.parameters())
+    losses = []
+    for seed in (0, 1, 2):
+        prepared.train()
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(prepared(**MODELS["llama"][1](seed)).loss)
+        prepared.eval()
+    sum(losses).backward()
+    got = {n: p.grad for n, p in model.named_parameters()}
+    model.zero_grad()
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        sum(model(**MODELS["llama"][1](seed)).loss for seed in (0, 1, 2)).backward()
+    want = {n: p.grad for n, p in model.named_parameters()}
+    assert difference(got, want) < tolerance(torch.bfloat16)
+
+
+def test_a_drift_is_seen_though_the_next_copy_is_under_way(monkeypatch):
+    """As always where the host runs ahead of the device."""
+
+    class NeverThere:
+        def record(self):
+            pass
+
+        def query(self):
+            return False
+
+    drift = DriftFlag(torch.device("cpu"))
+    monkeypatch.setattr(drift, "_event", NeverThere(), raising=False)
+    drift.flag.fill_(1)
+    drift.fetch()
+    assert drift.raised()
+
+
+@pytest.mark.parametrize("tier", ["graph", "region"])
+def test_a_model_that_nobody_holds_is_freed(tier):
+    """Dynamo keeps backends, and what they return, for as long as the process lives."""
+    model = llama(num_hidden_layers=2)
+    prepared = magi_train.prepare(model, config=Config(tier=tier, lowering=EAGER_CODE))
+    prepared._magi_runtime.shadows.manage(model.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        prepared(**MODELS["llama"][1](0)).loss.backward()
+    module, weight = weakref.ref(model), weakref.ref(model.lm_head.weight)
+    del model, prepared
+    gc.collect()
+    assert module() is None
+    assert weight() is None
