@@ -123,10 +123,7 @@ class MergeProjections:
                 names = tuple(p.node.name for p in run)
                 new = {**layouts, **_columns(run)}
                 outcome = restrided(new)
-                returned = next((p.node for p in run if is_returned(gm.graph, p.node)), None)
-                if returned is not None:
-                    left.append((names, f"{returned.name} is an output of the graph"))
-                elif isinstance(outcome, tuple):
+                if isinstance(outcome, tuple):
                     left.append((names, f"{outcome[0].name} needs another layout: {outcome[1]}"))
                 else:
                     layouts = new
