@@ -39,12 +39,20 @@ from magi_train.core.config import Config
 from magi_train.core.errors import CaptureError, MagiError
 from magi_train.core.facts import Assumptions, Inputs, Paths
 from magi_train.core.hardware import devices_in_use
-from magi_train.core.passes import Pass, PassContext, Stage, registered_passes, run_passes
+from magi_train.core.passes import (
+    CachedPass,
+    Pass,
+    PassContext,
+    Stage,
+    registered_passes,
+    run_passes,
+)
 from magi_train.core.report import Report
 from magi_train.core.world import World, join_from_environment
 from magi_train.fusion.attention import CanonicalizeAttention, mask_inputs
 from magi_train.fusion.loss import ChunkLinearCrossEntropy
 from magi_train.fusion.optimizer import take_over, taken_parameters
+from magi_train.fusion.projections import MergeProjections
 from magi_train.fusion.shadow import UseWeightShadows, WeightShadows, shadow_graph
 from magi_train.lower import lower
 from magi_train.tune import Tuner
@@ -460,14 +468,15 @@ class Region:
         if in_graph and runtime.config.comm.in_graph and runtime.world.size > 1:
             trainable = {i: n for i, n in names.items() if n in reducer.planned}
             collectives = PlaceCollectives(reducer.plan, reducer.ordinal, trainable)
-        shadows, joint = None, []
-        if settings.fusion is not None and settings.fusion.weight_shadows:
+        fusion, shadows, shadowed = settings.fusion, None, None
+        joint: list[CachedPass[Any]] = []
+        if fusion is not None and fusion.weight_shadows:
             shadowed = shadow_graph(gm, inputs, runtime.shadows, runtime.device_type)
-        else:
-            shadowed = None
         if shadowed is not None:
             gm, inputs, shadows = shadowed
             joint.append(UseWeightShadows(shadows.layout))
+            if fusion is not None and fusion.projections:
+                joint.append(MergeProjections())
         budget = runtime.config.memory.activation_budget_mib
         compiled, rows = lower(
             gm,

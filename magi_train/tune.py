@@ -35,6 +35,7 @@ NOISE = 0.005
 SWITCHES = {
     "canonicalize_attention": "attention",
     "use_weight_shadows": "weight_shadows",
+    "merge_projections": "projections",
 }
 """Row in the report, and the FusionConfig field that switches the pass."""
 

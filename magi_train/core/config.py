@@ -53,6 +53,10 @@ class FusionConfig:
     """Keep the low-precision copies of weights that autocast would make in every step; the
     optimizer's kernel writes them. Costs 2 bytes a weight, saves 6 bytes of traffic a step."""
 
+    projections: bool = True
+    """Run linears of one input whose shadows are neighbours (query, key, value; gate, up) as one
+    product, and their backward too where that moves fewer bytes. Parameters stay as they are."""
+
     def __post_init__(self) -> None:
         _check_positive("FusionConfig", "loss_chunk_mib", self.loss_chunk_mib)
 

@@ -1,15 +1,19 @@
 """Questions about FX graphs, and how to add a node with all its metadata."""
 
+import heapq
+import itertools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from magi_train.core import compat
+from magi_train.core.errors import PassError
 
 IN_PLACE_OPERATORS = {
     operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv,
@@ -233,3 +237,66 @@ def user_line(node: Node) -> str:
     lines = (node.stack_trace or "").strip().splitlines()
     places = [i for i, line in enumerate(lines) if line.strip().startswith("File ")]
     return " ".join(line.strip() for line in lines[places[-1] :]) if places else ""
+
+
+def restore_order(graph: Graph) -> None:
+    """Move every node behind what it reads, as little as possible.
+
+    Raises:
+        PassError: Some nodes read each other in a circle; names one.
+    """
+    order: list[Node] = []
+    ready: set[Node] = set()
+    waiting: dict[Node, list[Node]] = {}
+    todo = list(reversed(graph.nodes))
+    while todo:
+        node = todo.pop()
+        missing = next((n for n in node.all_input_nodes if n not in ready), None)
+        if missing is not None:
+            waiting.setdefault(missing, []).append(node)
+            continue
+        ready.add(node)
+        order.append(node)
+        todo += reversed(waiting.pop(node, []))
+    if waiting:
+        raise PassError(f"{next(iter(waiting)).name} is computed from itself")
+    for before, node in itertools.pairwise(order):
+        before.append(node)
+
+
+def restrided(start: Mapping[Node, Tensor]) -> dict[Node, Any] | tuple[Node, str]:
+    """Follow values that come in another layout through the graph, until nothing changes.
+
+    Args:
+        start: Fake values that replace those of these nodes.
+
+    Returns:
+        The fake value of every node that gets another one, or the node that cannot take its
+        arguments so (a view, or the output, whose layout is promised), with what it said.
+    """
+    graph = next(iter(start)).graph
+    number = {node: i for i, node in enumerate(graph.nodes)}
+    values: dict[Node, Any] = dict(start)
+    todo = sorted({(number[u], u) for n in start for u in n.users})
+    while todo:
+        _, node = heapq.heappop(todo)
+        if node in values:
+            continue
+        if node.op != "call_function":
+            return node, "its layout would change"
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: values.get(n, example_value(n)))
+        try:
+            with _fake_mode(graph):
+                value = node.target(*args, **kwargs)  # type: ignore[operator]
+        except (RuntimeError, TypeError, ValueError, KeyError, NotImplementedError) as error:
+            return node, str(error).split("\n")[0]
+        if _layout(value) != _layout(example_value(node)):
+            values[node] = value
+            for user in node.users:
+                heapq.heappush(todo, (number[user], user))
+    return values
+
+
+def _layout(value: Any) -> list[str]:
+    leaves = pytree.tree_leaves(value)
+    return [str((v.shape, v.stride())) for v in leaves if isinstance(v, torch.Tensor)]

@@ -24,7 +24,9 @@ def train(kind, tier, lowering, *, shadows, dtype=torch.bfloat16, between=None, 
     torch.manual_seed(0)
     make, batch = MODELS[kind]
     model = make().train()
-    prepared = magi_train.prepare(model, config=Config(tier=tier, lowering=lowering))
+    fusion = FusionConfig(projections=False)  # merged products round otherwise
+    config = Config(tier=tier, lowering=lowering, fusion=fusion)
+    prepared = magi_train.prepare(model, config=config)
     if shadows:
         prepared._magi_runtime.shadows.manage(model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -148,7 +150,9 @@ def optimized(shadows, between, steps=4):
     torch.manual_seed(0)
     model = llama(num_hidden_layers=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    config = Config(lowering=EAGER_CODE, fusion=FusionConfig(weight_shadows=shadows))
+    config = Config(
+        lowering=EAGER_CODE, fusion=FusionConfig(weight_shadows=shadows, projections=False)
+    )
     prepared, optimizer = magi_train.prepare(model, optimizer, config=config)
     losses = []
     for step in range(steps):
@@ -234,7 +238,8 @@ def test_a_copy_of_the_model_is_not_confused_with_it():
     torch.manual_seed(0)
     model = llama(num_hidden_layers=3)
     twin = copy.deepcopy(model)
-    config = Config(tier="region", lowering=EAGER_CODE)
+    apart = FusionConfig(projections=False)
+    config = Config(tier="region", lowering=EAGER_CODE, fusion=apart)
     ours, theirs = magi_train.prepare(model, config=config), magi_train.prepare(twin, config=config)
     layers = model.model.layers
     mixed = [*layers[0].parameters(), *layers[2].parameters(), *layers[1].mlp.parameters()]
