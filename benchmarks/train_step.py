@@ -20,7 +20,8 @@ that fails is a row that says why.
 | fsdp2 | fully_shard of every layer, no resharding, every layer compiled; bf16, fp32 reduction |
 | magi | magi_train.prepare and prepare_step, Config() |
 | magi-bf16-wire | the same with bfloat16 all-reduces |
-| magi-without-A+B | the same with FusionConfig(A=False, B=False) |
+| magi-without-A+B | magi with FusionConfig(A=False, B=False) |
+| magi-with-A | magi with FusionConfig(A=True) |
 """
 
 import argparse
@@ -144,8 +145,9 @@ def setup(
         from magi_train import CommConfig, Config, FusionConfig
 
         wire = "bfloat16" if variant == "magi-bf16-wire" else "float32"
-        without = variant.removeprefix("magi-without-").split("+") if "-without-" in variant else ()
-        fusion = FusionConfig(**dict.fromkeys(without, False))
+        _, word, names = (*variant.split("-", 2), "", "")[:3]
+        named = names.split("+") if word in ("with", "without") else ()
+        fusion = FusionConfig(**dict.fromkeys(named, word == "with"))
         config = Config(fusion=fusion, comm=CommConfig(wire_dtype=wire))
         prepared, optimizer = magi_train.prepare(model, optimizer, config=config)
         loss_of = magi_train.prepare_step(lambda batch: case.loss(prepared, batch), prepared)

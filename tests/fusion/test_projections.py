@@ -179,7 +179,8 @@ def test_biases_are_neighbours_too():
 
 def test_without_shadows_nothing_is_adjacent():
     torch.manual_seed(0)
-    prepared = magi_train.prepare(Three(), config=Config(lowering="aot_eager"))
+    config = Config(lowering="aot_eager", fusion=FusionConfig(projections=True))
+    prepared = magi_train.prepare(Three(), config=config)
     with torch.autocast("cpu", torch.bfloat16):
         prepared(**small()).backward()
     assert all(r.name != "merge_projections" for r in magi_train.report(prepared).rows)

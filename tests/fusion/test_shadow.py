@@ -24,8 +24,7 @@ def train(kind, tier, lowering, *, shadows, dtype=torch.bfloat16, between=None, 
     torch.manual_seed(0)
     make, batch = MODELS[kind]
     model = make().train()
-    fusion = FusionConfig(projections=False)  # merged products round otherwise
-    config = Config(tier=tier, lowering=lowering, fusion=fusion)
+    config = Config(tier=tier, lowering=lowering)
     prepared = magi_train.prepare(model, config=config)
     if shadows:
         prepared._magi_runtime.shadows.manage(model.parameters())
@@ -150,9 +149,7 @@ def optimized(shadows, between, steps=4):
     torch.manual_seed(0)
     model = llama(num_hidden_layers=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    config = Config(
-        lowering=EAGER_CODE, fusion=FusionConfig(weight_shadows=shadows, projections=False)
-    )
+    config = Config(lowering=EAGER_CODE, fusion=FusionConfig(weight_shadows=shadows))
     prepared, optimizer = magi_train.prepare(model, optimizer, config=config)
     losses = []
     for step in range(steps):
@@ -238,8 +235,7 @@ def test_a_copy_of_the_model_is_not_confused_with_it():
     torch.manual_seed(0)
     model = llama(num_hidden_layers=3)
     twin = copy.deepcopy(model)
-    apart = FusionConfig(projections=False)
-    config = Config(tier="region", lowering=EAGER_CODE, fusion=apart)
+    config = Config(tier="region", lowering=EAGER_CODE)
     ours, theirs = magi_train.prepare(model, config=config), magi_train.prepare(twin, config=config)
     layers = model.model.layers
     mixed = [*layers[0].parameters(), *layers[2].parameters(), *layers[1].mlp.parameters()]
