@@ -24,8 +24,7 @@ def train(kind, tier, lowering, *, shadows, dtype=torch.bfloat16, between=None, 
     torch.manual_seed(0)
     make, batch = MODELS[kind]
     model = make().train()
-    config = Config(tier=tier, lowering=lowering)
-    prepared = magi_train.prepare(model, config=config)
+    prepared = magi_train.prepare(model, config=Config(tier=tier, lowering=lowering))
     if shadows:
         prepared._magi_runtime.shadows.manage(model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -50,10 +49,10 @@ def row(prepared):
 @pytest.mark.parametrize(
     ("kind", "tier", "lowering"),
     [
-        ("llama", "graph", EAGER_CODE),
-        ("bert", "graph", "inductor"),
         ("llama", "region", EAGER_CODE),
         ("resnet", "graph", EAGER_CODE),
+        ("used_twice", "graph", "inductor"),
+        pytest.param("bert", "graph", "inductor", marks=pytest.mark.full),
         pytest.param("llama", "region", "inductor", marks=pytest.mark.full),
         pytest.param("t5", "graph", "inductor", marks=pytest.mark.full),
     ],
@@ -62,7 +61,9 @@ def test_the_numbers_are_those_of_autocast(kind, tier, lowering):
     want, _ = train(kind, tier, lowering, shadows=False)
     got, prepared = train(kind, tier, lowering, shadows=True)
     assert got == want
-    assert row(prepared)["casts"] >= len(row(prepared)["weights"]) >= 7
+    linears = sum(isinstance(m, nn.Linear | nn.Conv2d) for m in prepared.modules())
+    blocks = 2 if tier == "region" else 1  # of which the report has one
+    assert row(prepared)["casts"] >= len(row(prepared)["weights"]) >= linears // blocks - 1
 
 
 def test_fp16_is_shadowed_as_well():
@@ -91,9 +92,10 @@ def in_place(model):
 
 @pytest.mark.parametrize("write", [load_other_weights, assign_data, in_place])
 def test_foreign_writes_are_seen(write):
-    want, _ = train("llama", "graph", EAGER_CODE, shadows=False, between=write)
-    plain, _ = train("llama", "graph", EAGER_CODE, shadows=False)
-    got, _ = train("llama", "graph", EAGER_CODE, shadows=True, between=write)
+    settings = ("used_twice", "graph", EAGER_CODE)
+    want, _ = train(*settings, shadows=False, between=write)
+    plain, _ = train(*settings, shadows=False)
+    got, _ = train(*settings, shadows=True, between=write)
     assert got == want
     assert got[2:] != plain[2:]
 
