@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magi_train.capture import Region, Runtime
+from magi_train.capture import Region
 from magi_train.core.config import CommConfig, Config
 from magi_train.core.facts import recording
 from magi_train.core.report import Report
+from magi_train.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 

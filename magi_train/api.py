@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from magi_train.capture import Region, Runtime
+from magi_train.capture import Region
 from magi_train.core.config import CommConfig, Config
 from magi_train.core.report import Report
+from magi_train.runtime import Runtime
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import magi_train
 from magi_train import Config
+from magi_train.core.world import World
 from tests.close import difference, tolerance
 from tests.models import MODELS, Small, UnusedFrozenTied, gpt2, tokens
 from tests.ranks import run_ranks, values
@@ -197,7 +198,7 @@ def remade_group(rank, world_size):
         seconds = datetime.timedelta(seconds=60)
         fresh = dist.PrefixStore(str(generation), store)  # of gloo; ours sees `store` below it
         dist.init_process_group("gloo", store=fresh, rank=rank, world_size=2, timeout=seconds)
-        world = magi_train.capture.World.current()
+        world = World.current()
         world._store = world._watch_store = store
         seen.append(world.gather("which", [generation, rank], 20))
     try:
