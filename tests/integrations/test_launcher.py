@@ -43,7 +43,9 @@ for step in range(5):
     optimizer.step()
 if dist.get_rank() == 0:
     print(type(model).__module__, f"{float(loss):.5f}", float(model.module[0].weight.sum()))
-dist.barrier(); dist.destroy_process_group()
+dist.barrier()
+del model  # or DDP's reducer ends the gloo group while it holds the GIL: pytorch issue 56297
+dist.destroy_process_group()
 """
 
 
