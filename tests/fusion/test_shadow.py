@@ -50,8 +50,8 @@ def row(prepared):
     ("kind", "tier", "lowering"),
     [
         ("llama", "region", EAGER_CODE),
-        ("resnet", "graph", EAGER_CODE),
-        ("used_twice", "graph", "inductor"),
+        pytest.param("resnet", "graph", EAGER_CODE, marks=pytest.mark.full),
+        pytest.param("used_twice", "graph", "inductor", marks=pytest.mark.full),
         pytest.param("bert", "graph", "inductor", marks=pytest.mark.full),
         pytest.param("llama", "region", "inductor", marks=pytest.mark.full),
         pytest.param("t5", "graph", "inductor", marks=pytest.mark.full),
