@@ -26,7 +26,7 @@ from torch.fx import Graph, Node
 from magi_train.comm.plan import CommPlan
 from magi_train.comm.reducer import reducer_of
 from magi_train.core import compat
-from magi_train.core.graph import call_with_metadata, outputs
+from magi_train.core.graph import CASTS, call_with_metadata, outputs
 from magi_train.core.passes import Plan
 
 _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
@@ -218,9 +218,8 @@ def _is_compute(node: Node) -> bool:
 
 def _before_widening(node: Node) -> Node:
     """Return what a cast to a wider dtype reads: packing casts while it copies anyway."""
-    casts = (torch.ops.prims.convert_element_type.default, torch.ops.aten._to_copy.default)
     source = node.args[0] if node.op == "call_function" and node.args else None
-    if node.target not in casts or not isinstance(source, Node):
+    if node.target not in CASTS or not isinstance(source, Node):
         return node
     narrow, wide = source.meta["val"], node.meta["val"]
     same_shape = narrow.shape == wide.shape and narrow.device == wide.device

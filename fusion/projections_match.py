@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from magi_train.core.graph import example_value, outputs
+from magi_train.core.graph import CASTS, SAME, example_value, outputs
 
 aten = torch.ops.aten
-CASTS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default)
 SHAPES = (aten.view.default, aten._unsafe_view.default)
-SAME = (aten.detach.default, aten.alias.default)
 _ROWS_COLUMNS = {(aten.permute.default, "([1, 0],)"), (aten.t.default, "()")} | {
     (aten.transpose.int, text) for text in ("(0, 1)", "(1, 0)", "(-1, -2)", "(-2, -1)")
 }

@@ -34,15 +34,13 @@ from torch.fx import Graph, GraphModule, Node
 
 from magi_train.core import compat
 from magi_train.core.errors import StaleShadowError
-from magi_train.core.graph import call_with_metadata, input_position
+from magi_train.core.graph import CASTS, SAME, call_with_metadata, input_position
 from magi_train.core.passes import PassContext, Plan, Stage, source_fingerprint
 
 SOURCE = source_fingerprint(sys.modules[__name__])
 ALIGN_ELEMENTS = 128
 """Each shadow starts at a multiple of this, so that kernels may use wide loads on it."""
 MATRICES, VECTORS = 0, 1
-_CASTS = (torch.ops.prims.convert_element_type.default, torch.ops.aten._to_copy.default)
-_SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 @dataclass(frozen=True)
@@ -308,9 +306,9 @@ class UseWeightShadows:
 def _casts_of(node: Node, dtype: torch.dtype) -> list[Node]:
     found = []
     for user in node.users:
-        if user.target in _SAME:
+        if user.target in SAME:
             found += _casts_of(user, dtype)
-        elif user.target in _CASTS and user.args[0] is node:
+        elif user.target in CASTS and user.args[0] is node:
             cast, weight = user.meta["val"], node.meta["val"]
             same = cast.device == weight.device and cast.stride() == weight.stride()
             if same and cast.dtype is dtype:

@@ -101,7 +101,6 @@ class Region:
         self._facts = Assumptions(fusion is not None and fusion.attention and fusion.padding)
         self._variants: dict[tuple[Paths, Config], Callable[..., Any]] = {}
         self._tuner = Tuner(runtime.config, runtime.world, runtime.report)
-        self._tuner.done |= not runtime.config.tune
         self._inputs, self._assumed = Inputs(), Paths()  # of the call that is running
         self._blocks: list[nn.Module] = []
 

@@ -73,7 +73,7 @@ class Tuner:
         self._seconds: dict[str, list[float]] = {}
         self._calls, self._began = 0, 0.0
         self._file: Path | None = None
-        self.done = config.fusion is None
+        self.done = config.fusion is None or not config.tune
 
     def recall(self, gm: GraphModule, inputs: Sequence[Any]) -> None:
         """Take the choice of an earlier process for this graph, if every rank has the same.

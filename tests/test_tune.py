@@ -38,6 +38,7 @@ def report_of(*names):
     return report
 
 
+TUNED = Config(tune=True)
 BOTH = ("canonicalize_attention", "use_weight_shadows")
 
 
@@ -51,14 +52,14 @@ BOTH = ("canonicalize_attention", "use_weight_shadows")
 )
 def test_a_pass_without_gain_goes(milliseconds, dropped):
     clock, report = Clock(milliseconds), report_of(*BOTH)
-    tuner = Tuner(Config(), World.current(), report, clock)
+    tuner = Tuner(TUNED, World.current(), report, clock)
     seen = []
     for _ in range(STEPS):
         seen.append(tuner.next())
         clock.step(seen[-1])
     assert len(set(seen)) == (3 if len(dropped) < 2 else 4)
     assert tuner.done
-    assert seen[-1] == tune.without(Config(), dropped)
+    assert seen[-1] == tune.without(TUNED, dropped)
     row = next(row for row in report.rows if row.name == "tune")
     assert row.plan["dropped"] == dropped
     for name, value in milliseconds.items():
@@ -69,12 +70,12 @@ def test_only_passes_that_did_something_are_tried():
     report = report_of("use_weight_shadows")
     report.add(PassRow("canonicalize_attention", "pre_grad", {"left_alone": [["a", "why"]]}, 0.0))
     clock = Clock({"": 10.0, "weight_shadows": 11.0})
-    tuner = Tuner(Config(), World.current(), report, clock)
+    tuner = Tuner(TUNED, World.current(), report, clock)
     seen = set()
     for _ in range(STEPS):
         seen.add(tuner.next())
         clock.step(tuner.settings)
-    assert seen == {Config(), tune.without(Config(), ["weight_shadows"])}
+    assert seen == {TUNED, tune.without(TUNED, ["weight_shadows"])}
 
 
 def train(rank, world_size, slow, steps=STEPS):

@@ -46,6 +46,7 @@ from magi_train.fusion.kernels.multi_tensor import (
     elements,
     note_drift,
     read_gradient,
+    read_gradient_reference,
     to_nearest,
 )
 
@@ -225,13 +226,7 @@ def adamw_reference(
     s = settings
     if scalars.found_inf is not None and float(scalars.found_inf):
         return
-    g = grad.to(master.dtype)
-    if scalars.grad_scale is not None:
-        g = g / scalars.grad_scale.to(g.dtype)
-    if scalars.clip is not None:
-        g = g * scalars.clip.to(g.dtype)
-    if s.maximize:
-        g = -g
+    g = read_gradient_reference(grad, master.dtype, scalars, maximize=s.maximize)
     lr = float(s.lr)
     if s.decoupled:
         master -= lr * s.weight_decay * master

@@ -119,6 +119,18 @@ def read_gradient(pointers, mask, grad_scale, clip, dtype: tl.constexpr, maximiz
     return g
 
 
+def read_gradient_reference(
+    grad: Tensor, dtype: torch.dtype, scalars: StepScalars, *, maximize: bool
+) -> Tensor:
+    """Return what `read_gradient` does, in `dtype`; nothing is stored."""
+    g = grad.to(dtype)
+    if scalars.grad_scale is not None:
+        g = g / scalars.grad_scale.to(dtype)
+    if scalars.clip is not None:
+        g = g * scalars.clip.to(dtype)
+    return -g if maximize else g
+
+
 @triton.jit
 def note_drift(pointers, mask, p, drift, dtype: tl.constexpr):
     """Set `drift` if the stored shadow is not `p` rounded: somebody else wrote one of them."""

@@ -15,6 +15,10 @@ from torch.utils import _pytree as pytree
 from magi_train.core import compat
 from magi_train.core.errors import PassError
 
+CASTS = (torch.ops.prims.convert_element_type.default, torch.ops.aten._to_copy.default)
+"""A change of dtype in AOTAutograd's graphs: Inductor decomposes the second into the first."""
+SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+"""Ops there whose result is their argument."""
 IN_PLACE_OPERATORS = {
     operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv,
     operator.ifloordiv, operator.iand, operator.ior, operator.ixor, operator.ipow, operator.imod,
