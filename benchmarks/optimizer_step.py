@@ -4,8 +4,8 @@
 
 Parameters have the shapes of Llama 3.2 1B (1.24 B in 146 tensors). A step's bytes are what it must
 read and write once: float32 parameter and two moments each way, 24 bytes, the gradient 4 or 2, a
-shadow 2, its check 2. The last column is the share of what a copy from device to device moves.
-Times are medians of device events around steps that run back to back.
+shadow 2, its check 2 in every CHECK_STRIDE-th tile. The last column is the share of what a copy
+from device to device moves. Times are medians of device events around steps that run back to back.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-WARM_UP, TIMED = 5, 20
+WARM_UP, TIMED = 10, 20
+"""The first steps check every shadow; they lie in the warm-up."""
 LAYERS, HIDDEN, NARROW, WIDE, VOCABULARY = 16, 2048, 512, 8192, 128256
 
 VARIANTS = {
@@ -60,6 +61,7 @@ def median_ms(function: Callable[[], Any]) -> float:
 def measure(variant: str, parameters: list[nn.Parameter]) -> dict[str, float]:
     """Time one variant on parameters whose optimizer state is made anew."""
     from magi_train.core.report import Report
+    from magi_train.fusion.kernels.multi_tensor import CHECK_STRIDE
     from magi_train.fusion.optimizer import TakenOver, take_over
 
     options = VARIANTS[variant]
@@ -79,7 +81,8 @@ def measure(variant: str, parameters: list[nn.Parameter]) -> dict[str, float]:
         assert isinstance(optimizer, TakenOver), "the optimizer was not taken over"
         step = optimizer.step
     ms = median_ms(step)
-    each = 24 + dtype.itemsize + 2 * bool(options.get("shadow")) + 2 * bool(options.get("check"))
+    each = 24 + dtype.itemsize + 2 * bool(options.get("shadow"))
+    each += 2 / CHECK_STRIDE * bool(options.get("check"))
     moved = each * sum(p.numel() for p in parameters)
     return {"step_ms": ms, "gb_per_second": moved / ms / 1e6}
 

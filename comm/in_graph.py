@@ -26,7 +26,12 @@ from torch.fx import Graph, Node
 from magi_train.comm.plan import CommPlan
 from magi_train.comm.reducer import reducer_of
 from magi_train.core import compat
-from magi_train.core.graph import CASTS, call_with_metadata, outputs
+from magi_train.core.graph import (
+    before_widening,
+    call_with_metadata,
+    input_gradients,
+    outputs,
+)
 from magi_train.core.passes import Plan
 
 _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
@@ -180,16 +185,10 @@ class PlaceCollectives:
 
     def _gradients(self, graph: Graph) -> dict[str, tuple[int, Node]]:
         """Return {parameter: (position in the output, node to pack)}."""
-        descriptors = graph.output_node().meta.get("desc") or []
         found = {}
-        for position, (node, what) in enumerate(zip(outputs(graph), descriptors, strict=False)):
-            if (
-                isinstance(what, compat.GradAOTOutput)
-                and isinstance(what.grad_of, compat.PlainAOTInput)
-                and isinstance(node, Node)
-                and what.grad_of.idx in self.names
-            ):
-                found[self.names[what.grad_of.idx]] = (position, _before_widening(node))
+        for index, (position, node) in input_gradients(graph).items():
+            if index in self.names:
+                found[self.names[index]] = (position, before_widening(node))
         return found
 
     @staticmethod
@@ -214,17 +213,6 @@ def _is_compute(node: Node) -> bool:
         or name.endswith("convolution_backward")
         or ("attention" in name and name.endswith(("backward", "backward_for_cpu")))
     )
-
-
-def _before_widening(node: Node) -> Node:
-    """Return what a cast to a wider dtype reads: packing casts while it copies anyway."""
-    source = node.args[0] if node.op == "call_function" and node.args else None
-    if node.target not in CASTS or not isinstance(source, Node):
-        return node
-    narrow, wide = source.meta["val"], node.meta["val"]
-    same_shape = narrow.shape == wide.shape and narrow.device == wide.device
-    floats = narrow.is_floating_point() and wide.is_floating_point()
-    return source if same_shape and floats and narrow.itemsize < wide.itemsize else node
 
 
 def place(graph: Graph, collectives: PlaceCollectives, *, pin: bool) -> InGraphPlan | None:

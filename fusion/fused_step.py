@@ -242,6 +242,8 @@ class FusedStep:
                     reason = self.why_not_now(p, group, optimizer.state.get(p, {}))
                     if reason is not None:
                         self.note(f"fused_optimizer left a parameter to torch: {reason}")
+                    if p.grad is not None and p.grad.dtype is not p.dtype and p.grad_dtype is None:
+                        p.grad = p.grad.to(p.dtype)  # torch's kernels want one dtype
                 (ours if reason is None else theirs).append(p)
             if ours:
                 taken.append((index, ours))

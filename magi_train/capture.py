@@ -46,6 +46,7 @@ from magi_train.core.passes import (
 )
 from magi_train.fusion.attention import CanonicalizeAttention, mask_inputs
 from magi_train.fusion.loss import ChunkLinearCrossEntropy
+from magi_train.fusion.narrow_gradients import SkipGradientCasts
 from magi_train.fusion.projections import MergeProjections
 from magi_train.fusion.shadow import UseWeightShadows, shadow_graph
 from magi_train.lower import lower
@@ -366,6 +367,10 @@ class Region:
             joint.append(UseWeightShadows(shadows.layout))
             if fusion is not None and fusion.projections:
                 joint.append(MergeProjections())
+        backward = registered_passes(Stage.BACKWARD)
+        narrow = [i for i, x in _examples(gm) if in_graph and runtime.narrow_gradients.takes(x)]
+        if narrow:
+            backward.insert(0, SkipGradientCasts(narrow))
         budget = runtime.config.memory.activation_budget_mib
         compiled, rows = lower(
             gm,
@@ -373,7 +378,7 @@ class Region:
             runtime.config.lowering,
             context=context,
             joint=[*joint, *registered_passes(Stage.JOINT)],
-            backward=registered_passes(Stage.BACKWARD),
+            backward=backward,
             collectives=collectives,
             budget_bytes=None if budget is None else int(budget * MIB / shares),
         )
@@ -468,12 +473,13 @@ def _own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 def parameter_positions(gm: GraphModule, module: nn.Module) -> dict[int, str]:
     """Return {position among the graph's inputs: name of the parameter}, by identity."""
     names = {id(p): name for name, p in module.named_parameters()}
-    found = {}
-    for i, placeholder in enumerate(gm.graph.find_nodes(op="placeholder")):
-        example = compat.live_example(placeholder)
-        if id(example) in names:
-            found[i] = names[id(example)]
-    return found
+    return {i: names[id(x)] for i, x in _examples(gm) if id(x) in names}
+
+
+def _examples(gm: GraphModule) -> list[tuple[int, Any]]:
+    """Return (position, what Dynamo traced with) for each input of the graph."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    return [(i, compat.live_example(node)) for i, node in enumerate(placeholders)]
 
 
 def _mask_places(gm: GraphModule, places: dict[str, str]) -> list[Paths]:

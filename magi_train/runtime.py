@@ -17,6 +17,7 @@ from magi_train.core.hardware import devices_in_use
 from magi_train.core.passes import registered_passes
 from magi_train.core.report import Report
 from magi_train.core.world import World, join_from_environment
+from magi_train.fusion.narrow_gradients import NarrowGradients
 from magi_train.fusion.optimizer import take_over, taken_parameters
 from magi_train.fusion.shadow import WeightShadows
 
@@ -69,6 +70,7 @@ class Runtime:
         )
         self.reducer.broadcast_state()
         self.shadows = WeightShadows()
+        self.narrow_gradients = NarrowGradients([])
 
     def _agree(self, parameters: dict[str, nn.Parameter]) -> None:
         ask, seconds = self.world.agree, self.config.timeout_seconds
@@ -86,11 +88,17 @@ class Runtime:
             return
         for optimizer in optimizers:
             take_over(optimizer, self.report)
+        ids = {id(p) for optimizer in optimizers for p in taken_parameters(optimizer)}
+        taken = [p for p in self.module.parameters() if id(p) in ids]
+        if fusion.narrow_gradients and self.world.size > 1:
+            self.report.note("narrow_gradients is off: gradients travel between ranks in float32")
+        elif fusion.narrow_gradients:
+            self.narrow_gradients.close()
+            self.narrow_gradients = NarrowGradients(taken)
         if not fusion.weight_shadows:
             return
         shadows = self.shadows
-        taken = {id(p) for optimizer in optimizers for p in taken_parameters(optimizer)}
-        shadows.manage(p for p in self.module.parameters() if id(p) in taken)
+        shadows.manage(taken)
         drift = shadows.drift
         for optimizer in optimizers if drift is not None else ():
             take_over(
@@ -105,6 +113,7 @@ class Runtime:
         """Take everything of ours off the model: it is a plain module again."""
         self.closed = True
         self.reducer.close()
+        self.narrow_gradients.close()
         for region in self.regions:
             region.close()
 

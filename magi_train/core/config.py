@@ -58,6 +58,12 @@ class FusionConfig:
     product, and their backward too where that moves fewer bytes. Parameters stay as they are. Off:
     it gained nothing on the models it was measured on; with `tune` it stays only if it gains."""
 
+    narrow_gradients: bool = False
+    """Leave the gradients of weights in bfloat16 where autocast's backward made them so, if the
+    optimizer's kernel takes them: the same values in half the memory. `.grad` is bfloat16 then;
+    backwards add up in float32, but clipping and other in-place changes round to bfloat16. For one
+    rank and the GRAPH tier."""
+
     def __post_init__(self) -> None:
         _check_positive("FusionConfig", "loss_chunk_mib", self.loss_chunk_mib)
 

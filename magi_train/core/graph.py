@@ -201,6 +201,32 @@ def outputs(graph: Graph) -> list[Any]:
     return list(values)
 
 
+def input_gradients(backward: Graph) -> dict[int, tuple[int, Node]]:
+    """Return {position of an input of the captured graph: (position in the output, its gradient)}.
+
+    Only inputs as the caller gave them count, not those AOTAutograd made of a tensor subclass.
+    """
+    descriptors = backward.output_node().meta.get("desc") or []
+    return {
+        what.grad_of.idx: (position, node)
+        for position, (node, what) in enumerate(zip(outputs(backward), descriptors, strict=False))
+        if isinstance(what, compat.GradAOTOutput)
+        and isinstance(what.grad_of, compat.PlainAOTInput)
+        and isinstance(node, Node)
+    }
+
+
+def before_widening(node: Node) -> Node:
+    """Return what `node` reads if it casts to a wider floating dtype, else `node`."""
+    source = node.args[0] if node.op == "call_function" and node.args else None
+    if node.target not in CASTS or not isinstance(source, Node):
+        return node
+    narrow, wide = source.meta["val"], node.meta["val"]
+    same_shape = narrow.shape == wide.shape and narrow.device == wide.device
+    floats = narrow.is_floating_point() and wide.is_floating_point()
+    return source if same_shape and floats and narrow.itemsize < wide.itemsize else node
+
+
 def input_position(placeholder: Node) -> int | None:
     """Return which input of the captured graph a placeholder of AOTAutograd's graph is."""
     what = placeholder.meta.get("desc")
