@@ -120,6 +120,7 @@ def test_an_installed_package_adds_passes_at_every_stage(site):
     check(run(site, "aot_eager"), 3)
 
 
+@pytest.mark.full
 def test_the_uuid_is_in_the_caches(site, tmp_path):
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     cold, warm = run(site, "inductor", **cache), run(site, "inductor", **cache)

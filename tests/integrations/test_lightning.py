@@ -50,7 +50,10 @@ def assert_same(ours, theirs, logs=True):
             assert a == pytest.approx(b, rel=limit, abs=limit), name
 
 
-@pytest.mark.parametrize("namespace", ["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.parametrize(
+    "namespace",
+    ["lightning.pytorch", pytest.param("pytorch_lightning", marks=pytest.mark.full)],
+)
 def test_the_name_alone_trains_as_ddp(tmp_path, namespace, plain_ddp):
     ours = run(tmp_path, namespace, "magi")
     assert_same(ours, plain_ddp)
@@ -63,7 +66,9 @@ def test_the_name_alone_trains_as_ddp(tmp_path, namespace, plain_ddp):
     assert row["plan"]["left_alone"] == ["6 parameters: it lies on cpu; the kernel runs on cuda"]
 
 
-@pytest.mark.parametrize("mode", ["accumulate", "manual", "breaks"])
+@pytest.mark.parametrize(
+    "mode", ["accumulate", "manual", pytest.param("breaks", marks=pytest.mark.full)]
+)
 def test_modes(tmp_path, mode):
     ours = run(tmp_path, "lightning.pytorch", "magi", mode)
     assert_same(ours, run(tmp_path, "lightning.pytorch", DDP, mode))
