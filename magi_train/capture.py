@@ -14,8 +14,8 @@ whole function is in one graph or our backend is never called.
 
 Later calls may compile again (another shape); such a graph executes the agreed plan, so nothing is
 asked. A later call that cannot be captured runs uncompiled on this rank alone, with hooks. The same
-holds for the second form of a GRAPH region, for batches without padding (core/facts.py): a rank
-takes it or not as its own batch allows.
+holds for further forms of a GRAPH region, for batches of which a fact is known (core/facts.py): a
+rank takes them or not as its own batch allows.
 """
 
 import collections
