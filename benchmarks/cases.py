@@ -57,6 +57,23 @@ def _tokens(rows: int, length: int, vocabulary: int) -> Callable[[torch.Generato
     return batch
 
 
+def _packed(
+    rows: int, length: int, vocabulary: int, sequences: int
+) -> Callable[[torch.Generator], Batch]:
+    """Rows of several sequences: positions begin again at 0, as packing collators make them."""
+
+    def batch(g: torch.Generator) -> Batch:
+        x = _integers(g, vocabulary, rows, length)
+        begins = torch.zeros(rows, length, dtype=torch.bool, device=g.device)
+        begins[:, 0] = True
+        begins.scatter_(1, _integers(g, length, rows, sequences - 1), True)
+        number = torch.arange(length, device=g.device)
+        positions = number - torch.where(begins, number, 0).cummax(-1).values
+        return {"input_ids": x, "labels": x, "position_ids": positions}
+
+    return batch
+
+
 def _images(rows: int, size: int = 224, classes: int = 1000) -> Callable[[torch.Generator], Batch]:
     def batch(g: torch.Generator) -> Batch:
         x = torch.randn(rows, 3, size, size, generator=g, device=g.device)
@@ -70,6 +87,15 @@ def _llama(**sizes: Any) -> Callable[[], nn.Module]:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, use_cache=False, **sizes))
+
+    return build
+
+
+def _mistral(**sizes: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        from transformers import MistralConfig, MistralForCausalLM
+
+        return MistralForCausalLM(MistralConfig(tie_word_embeddings=True, use_cache=False, **sizes))
 
     return build
 
@@ -108,11 +134,24 @@ CASES = {
     "llama-1b": Case(
         _llama(**_LLAMA_1B), _tokens(2, 4096, 128256), _own_loss, "model.layers", 8192
     ),
+    "llama-1b-packed": Case(
+        _llama(**_LLAMA_1B), _packed(1, 8192, 128256, 8), _own_loss, "model.layers", 8192
+    ),
+    "mistral-window": Case(
+        _mistral(**(_LLAMA_1B | {"vocab_size": 32000, "sliding_window": 1024})),
+        _tokens(1, 8192, 32000),
+        _own_loss,
+        "model.layers",
+        8192,
+    ),
     "gpt2": Case(_gpt2, _tokens(16, 1024, 50304), _own_loss, "transformer.h", 16 * 1024),
     "bert": Case(_bert, _tokens(32, 512, 30522), _own_loss, "bert.encoder.layer", 32 * 512),
     "vit-l": Case(_timm("vit_large_patch16_224"), _images(64), _image_loss, "blocks", 64),
     "resnet50": Case(
         _timm("resnet50"), _images(256), _image_loss, "layer1 layer2 layer3 layer4", 256
+    ),
+    "toy-packed": Case(
+        _llama(**_LLAMA_TOY), _packed(2, 64, 256, 4), _own_loss, "model.layers", 128
     ),
     "toy": Case(_llama(**_LLAMA_TOY), _tokens(2, 64, 256), _own_loss, "model.layers", 128),
 }

@@ -65,6 +65,10 @@ def worker(variant: str, case: Case, trace: bool) -> dict[str, float]:
         model = case.build()
     g = torch.Generator(device).manual_seed(100 + rank)
     batches = [case.batch(g) for _ in range(LOSS_BATCHES)]
+    if variant.startswith("magi"):  # a batch comes from the host, where ours looks at it
+        from magi_train import to_device
+
+        batches = [to_device({n: t.cpu() for n, t in b.items()}, device) for b in batches]
     start = time.perf_counter()
     model, loss_of, optimizer = setup(variant, case, model, world, device)
 

@@ -5,17 +5,14 @@ that says what `is_causal=True` (or no mask) says for free, and it keeps the att
 fast path: without the mask the kernel skips half of the scores and reads no mask, and keys and
 values need not be repeated for grouped-query attention.
 
-Proof, never names. A mask is constant if nothing it is computed from is an input of the graph; its
-subgraph is then executed, and the result compared with `tril` and with all-true, element by element
-(for additive masks: 0 where allowed, and -inf or the dtype's lowest value elsewhere). Repeated
-heads are proven by running the movement of data, from a candidate tensor to the attention op, on a
-tensor of its own element numbers. An input that the context says is all ones (a padding mask of a
-batch without padding, core/facts.py) counts as constant. A mask that depends on other inputs or is
-changed in place, a sliding window, or sizes that are not known, are left alone, with the reason in
-the plan.
+Proof, never names: fusion/masks.py tells what a mask allows, fusion/heads.py what a key repeats.
+What is proven becomes `is_causal`, or no mask. Sliding windows and packed sequences become
+`varlen_attention` (fusion/varlen.py) on devices and dtypes that have a kernel for it; where the
+sequences begin is computed once, from the positions. Everything else (a mask that depends on other
+inputs or is changed in place, sizes that are not known) is left alone, with the reason in the plan.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from magi_train.core import compat
-from magi_train.core.graph import ancestors, changed_behind, erase_unused, example_value
+from magi_train.core.facts import Fact
+from magi_train.core.graph import (
+    erase_unused,
+    example_value,
+    insert_call,
+    insert_computation,
+)
 from magi_train.core.passes import PassContext, Plan, Stage
-from magi_train.fusion.verified import execute
+from magi_train.fusion import heads, masks, varlen
+from magi_train.fusion.masks import Verdict, inputs_of
+from magi_train.fusion.verified import autocast_at
 
 ATTENTION = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -38,16 +42,31 @@ DEFAULTS: dict[str, Any] = {
     "scale": None,
     "enable_gqa": False,
 }
-MAX_MOVEMENT_NODES = 8
-"""How far back from the attention op a repeat of heads is looked for."""
-MAX_PROOF_ELEMENTS = 2**31
-"""Masks larger than this are not executed: 2 GiB of booleans."""
 
-_MOVES = {
-    "expand", "reshape", "view", "unsqueeze", "getitem", "contiguous", "repeat_interleave",
-    "expand_as", "repeat", "flatten", "_unsafe_view", "clone", "slice", "transpose", "permute",
-    "alias", "squeeze", "unflatten",
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class Banded:
+    """One attention node that becomes variable-length.
+
+    Attributes:
+        node: Its name.
+        key: Its key, or what that repeats.
+        value: Its value, likewise.
+        back: How many keys before a query it sees, -1 for all.
+        ahead: How many behind.
+        positions: The input whose zeros begin sequences, "" where a row is one.
+        sequences: At most so many are in the batch.
+        dtype: That autocast computes in, "" without it.
+    """
+
+    node: str
+    key: str
+    value: str
+    back: int
+    ahead: int
+    positions: str
+    sequences: int
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -59,7 +78,8 @@ class AttentionPlan(Plan):
         unmasked: Nodes whose mask allows everything.
         grouped: Nodes with the names of the unrepeated key and value.
         left_alone: Nodes that keep their mask or repeated heads, each with the reason.
-        assumed: Inputs that the proofs take to be all ones: a batch with padding has another graph.
+        assumed: Inputs whose values the proofs rely on: other batches have another graph.
+        banded: Nodes with a window or packed sequences.
     """
 
     causal: tuple[str, ...]
@@ -67,6 +87,7 @@ class AttentionPlan(Plan):
     grouped: tuple[tuple[str, str, str], ...]
     left_alone: tuple[tuple[str, str], ...]
     assumed: tuple[str, ...] = ()
+    banded: tuple[Banded, ...] = ()
 
 
 class CanonicalizeAttention:
@@ -77,36 +98,46 @@ class CanonicalizeAttention:
 
     def plan(self, gm: GraphModule, context: PassContext) -> AttentionPlan | None:
         """Return what is proven about the masks and heads in `gm`; None without attention."""
-        causal, unmasked, grouped, left = [], [], [], []
+        causal: list[str] = []
+        unmasked: list[str] = []
+        grouped, left, banded = [], [], []
         assumed: set[str] = set()
-        verdicts: dict[tuple[Node, int, int], str] = {}
+        verdicts: dict[tuple[Node, int, int, str], Verdict] = {}
         nodes = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in ATTENTION]
         for node in nodes:
             arguments = attention_arguments(node)
             mask = arguments["attn_mask"]
             trivial = mask is None
             if isinstance(mask, Node):
-                verdict = self._mask_verdict(gm, arguments, mask, verdicts, context.ones)
-                trivial = verdict in ("causal", "unmasked")
-                if verdict == "causal" and not arguments["is_causal"]:
-                    causal.append(node.name)
-                elif verdict == "unmasked":
-                    unmasked.append(node.name)
-                else:
-                    left.append((node.name, verdict))
-                    trivial = False
-                if trivial:
+                dtype, refusal = _computed_in(gm, node, arguments)
+                verdict = self._mask_verdict(gm, arguments, mask, verdicts, context, refusal)
+                trivial = verdict.kind in ("causal", "unmasked") and not (
+                    verdict.kind == "causal" and arguments["is_causal"]
+                )
+                if verdict.kind == "band" and not refusal:
+                    banded.append(self._banded(gm, node, verdict, context.facts, dtype))
                     assumed |= inputs_of(mask)
+                elif trivial:
+                    (causal if verdict.kind == "causal" else unmasked).append(node.name)
+                    assumed |= inputs_of(mask)
+                else:
+                    left.append((node.name, _why(verdict, refusal)))
             if trivial and not arguments["enable_gqa"]:
-                sources = self._grouped_sources(gm, arguments)
-                if isinstance(sources, str):
-                    left.append((node.name, sources))
-                elif sources is not None and _grouping_pays(arguments, sources, context):
-                    grouped.append((node.name, sources[0].name, sources[1].name))
-        if not (causal or unmasked or grouped or left):
+                query, key, value = (arguments[n] for n in ("query", "key", "value"))
+                found = heads.sources(gm, query, key, value)
+                if isinstance(found, str):
+                    left.append((node.name, found))
+                elif found and heads.grouping_pays(query, found[0], context.device_type):
+                    grouped.append((node.name, found[0].name, found[1].name))
+        if not (causal or unmasked or grouped or left or banded):
             return None
         return AttentionPlan(
-            tuple(causal), tuple(unmasked), tuple(grouped), tuple(left), tuple(sorted(assumed))
+            tuple(causal),
+            tuple(unmasked),
+            tuple(grouped),
+            tuple(left),
+            tuple(sorted(assumed)),
+            tuple(banded),
         )
 
     def apply(self, gm: GraphModule, plan: AttentionPlan, context: PassContext) -> None:
@@ -127,6 +158,10 @@ class CanonicalizeAttention:
                 arguments["enable_gqa"] = True
             node.args = (arguments.pop("query"), arguments.pop("key"), arguments.pop("value"))
             node.kwargs = {k: v for k, v in arguments.items() if v != DEFAULTS[k]}
+        offsets: dict[tuple[str, int, int, int], Node] = {}
+        for each in plan.banded:
+            replaced.add(by_name[each.node])
+            _make_variable(by_name, each, offsets)
         erase_unused(gm, replaced)
 
     def _mask_verdict(
@@ -134,44 +169,49 @@ class CanonicalizeAttention:
         gm: GraphModule,
         arguments: dict[str, Any],
         mask: Node,
-        known: dict[tuple[Node, int, int], str],
-        ones: frozenset[str],
-    ) -> str:
-        """Return "causal", "unmasked", or why neither is proven."""
+        known: dict[tuple[Node, int, int, str], Verdict],
+        context: PassContext,
+        refusal: str,
+    ) -> Verdict:
         query, key = example_value(arguments["query"]), example_value(arguments["key"])
         if query is None or key is None:
-            return "the shapes of query and key are not known"
+            return masks.left("the shapes of query and key are not known")
         length, keys = query.shape[-2], key.shape[-2]
         if not isinstance(length, int) or not isinstance(keys, int):
-            return "the sequence length is dynamic"
-        if (mask, length, keys) not in known:
-            known[mask, length, keys] = _fold(gm, mask, length, keys, ones)
-        return known[mask, length, keys]
+            return masks.left("the sequence length is dynamic")
+        question = (mask, length, keys, refusal)
+        if question not in known:
+            known[question] = masks.judge(gm, mask, length, keys, context.facts, refusal)
+        verdict = known[question]
+        rows = None if verdict.positions is None else example_value(verdict.positions).shape
+        if rows is not None and tuple(rows) not in ((1, length), (query.shape[0], length)):
+            return masks.left(f"{verdict.positions} {list(rows)} does not fit {list(query.shape)}")
+        return verdict
 
-    def _grouped_sources(
-        self, gm: GraphModule, arguments: dict[str, Any]
-    ) -> tuple[Node, Node] | str | None:
-        query = example_value(arguments["query"])
-        if query is None or query.dim() != 4:
-            return None
-        heads = query.shape[1]
-        key = _unrepeated(gm, arguments["key"], heads)
-        value = _unrepeated(gm, arguments["value"], heads)
-        if key is None or value is None:
-            return None
-        if example_value(key).shape[1] != example_value(value).shape[1]:
-            return "keys and values are repeated differently"
-        return key, value
+    def _banded(
+        self,
+        gm: GraphModule,
+        node: Node,
+        verdict: Verdict,
+        facts: Mapping[str, Fact],
+        dtype: str,
+    ) -> Banded:
+        arguments = attention_arguments(node)
+        query, *pair = (arguments[n] for n in ("query", "key", "value"))
+        found = None if arguments["enable_gqa"] else heads.sources(gm, query, *pair)
+        key, value = found if isinstance(found, tuple) else pair
+        count = rows = int(example_value(query).shape[0])
+        positions = verdict.positions
+        if positions is not None:  # one row of positions may stand for all
+            count = facts[positions.name].sequences * (rows // example_value(positions).shape[0])
+        name = "" if positions is None else positions.name
+        limits = (verdict.back, verdict.ahead)
+        return Banded(node.name, key.name, value.name, *limits, name, count, dtype)
 
 
 def attention_arguments(node: Node) -> dict[str, Any]:
     """Return all arguments of an attention node by name, defaults filled in."""
     return {**DEFAULTS, **dict(zip(ARGUMENTS, node.args, strict=False)), **node.kwargs}
-
-
-def inputs_of(mask: Node) -> frozenset[str]:
-    """Return the names of the inputs and attributes that `mask` is computed from."""
-    return frozenset(n.name for n in ancestors(mask) if n.op in ("placeholder", "get_attr"))
 
 
 def mask_inputs(gm: GraphModule) -> list[frozenset[str]]:
@@ -182,131 +222,67 @@ def mask_inputs(gm: GraphModule) -> list[frozenset[str]]:
     return [known[m] for m in masks if m in known]
 
 
-def _fold(gm: GraphModule, mask: Node, length: int, keys: int, ones: frozenset[str]) -> str:
-    shape = example_value(mask).shape
-    if any(not isinstance(size, int) for size in shape):
-        return "the size of the mask is dynamic"
-    if example_value(mask).numel() > MAX_PROOF_ELEMENTS:
-        return f"the mask has more than {MAX_PROOF_ELEMENTS} elements"
-    needed = ancestors(mask)
-    known = {n: _ones(n) for n in needed if n.op == "placeholder" and n.name in ones}
-    inputs = inputs_of(mask) - {n.name for n, value in known.items() if value is not None}
-    if inputs:
-        return f"the mask depends on {', '.join(sorted(inputs)[:3])}"
-    changer = changed_behind(gm, needed)
-    if changer is not None:
-        return f"{changer.name} may change the mask in place"
-    value = execute(gm, needed, known, mask)
-    if isinstance(value, str):
-        return value
-    if tuple(value.shape[-2:]) != (length, keys):
-        value = value.expand(*value.shape[:-2], length, keys)
-    allowed = value if value.dtype is torch.bool else _allowed_by_addition(value)
-    if allowed is None:
-        return "the mask is a bias, not a mask"
-    if bool(allowed.all()):
-        return "unmasked"
-    lower = torch.ones(length, keys, dtype=torch.bool, device=allowed.device).tril()
-    if length == keys and bool((allowed == lower).all()):
-        return "causal"
-    return _window(allowed) or "the mask is constant, but neither causal nor all-true"
+def _computed_in(gm: GraphModule, node: Node, arguments: dict[str, Any]) -> tuple[str, str]:
+    """Return the dtype that autocast computes in ("" without), and why `node` cannot be banded."""
+    values = [example_value(arguments[n]) for n in ("query", "key", "value")] + [
+        example_value(node)
+    ]
+    if not all(isinstance(v, Tensor) for v in values):
+        return "", "the shapes are not known"
+    autocast = autocast_at(gm, node)
+    dtype = autocast.dtype if autocast.enabled else values[0].dtype
+    if values[3].dtype != dtype:
+        return "", f"attention yields {values[3].dtype}, and not {dtype}"
+    if arguments["is_causal"] or isinstance(arguments["scale"], Node):
+        return "", "the mask is not all that the attention op is told"
+    refusal = varlen.refusal(values[0], values[1], values[2], dtype, arguments["dropout_p"])
+    return str(dtype).removeprefix("torch.") if autocast.enabled else "", refusal
 
 
-def _ones(node: Node) -> Tensor | None:
-    """Return the value of an input that is all ones, None where its size is not known."""
-    value = example_value(node)
-    if not isinstance(value, Tensor) or any(not isinstance(s, int) for s in value.shape):
-        return None
-    with compat.unset_fake_temporarily():
-        return torch.ones(tuple(value.shape), dtype=value.dtype, device=value.device)
+def _why(verdict: Verdict, refusal: str) -> str:
+    """Return why a mask stays."""
+    if verdict.kind != "band":
+        return verdict.reason or "the attention op is causal as well"
+    ends = ["all" if n < 0 else str(n) for n in (verdict.back, verdict.ahead)]
+    return f"the mask is a sliding window of {ends[0]} keys back and {ends[1]} ahead; {refusal}"
 
 
-def _window(allowed: Tensor) -> str:
-    """Return the sliding window that `allowed` (`[..., length, length]`) is, "" if it is none."""
-    length, keys = allowed.shape[-2:]
-    one = allowed[(0,) * (allowed.dim() - 2)]
-    ahead, back = int(one[0].sum()) - 1, int(one[:, 0].sum()) - 1
-    band = torch.ones_like(one).tril(ahead).triu(-back)
-    if length != keys or not one[0, 0] or not bool((allowed == band).all()):
-        return ""
-    return (
-        f"the mask is a sliding window of {back} keys back and {ahead} ahead, "
-        "which the attention op cannot express without it"
-    )
+def _make_variable(
+    by_name: dict[str, Node], plan: Banded, offsets: dict[tuple[str, int, int, int], Node]
+) -> None:
+    """Replace an attention node by the variable-length op."""
+    node = by_name[plan.node]
+    arguments = attention_arguments(node)
+    batch, count, length, size = example_value(arguments["query"]).shape
+    shape = (batch, count, length, size)
+    which = (plan.positions, plan.sequences, shape[0], shape[2])
+    if which not in offsets:
+        first = next(n for n in node.graph.nodes if n.target in ATTENTION)
+        offsets[which] = _offsets(first, by_name.get(plan.positions), plan.sequences, shape)
+    qkv = [arguments["query"], by_name[plan.key], by_name[plan.value]]
+    scale = arguments["scale"]
+    dtype = getattr(torch, plan.dtype) if plan.dtype else None
+
+    def compute(query: Any, key: Any, value: Any, begins: Any) -> Any:
+        q, k, v = (t if dtype is None else t.to(dtype) for t in (query, key, value))
+        out = varlen.attend(q, k, v, begins, plan.back, plan.ahead, scale, shape)
+        return out.contiguous() if example_value(node).is_contiguous() else out
+
+    result = insert_computation(node, compute, [*qkv, offsets[which]])
+    node.replace_all_uses_with(result)
 
 
-def _allowed_by_addition(mask: Tensor) -> Tensor | None:
-    """Return which scores an additive mask keeps, or None where it also changes some."""
-    lowest = torch.finfo(mask.dtype).min
-    allowed = mask == 0
-    return allowed if bool((allowed | (mask <= lowest)).all()) else None
+def _offsets(before: Node, positions: Node | None, sequences: int, shape: Sequence[int]) -> Node:
+    """Insert the computation of where sequences begin, in front of the first attention."""
+    device = example_value(attention_arguments(before)["query"]).device
+    batch, length = shape[0], shape[2]
+    if positions is None:
+        stop = {"dtype": torch.int32, "device": device}
+        return insert_call(before, torch.arange, (0, batch * length + 1, length), stop)
+    numbers = insert_call(before, torch.arange, (1, sequences + 2), {"device": device})
 
+    def compute(positions: Any, numbers: Any) -> Any:
+        return varlen.offsets_of(positions, numbers, (batch, length))
 
-def _unrepeated(gm: GraphModule, node: Any, heads: int) -> Node | None:
-    """Return the tensor whose heads `node` repeats `heads / its heads` times each, or None."""
-    value = example_value(node) if isinstance(node, Node) else None
-    if value is None or value.dim() != 4 or any(not isinstance(s, int) for s in value.shape):
-        return None
-    path: list[Node] = []
-    current: Any = node
-    best: Node | None = None
-    while isinstance(current, Node) and len(path) < MAX_MOVEMENT_NODES and _moves_data(current):
-        path.append(current)
-        current = current.args[0]
-        if not isinstance(current, Node):
-            break
-        source = example_value(current)
-        if _may_be_grouped(source, value, heads) and _is_repeat(gm, current, path, node, heads):
-            best = current
-    return best
-
-
-def _moves_data(node: Node) -> bool:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        name = target._schema.name.split("::")[1]
-    else:
-        name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    single = [n for n in node.all_input_nodes if isinstance(example_value(n), Tensor)]
-    return node.op in ("call_function", "call_method") and name in _MOVES and len(single) == 1
-
-
-def _may_be_grouped(source: Any, repeated: Tensor, heads: int) -> bool:
-    return (
-        isinstance(source, Tensor)
-        and source.dim() == 4
-        and all(isinstance(s, int) for s in source.shape)
-        and source.shape[0] == repeated.shape[0]
-        and source.shape[2:] == repeated.shape[2:]
-        and source.shape[1] < heads
-        and heads % source.shape[1] == 0
-        and repeated.shape[1] == heads
-    )
-
-
-def _is_repeat(
-    gm: GraphModule, source: Node, path: Sequence[Node], target: Node, heads: int
-) -> bool:
-    """Return whether `path` turns element numbers of `source` into each head repeated in place."""
-    shape = example_value(source).shape
-    numbers = torch.arange(shape.numel(), dtype=torch.int64).reshape(shape)
-    if changed_behind(gm, set(path)) is not None:
-        return False
-    other = ancestors(target) - ancestors(source)
-    moved = execute(gm, other | set(path), {source: numbers}, target)
-    wanted = numbers.repeat_interleave(heads // shape[1], dim=1)
-    return isinstance(moved, Tensor) and torch.equal(moved, wanted)
-
-
-def _grouping_pays(
-    arguments: dict[str, Any], sources: tuple[Node, Node], context: PassContext
-) -> bool:
-    """Return whether the attention kernel of this device takes grouped heads without a detour."""
-    if context.device_type != "cpu":
-        return True
-    query, key = example_value(arguments["query"]), example_value(sources[0])
-    choose: Callable[..., int] = compat.fused_attention_choice
-    with compat.unset_fake_temporarily():
-        q = torch.zeros(1, query.shape[1], 8, query.shape[-1], requires_grad=True)
-        k = torch.zeros(1, key.shape[1], 8, key.shape[-1], requires_grad=True)
-        return choose(q, k, k, is_causal=True, enable_gqa=True) != 0
+    found: Node = insert_computation(before, compute, [positions, numbers])
+    return found

@@ -14,8 +14,8 @@ whole function is in one graph or our backend is never called.
 
 Later calls may compile again (another shape); such a graph executes the agreed plan, so nothing is
 asked. A later call that cannot be captured runs uncompiled on this rank alone, with hooks. The same
-holds for the second form of a GRAPH region, for batches without padding (core/facts.py): a rank
-takes it or not as its own batch allows.
+holds for further forms of a GRAPH region, for batches of which a fact is known (core/facts.py): a
+rank takes them or not as its own batch allows.
 """
 
 import collections
@@ -35,7 +35,7 @@ from magi_train.comm.in_graph import PlaceCollectives
 from magi_train.core import compat
 from magi_train.core.config import Config
 from magi_train.core.errors import CaptureError, MagiError
-from magi_train.core.facts import Assumptions, Inputs, Paths
+from magi_train.core.facts import Assumptions, Facts, Inputs, Paths
 from magi_train.core.passes import (
     CachedPass,
     Pass,
@@ -100,9 +100,9 @@ class Region:
         self._compiled: Callable[..., Any] = function
         fusion = runtime.config.fusion
         self._facts = Assumptions(fusion is not None and fusion.attention and fusion.padding)
-        self._variants: dict[tuple[Paths, Config], Callable[..., Any]] = {}
+        self._variants: dict[tuple[Facts, Config], Callable[..., Any]] = {}
         self._tuner = Tuner(runtime.config, runtime.world, runtime.report)
-        self._inputs, self._assumed = Inputs(), Paths()  # of the call that is running
+        self._inputs, self._assumed = Inputs(), Facts()  # of the call that is running
         self._blocks: list[nn.Module] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -205,7 +205,7 @@ class Region:
         inputs = self._facts.look(args, kwargs)
         self.runtime.reducer.begin(in_graph=self.runtime.config.comm.in_graph)
         try:
-            with self.runtime.entered(), self._assuming(inputs, inputs.ones):
+            with self.runtime.entered(), self._assuming(inputs, inputs.facts):
                 output = compat.call_captured(compiled, args, kwargs)
         except (compat.DynamoError, compat.RecompileLimitHit, _NotTogetherError) as error:
             inner = compat.inner_backend_error(error)
@@ -232,13 +232,13 @@ class Region:
         return _own_code(self._function, f"magi_region_{next(_region_ordinals)}")
 
     @contextlib.contextmanager
-    def _assuming(self, inputs: Inputs, assumed: Paths) -> Iterator[None]:
+    def _assuming(self, inputs: Inputs, assumed: Facts) -> Iterator[None]:
         """While this holds, graphs are compiled under the facts `assumed` about `inputs`."""
         self._inputs, self._assumed = inputs, assumed
         try:
             yield
         finally:
-            self._inputs, self._assumed = Inputs(), Paths()
+            self._inputs, self._assumed = Inputs(), Facts()
 
     def _try_region(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[bool, Any]:
         """Return (True, output), or (False, why some rank cannot compile its regions)."""
@@ -291,7 +291,7 @@ class Region:
 
     def _next(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         reducer = self.runtime.reducer
-        compiled, inputs, assumed = self._compiled, Inputs(), Paths()
+        compiled, inputs, assumed = self._compiled, Inputs(), Facts()
         if self.tier == "graph":
             inputs = self._facts.look(args, kwargs)
             assumed = self._facts.key(inputs)
@@ -343,8 +343,9 @@ class Region:
         runtime = self.runtime
         names = parameter_positions(gm, runtime.module)
         places = self._inputs.places(gm)
-        ones = frozenset(name for name, path in places.items() if path in self._assumed)
-        context = PassContext(runtime.device_type, ones=ones)
+        assumed = dict(self._assumed)
+        facts = {name: assumed[path] for name, path in places.items() if path in assumed}
+        context = PassContext(runtime.device_type, facts=facts)
         before = _mask_places(gm, places)
         settings = self._tuner.settings
         run_passes(pre_grad_passes(settings), gm, context, runtime.report)

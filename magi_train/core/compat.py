@@ -28,6 +28,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | _torchdynamo_orig_callable | a method of an optimizer that Dynamo replaced |
 | optimizer.step._wrapped_by_lr_sched | know a learning-rate scheduler's wrapper |
 | torch.aten._fused_sdp_choice | which attention kernel a call would take |
+| torch.aten._flash_attention_forward, _backward | attention with offsets and windows |
 | torch.fx.proxy.GraphAppendingTracer | inserting what a function computes into a graph |
 | SymInt.node.expr, .hint | symbols of a dynamic size, and its size while compiling |
 """
@@ -189,6 +190,49 @@ def activation_ratio(ratio: float) -> Any:
 def fused_attention_choice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> int:
     """Return the attention kernel chosen for real tensors: 0 is the unfused one."""
     return int(torch.ops.aten._fused_sdp_choice(q, k, v, **kwargs))
+
+
+def flash_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: int,
+    back: int,
+    ahead: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return output and logsumexp of FlashAttention over packed rows; -1 is no limit."""
+    causal = (back, ahead) == (-1, 0)
+    found = torch.ops.aten._flash_attention_forward(
+        q, k, v, offsets, offsets, longest, longest, 0.0, causal, False,
+        scale=scale, window_size_left=back, window_size_right=ahead,
+    )  # fmt: skip
+    return found[0], found[1]
+
+
+def flash_backward(
+    gradient: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    output: torch.Tensor,
+    logsumexp: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: int,
+    back: int,
+    ahead: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of `flash_forward` by q, k and v."""
+    causal = (back, ahead) == (-1, 0)
+    state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a dropout that there is not
+    found = torch.ops.aten._flash_attention_backward(
+        gradient, q, k, v, output, logsumexp, offsets, offsets, longest, longest, 0.0, causal,
+        state, torch.empty(0, device=q.device), scale=scale,
+        window_size_left=back, window_size_right=ahead,
+    )  # fmt: skip
+    return found[0], found[1], found[2]
 
 
 def size_hint(size: int | torch.SymInt) -> int | None:

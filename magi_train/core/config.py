@@ -29,12 +29,14 @@ class FusionConfig:
 
     attention: bool = True
     """Drop attention masks that are proven causal or all-true, and feed grouped keys and values
-    to the attention op without repeating them."""
+    to the attention op without repeating them. Sliding windows become windowed attention on CUDA,
+    in bf16 and fp16."""
 
     padding: bool = True
     """Train batches whose padding masks are all ones without these masks, in a captured form of
-    their own; a batch with padding takes the other form. Looks at masks on the host only: on the
-    CPU, in Lightning's transfers, and in `magi_train.to_device`. False: one form for all."""
+    their own, and batches whose `position_ids` pack sequences with variable-length attention; other
+    batches take the other form. Looks at tensors on the host only: on the CPU, in Lightning's
+    transfers, and in `magi_train.to_device`. False: one form for all."""
 
     loss: bool = True
     """Compute a linear and the cross-entropy of its logits in chunks of tokens, so that the full

@@ -1,7 +1,8 @@
-"""Facts about input tensors: "all ones", learned while the batch is still on the host.
+"""Facts about input tensors, learned while the batch is still on the host.
 
-A padding mask is an input, so no graph can know that nothing is padded, and a look at a tensor on
-a device makes the host wait for it. But every batch was on the host once:
+A padding mask is an input, so no graph can know that nothing is padded; no more can it know how
+many sequences `position_ids` pack into a row. A look at a tensor on a device makes the host wait
+for it. But every batch was on the host once:
 
 * a tensor on the CPU is looked at when the captured function is called;
 * a tensor that is moved inside `recording()` is looked at before the move, and what is learned is
@@ -10,9 +11,13 @@ a device makes the host wait for it. But every batch was on the host once:
   (its version counter moves). Only writes through `.data` escape PyTorch's counter, as they do
   autograd's.
 
+What a fact says is in `Fact`: a mask full of ones, rows that count up, or rows of positions that
+begin again at 0 with every sequence.
+
 A captured function is compiled once without facts and once for the facts that drop a mask
-(`Assumptions`); which of the two runs is decided outside of the graph, call by call. The tensor
-itself stays an input: only proofs take it to be ones.
+(`Assumptions`); which of them runs is decided outside of the graph, call by call. The tensor itself
+stays an input: only proofs take it to be ones, and where packed sequences begin is read from it on
+the device.
 """
 
 import contextlib
@@ -21,7 +26,7 @@ import itertools
 from collections import UserDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,27 +44,46 @@ MAX_DEPTH, MAX_ITEMS = 4, 64
 """How far nested batches are searched."""
 MAX_VARIANTS = 4
 """Captured forms of one function; further combinations of facts run the one without."""
+FEWEST_SEQUENCES, MAX_SEQUENCES, GROWTH = 16, 1024, 4
+"""Bounds on packed sequences: a captured form is for 16, 64, 256 or 1024 of them. Every sequence,
+an empty one too, costs the kernel a row of thread blocks; more are no fact."""
 
 ARGS, KWARGS = "L['args']", "L['kwargs']"
 """What Dynamo calls the arguments of a function that takes *args, **kwargs."""
 
+
+class Fact(NamedTuple):
+    """What is known about the values of a tensor.
+
+    Attributes:
+        kind: "ones": all are one (or True). "counting": each row is 0, 1, 2, ... "packed": each row
+            is several such counts, one behind the other. "": nothing of use.
+        sequences: At most so many counts are in all rows together, if packed.
+    """
+
+    kind: Literal["ones", "counting", "packed", ""]
+    sequences: int = 0
+
+
+NOTHING, ONES, COUNTING = Fact(""), Fact("ones"), Fact("counting")
 Paths = frozenset[str]
+Facts = frozenset[tuple[str, Fact]]
 
-_recorded = WeakTensorKeyDictionary()  # tensor on a device: (all ones?, version when recorded)
+_recorded = WeakTensorKeyDictionary()  # tensor on a device: (fact, version when recorded)
 
 
-def all_ones(tensor: Tensor) -> bool | None:
-    """Return whether `tensor` is a mask full of ones (of True); None if only its device knows.
+def known(tensor: Tensor) -> Fact | None:
+    """Return the fact about `tensor`; None if only its device knows.
 
-    False for everything that is not looked at: large tensors, subclasses, tensors with gradients,
+    NOTHING for everything that is not looked at: large tensors, subclasses, tensors with gradients,
     and all that do not have two to four dimensions.
     """
     if not _may_be_mask(tensor):
-        return False
+        return NOTHING
     if tensor.device.type == "cpu":
         return _look(tensor)
-    ones, version = _recorded.get(tensor, (None, None))
-    return ones if version == tensor._version else None
+    fact, version = _recorded.get(tensor, (None, None))
+    return fact if version == tensor._version else None
 
 
 def _may_be_mask(tensor: Tensor) -> bool:
@@ -74,9 +98,26 @@ def _may_be_mask(tensor: Tensor) -> bool:
     )
 
 
-def _look(tensor: Tensor) -> bool:
-    corners = tensor[(0,) * tensor.dim()], tensor[(-1,) * tensor.dim()]
-    return all(c.item() == 1 for c in corners) and bool((tensor == 1).all())
+def _look(tensor: Tensor) -> Fact:
+    first = tensor[(0,) * tensor.dim()].item()
+    if first == 1 and tensor[(-1,) * tensor.dim()].item() == 1 and bool((tensor == 1).all()):
+        return ONES
+    whole = tensor.dtype in (torch.int64, torch.int32) and tensor.dim() == 2
+    return _look_at_positions(tensor) if whole and first == 0 else NOTHING
+
+
+def _look_at_positions(tensor: Tensor) -> Fact:
+    begins = tensor == 0
+    goes_on = begins[:, 1:] | (tensor[:, 1:] == tensor[:, :-1] + 1)
+    if not bool(begins[:, 0].all() & goes_on.all()):
+        return NOTHING
+    count, rows = int(begins.sum()), tensor.shape[0]
+    if count == rows:
+        return COUNTING
+    bound = FEWEST_SEQUENCES
+    while bound < count:
+        bound *= GROWTH
+    return Fact("packed", bound) if bound <= MAX_SEQUENCES else NOTHING
 
 
 class _Recorder(TorchFunctionMode):
@@ -95,15 +136,15 @@ class _Recorder(TorchFunctionMode):
 
 
 def recording() -> contextlib.AbstractContextManager[Any]:
-    """Return a context that remembers, for tensors moved to a device in it, if they are ones."""
+    """Return a context that remembers facts about the tensors that are moved to a device in it."""
     return _Recorder()
 
 
 def to_device(batch: Any, device: torch.device | str | int, non_blocking: bool = True) -> Any:
-    """Move a batch, and remember which of its masks are all ones.
+    """Move a batch, and remember which of its masks are all ones, and which positions are packed.
 
-    With it, batches without padding train without a mask; after a plain `.to(device)` nobody can
-    tell without waiting for the device.
+    With it, batches without padding train without a mask, and packed sequences with variable-length
+    attention; after a plain `.to(device)` nobody can tell without waiting for the device.
 
     Args:
         batch: Tensors, and objects with a method `to`, in dicts, lists and tuples. Anything else
@@ -156,12 +197,12 @@ class Inputs:
 
     Attributes:
         paths: Of all tensors.
-        ones: Of masks full of ones.
+        facts: Of those about which one is known.
         unknown: Of tensors that only their device knows.
     """
 
     paths: Paths = frozenset()
-    ones: Paths = frozenset()
+    facts: Facts = frozenset()
     unknown: Paths = frozenset()
 
     def places(self, gm: GraphModule) -> dict[str, str]:
@@ -192,10 +233,10 @@ class Assumptions:
 
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
-        self._proven: set[Paths] = set()
-        self._open: set[Paths] = set()
-        self._useless: set[Paths] = set()
-        self._variants: set[Paths] = {frozenset()}
+        self._masks: set[Paths] = set()
+        self._proven: set[Facts] = set()  # without their bounds, as in _useless
+        self._useless: set[Facts] = set()
+        self._variants: set[Facts] = {frozenset()}
         self._learned = False
 
     def look(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Inputs:
@@ -203,26 +244,32 @@ class Assumptions:
 
         Before the first compilation every tensor is looked at, later those that decide a mask.
         """
-        if not self._enabled or (self._learned and not self._proven | self._open):
+        if not self._enabled or (self._learned and not self._masks):
             return Inputs()
-        wanted = Paths().union(*self._proven, *self._open)
+        wanted = Paths().union(*self._masks)
         found = dict(tensors(tuple(args), ARGS)) | dict(tensors(dict(kwargs), KWARGS))
-        known = {p: all_ones(t) for p, t in found.items() if not self._learned or p in wanted}
-        ones = frozenset(p for p, state in known.items() if state)
-        unknown = frozenset(p for p, state in known.items() if state is None)
-        return Inputs(frozenset(found), ones, unknown)
+        seen = {p: known(t) for p, t in found.items() if not self._learned or p in wanted}
+        facts = frozenset((p, fact) for p, fact in seen.items() if fact is not None and fact.kind)
+        unknown = frozenset(p for p, fact in seen.items() if fact is None)
+        return Inputs(frozenset(found), facts, unknown)
 
-    def key(self, inputs: Inputs) -> Paths:
-        """Return the facts that select the variant for a call: those that drop a mask whole."""
-        sets = [s for s in self._proven | self._open if s <= inputs.ones]
-        key = Paths().union(*sets)
-        if key not in self._variants and len(self._variants) >= MAX_VARIANTS:
+    def key(self, inputs: Inputs) -> Facts:
+        """Return the facts that select the variant for a call: those that drop a mask whole.
+
+        A variant for more packed sequences takes fewer as well.
+        """
+        sets = [_about(mask, inputs.facts) for mask in self._masks]
+        key = Facts().union(*(s for s in sets if s and _kinds(s) not in self._useless))
+        fitting = [v for v in self._variants if _kinds(v) == _kinds(key) and _bounds(v, key)]
+        if fitting:
+            return min(fitting, key=lambda v: sum(fact.sequences for _, fact in v))
+        if len(self._variants) >= MAX_VARIANTS:
             return frozenset()
         self._variants.add(key)
         return key
 
     def learn(
-        self, inputs: Inputs, assumed: Paths, before: Sequence[Paths], after: Sequence[Paths]
+        self, inputs: Inputs, assumed: Facts, before: Sequence[Paths], after: Sequence[Paths]
     ) -> str:
         """Take note of which facts helped; return advice for the report, "" for none.
 
@@ -234,10 +281,13 @@ class Assumptions:
         """
         self._learned = True
         masks = {m for m in before if m and m <= inputs.paths}
-        tried = {m for m in masks if m <= assumed}
-        self._proven |= {m for m in tried if after.count(m) < before.count(m)}
-        self._useless |= tried - self._proven
-        self._open = (self._open | masks) - self._proven - self._useless
+        self._masks |= masks
+        for mask in masks:
+            tried = _kinds(_about(mask, assumed))
+            if tried and after.count(mask) < before.count(mask):
+                self._proven.add(tried)
+            elif tried and tried not in self._proven:
+                self._useless.add(tried)
         unknown = ", ".join(sorted(Paths().union(*masks) & inputs.unknown))
         if not unknown:
             return ""
@@ -245,3 +295,19 @@ class Assumptions:
             f"masks made of {unknown} stay, since nothing is known about its values on the device; "
             "move batches with magi_train.to_device(batch, device)"
         )
+
+
+def _about(mask: Paths, facts: Facts) -> Facts:
+    """Return the facts about the inputs of a mask if there is one about each, else none."""
+    found = frozenset((path, fact) for path, fact in facts if path in mask)
+    return found if len(found) == len(mask) else frozenset()
+
+
+def _kinds(facts: Facts) -> Facts:
+    return frozenset((path, Fact(fact.kind)) for path, fact in facts)
+
+
+def _bounds(large: Facts, small: Facts) -> bool:
+    """Return whether facts of the same kinds allow at least as many sequences as others."""
+    most = dict(large)
+    return all(most[path].sequences >= fact.sequences for path, fact in small)

@@ -11,8 +11,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 from torch.fx import GraphModule
 
 from magi_train.core.errors import PassError
+from magi_train.core.facts import Fact
 from magi_train.core.report import PassRow, Report
 
 
@@ -52,13 +53,13 @@ class PassContext:
     Attributes:
         device_type: Where the graph runs: "cpu", "cuda", ...
         training: Whether a backward will follow.
-        ones: Names of graph inputs whose elements are all one (core/facts.py). Only proofs may use
-            it; the inputs stay what they are.
+        facts: What is known about the values of graph inputs, by name (core/facts.py). Only proofs
+            may use it; the inputs stay what they are.
     """
 
     device_type: str = "cpu"
     training: bool = True
-    ones: frozenset[str] = frozenset()
+    facts: Mapping[str, Fact] = field(default_factory=dict)
 
 
 P = TypeVar("P", bound=Plan)

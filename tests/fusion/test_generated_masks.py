@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, GraphModule, Interpreter
 
+from magi_train.core.facts import ONES
 from magi_train.core.passes import PassContext
 from magi_train.fusion.attention import CanonicalizeAttention, mask_inputs
 from tests.close import difference, tolerance
@@ -222,7 +223,7 @@ def test_masks_with_padding(kind):
             pad[draw.randrange(BATCH), draw.randrange(keys)] = 0
         gm, inputs = graph_of(mask, q, k, v, HEADS // k.shape[1], pad)
         assert mask_inputs(gm) == [frozenset({"pad"})]
-        facts = PassContext("cuda", ones=frozenset({"pad"} if full else ()))
+        facts = PassContext("cuda", facts={"pad": ONES} if full else {})
         whole = mask & pad.bool()[:, None, None]
         verdict = oracle(mask.expand_as(whole)) if full else "left"
         plan = CanonicalizeAttention().plan(gm, facts)

@@ -251,38 +251,16 @@ def test_cross_attention():
     assert attention_rows(ours)[0]["unmasked"]
 
 
-def packed(seed):
-    """Two sequences in each row, by positions that start again, as a padding-free collator does."""
-    ids = tokens(seed)
-    cut = 5 + seed
-    positions = torch.cat([torch.arange(cut), torch.arange(SEQUENCE - cut)]).expand(BATCH, -1)
-    given = {"input_ids": ids, "position_ids": positions.contiguous(), "labels": ids}
-    return {**given, "use_cache": False}
-
-
-def test_packed_sequences_keep_their_blocks():
-    model = llama().train()
-    twin = copy.deepcopy(model)
-    ours = magi_train.prepare(twin, config=EAGER_CODE)
-    assert trained_alike(model, twin, ours, [packed(0), packed(1), packed(2)]) <= LIMIT
-    for plan in attention_rows(ours):
-        assert not plan["causal"]
-        assert "depends on l_kwargs_position_ids_" in plan["left_alone"][0][1]
-    # the blocks matter: with the first row of positions for all, another loss
-    whole = {**packed(0), "position_ids": torch.arange(SEQUENCE).expand(BATCH, -1)}
-    assert abs(model(**packed(0)).loss - model(**whole).loss) > 1e-5
-
-
 def test_lightning_moves_are_recorded():
     from lightning.pytorch import LightningModule
 
-    from magi_train.core.facts import all_ones
+    from magi_train.core.facts import NOTHING, ONES, known
     from magi_train.integrations.lightning import strategy_class
 
     strategy, far = strategy_class("lightning.pytorch")(), torch.device("meta")
     batch = {"mask": padding("none"), "padded": padding("left")}
     got = strategy.batch_to_device(batch, far)
-    assert [all_ones(got[n]) for n in batch] == [True, False]
+    assert [known(got[n]) for n in batch] == [ONES, NOTHING]
 
     class Hooks(LightningModule):
         def on_after_batch_transfer(self, batch, dataloader_idx):
@@ -290,4 +268,4 @@ def test_lightning_moves_are_recorded():
 
     strategy._lightning_module = Hooks()
     got = strategy.batch_to_device(batch, far)
-    assert [all_ones(got[n]) for n in batch] == [None, False], "the hook made another tensor"
+    assert [known(got[n]) for n in batch] == [None, NOTHING], "the hook made another tensor"
