@@ -21,7 +21,7 @@ that fails is a row that says why.
 | magi | magi_train.prepare and prepare_step, Config() |
 | magi-bf16-wire | the same with bfloat16 all-reduces |
 | magi-without-A+B | magi with FusionConfig(A=False, B=False) |
-| magi-with-A | magi with FusionConfig(A=True) |
+| magi-with-A | magi with FusionConfig(A=True); A may be cuda_graphs too, of Config |
 """
 
 import argparse
@@ -45,7 +45,7 @@ from torch import nn
 
 from benchmarks.cases import CASES, Batch, Case, fold_masks_by_hand
 
-WARM_UP, TIMED = 8, 20
+WARM_UP, TIMED = 20, 20  # CUDA graphs are chosen in the first 13 steps
 LOSS_BATCHES = 4
 VARIANTS = {
     1: ("eager", "compile", "compile-folded", "block-compile", "magi"),
@@ -147,8 +147,13 @@ def setup(
         wire = "bfloat16" if variant == "magi-bf16-wire" else "float32"
         _, word, names = (*variant.split("-", 2), "", "")[:3]
         named = names.split("+") if word in ("with", "without") else ()
-        fusion = FusionConfig(**dict.fromkeys(named, word == "with"))
-        config = Config(fusion=fusion, comm=CommConfig(wire_dtype=wire))
+        switches = dict.fromkeys(named, word == "with")
+        graphs = switches.pop("cuda_graphs", "auto")
+        config = Config(
+            fusion=FusionConfig(**switches),
+            comm=CommConfig(wire_dtype=wire),
+            cuda_graphs=graphs,
+        )
         prepared, optimizer = magi_train.prepare(model, optimizer, config=config)
         loss_of = magi_train.prepare_step(lambda batch: case.loss(prepared, batch), prepared)
         return prepared, loss_of, optimizer
