@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,91 +29,12 @@ from torch.autograd.function import once_differentiable
 
 from magi_train.core import compat
 from magi_train.core.device_graphs import DeviceGraphs, Results
-
-SMALL = 2**20
-"""Bytes up to which an output is copied out from the start: the loss, whatever is logged."""
+from magi_train.core.slots import Layout, RefusedError, Slot, is_small
 
 GONE = (
     "Trying to backward through the graph a second time: its first backward was run without "
     "retain_graph=True, which freed what it needs"
 )
-
-
-class RefusedError(Exception):
-    """This graph cannot be replayed; says why."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a tensor is made from."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @staticmethod
-    def of(tensor: Tensor) -> Layout:
-        """Return the layout of `tensor`."""
-        return Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-
-    def make(self) -> Tensor:
-        """Return a tensor of zeros that is laid out so."""
-        new = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-        return new.zero_()
-
-
-class Slot:
-    """A result in the recording's memory, which is handed out at every replay.
-
-    Attributes:
-        tensor: The result; each replay overwrites it.
-        copied: Hand out copies.
-        found: Times in a row that something handed out was found alive.
-    """
-
-    def __init__(self, tensor: Tensor, copied: bool) -> None:
-        self.tensor, self.copied, self.found = tensor, copied, 0
-        self._storage = tensor.untyped_storage()
-        self._unused = 0
-
-    def rest(self) -> None:
-        """Note that nobody but the recording holds the memory now."""
-        self._unused = compat.storage_uses(self._storage)
-
-    def alive(self) -> bool:
-        """Return whether something that was handed out still exists."""
-        return compat.storage_uses(self._storage) > self._unused
-
-
-def refusal(
-    args: Sequence[Any], stable: frozenset[int], written: Iterable[int], device: torch.device
-) -> str:
-    """Return why a call with these arguments cannot be recorded, "" if it can.
-
-    Args:
-        args: Of the compiled callable.
-        stable: Positions of arguments whose address does not change.
-        written: Positions of arguments that the call writes.
-        device: That records.
-    """
-    for position, a in enumerate(args):
-        if not isinstance(a, Tensor):
-            return f"input {position} is a number: a size is dynamic, or a value changes"
-        what = f"input {position}, {a.dtype} of shape {tuple(a.shape)},"
-        if a.device != device:
-            return f"{what} lies on {a.device}, not on {device}"
-        if type(a) not in (Tensor, torch.nn.Parameter) or a.layout is not torch.strided:
-            return f"{what} is a {type(a).__name__} with layout {a.layout}"
-        if a.is_inference():
-            return f"{what} was made in inference mode"
-        if any(n > 1 and s == 0 for n, s in zip(a.shape, a.stride(), strict=True)):
-            return f"{what} repeats its memory"
-    for position in written:
-        a = args[position]
-        if position not in stable or a.requires_grad:
-            return f"the step writes input {position}, which is no buffer of the model"
-    return ""
 
 
 class Recording:
@@ -127,6 +47,11 @@ class Recording:
         written: Positions of arguments that a call writes.
         tangents: Layout of the gradient that each output got, by its position.
         device: That records.
+
+    Attributes:
+        stream: On which it may be replayed.
+        dropped: Its memory is given back, or about to be: never replay it.
+        bytes: Of its memory.
 
     Raises:
         RefusedError: The outputs cannot be handed out.
@@ -143,7 +68,7 @@ class Recording:
         device: DeviceGraphs,
     ) -> None:
         self.compiled, self.device, self.written = compiled, device, list(written)
-        self.stream = device.stream()
+        self.stream, self.dropped = device.stream(), False
         self._addresses = {i: args[i].data_ptr() for i in stable}
         self._copied = [i for i in range(len(args)) if i not in stable]
         self._inputs = [
@@ -190,7 +115,8 @@ class Recording:
         ]
 
     def _backward(self) -> Results:
-        with torch.enable_grad():
+        # the loop calls backward() outside of autocast
+        with torch.enable_grad(), torch.autocast(self.device.device.type, enabled=False):
             found = torch.autograd.grad(
                 [self._live[i] for i in self._tangents],
                 [self._inputs[i] for i in self.leaves],
@@ -226,7 +152,7 @@ class Recording:
             if x.numel() and _memory(x) in taken:
                 raise RefusedError(f"output {position} shares its memory with another tensor")
             taken.add(_memory(x))
-        return [None if x is None else Slot(x, x.nbytes <= SMALL) for x in results]
+        return [None if x is None else Slot(x, is_small(x)) for x in results]
 
     def _gradient_slots(self, gradients: Results) -> list[Slot | None]:
         """Two gradients, or one and a tangent, may be one memory: autograd would add into both."""

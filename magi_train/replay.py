@@ -29,7 +29,8 @@ from torch import Tensor
 from magi_train.core import compat
 from magi_train.core.device_graphs import DeviceGraphs
 from magi_train.core.report import PassRow, Report
-from magi_train.recording import Call, Layout, Recording, RefusedError, Slot, refusal
+from magi_train.core.slots import Layout, RefusedError, Slot, refusal
+from magi_train.recording import Call, Recording
 
 WARM, TIMED = 2, 4
 GAIN = 0.01
@@ -63,7 +64,15 @@ class ReplayMemory:
         self._recordings.append(recording)
 
     def drop(self, recording: Recording) -> None:
-        """Give its memory back, once nothing that it handed out is alive."""
+        """Give its memory back, once nothing that it handed out is alive.
+
+        While something is, all recordings go: another one's replay could overwrite it, and from
+        now on nobody would look.
+        """
+        if self.pending() or any(slot.alive() for slot in recording.slots()):
+            self.clear()
+            return
+        recording.dropped = True
         self._recordings.remove(recording)
         self.tidy()
 
@@ -74,8 +83,10 @@ class ReplayMemory:
 
     def clear(self) -> None:
         """Drop all recordings."""
-        for recording in list(self._recordings):
-            self.drop(recording)
+        for recording in self._recordings:
+            recording.dropped = True
+        self._recordings = []
+        self.tidy()
 
     def began(self, call: Call) -> None:
         """Note the forward that must have its backward before the next replay."""
@@ -227,7 +238,9 @@ class Replayer:
 
     def _replayed(self, args: Sequence[Tensor]) -> Any:
         self._since += 1
-        recording = self.recording
+        before = recording = self.recording
+        if recording is not None and recording.dropped:
+            recording = self.recording = None
         if self._memory.pending() or (recording and recording.stream != self._device.stream()):
             return self._plainly(args)
         alive = self._memory.alive()
@@ -241,7 +254,9 @@ class Replayer:
             self._memory.drop(recording)  # what is held keeps its memory
             self.recording = None
         if self.recording is None:
-            why = self._record(args, recording)
+            if self._made == MAX_RECORDINGS:
+                return self._give_up(f"recorded {MAX_RECORDINGS} times", args)
+            why = self._record(args, before)
             if why:
                 return self._give_up(why, args)
         elif self._measuring:
@@ -265,7 +280,7 @@ class Replayer:
     def _give_up(self, why: str, args: Sequence[Any]) -> Any:
         """Never replay again."""
         self._off = why
-        if self.recording is not None:
+        if self.recording is not None and not self.recording.dropped:
             self._memory.drop(self.recording)
         self._note_row(replayed=False, reason=why)
         self.recording, self._marks = None, []
@@ -314,7 +329,7 @@ def _note(
     tangents: dict[int, Layout], retained: list[bool], position: int, gradient: Tensor | None
 ) -> None:
     if gradient is not None:  # functions that take None for zeros hand it on to hooks
-        tangents[position] = Layout.of(gradient)
+        tangents[position] = Layout.dense(gradient)
     retained.append(compat.graph_is_retained())
 
 

@@ -13,7 +13,7 @@ import magi_train
 from magi_train import Config
 from magi_train.core import device_graphs
 from magi_train.core.report import Report
-from magi_train.recording import SMALL
+from magi_train.core.slots import SMALL
 from magi_train.replay import MAX_RECORDINGS, REPLAYS, TIMED, WARM, Replayer, ReplayMemory, weakly
 from tests.fake_graphs import FakeGraphs
 
@@ -348,6 +348,17 @@ def test_of_several_outputs_only_one_gets_a_gradient():
     compare(loop, replays=ALL)
 
 
+def test_an_expanded_gradient():
+    def loop(call, model, optimizer):
+        for i in range(STEPS):
+            call(*batch(i))[1].sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return []
+
+    compare(loop, replays=ALL)
+
+
 def test_one_parameter_in_two_places_of_the_loss():
     def loop(call, model, optimizer):
         for i in range(STEPS):
@@ -483,15 +494,38 @@ def test_nothing_is_recorded_before_the_settings_are_chosen():
     assert harness.device.captures == 0
 
 
-def test_two_forms_share_one_watch():
-    """The second form must not replay while the first one's forward waits."""
-    model = Net(dropout=0.0)
+def two_forms(model):
     one = Harness(model)
     two = Replayer(
         one.replayer.compiled, frozenset(range(len(one.names))), one.memory,
         measure=False, ready=lambda: True, report=one.report,
     )  # fmt: skip
-    state = [*model.parameters(), *model.buffers()]
+    return one, two, [*model.parameters(), *model.buffers()]
+
+
+def test_what_is_held_is_overwritten_by_no_other_form():
+    """Both lie in one pool: when the first one leaves its memory to the user, both move."""
+    one, two, state = two_forms(Net(WIDE))
+    for i in range(WARM + 1):
+        for call in (one, lambda *b: two([*state, *b])):
+            call(*batch(i))[0].backward()
+            one.model.zero_grad()
+    kept = one(*batch(0))[1].detach()
+    old = two.recording
+    for i in range(2):  # found once, held for long
+        one(*batch(i))[0].backward()
+        one.model.zero_grad()
+    assert old.dropped
+    assert one.device.pools
+    two([*state, *batch(0)])[0].backward()
+    assert two.recording is not old
+    assert kept.isfinite().all()
+
+
+def test_two_forms_share_one_watch():
+    """The second form must not replay while the first one's forward waits."""
+    model = Net(dropout=0.0)
+    one, two, state = two_forms(model)
     for i in range(WARM + 1):
         one(*batch(i))[0].backward()
         model.zero_grad()
