@@ -40,6 +40,8 @@ MAX_RECORDINGS = 3
 PATIENCE = 40
 """Calls after a recording in which TIMED pairs of replays must have come."""
 
+HELD = "what is handed out is held for long"
+
 REPLAYS = "cuda_graph_replays"
 """Name of the count in the report."""
 
@@ -152,6 +154,7 @@ class Replayer:
         self._written: set[int] = set()
         self._tangents: dict[int, Layout] = {}
         self._retained: list[bool] = []
+        self._copied: list[bool] = []  # of each slot of the recording before
         self.recording: Recording | None = None
 
     def __call__(self, args: Sequence[Any]) -> Any:
@@ -199,13 +202,8 @@ class Replayer:
                 x.register_hook(partial(_note, self._tangents, self._retained, i))
         return outputs
 
-    def _record(self, args: Sequence[Tensor], before: Recording | None) -> str:
-        """Make the recording; return why there is none, "" if there is.
-
-        Args:
-            args: Of the call.
-            before: The recording that it replaces.
-        """
+    def _record(self, args: Sequence[Tensor]) -> str:
+        """Make the recording; return why there is none, "" if there is."""
         if self._measuring and not self._plain_ms:
             self._mark("plain")
             self._plain_ms = statistics.median(self._times("plain"))
@@ -219,9 +217,9 @@ class Replayer:
                 self._device,
             )  # fmt: skip
             self._memory.add(self.recording)
-            if before is not None:
-                for old, new in zip(before.slots(), self.recording.slots(), strict=True):
-                    new.copied |= old.copied
+            if self._copied:
+                for copied, slot in zip(self._copied, self.recording.slots(), strict=True):
+                    slot.copied |= copied
         except RefusedError as error:
             return str(error)
         except Exception as error:  # noqa: BLE001  CUDA's, torch's, the lowering's: all cost the gain
@@ -230,7 +228,7 @@ class Replayer:
         finally:
             _capturing.release()
             self._memory.tidy()
-        if not self._measuring and before is None:
+        if not self._measuring and self._made == 1:
             self._note_row(replayed=True)
         return ""
 
@@ -238,37 +236,46 @@ class Replayer:
 
     def _replayed(self, args: Sequence[Tensor]) -> Any:
         self._since += 1
-        before = recording = self.recording
-        if recording is not None and recording.dropped:
-            recording = self.recording = None
-        if self._memory.pending() or (recording and recording.stream != self._device.stream()):
+        stream = self._device.stream() if self.recording is None else self.recording.stream
+        if self._memory.pending() or stream != self._device.stream():
             return self._plainly(args)
-        alive = self._memory.alive()
-        held = recording is not None and any(slot.found > 1 for slot in recording.slots())
-        if alive and not held:
+        alive, why = self._memory.alive(), self._outdated(args)
+        if alive and why != HELD:
             return self._plainly(args)
-        if recording is not None and (held or recording.moved(args)):
-            why = "what was handed out is held for long" if held else "parameters or buffers move"
-            if self._made == MAX_RECORDINGS:
-                return self._give_up(f"{why}: recorded {MAX_RECORDINGS} times", args)
-            self._memory.drop(recording)  # what is held keeps its memory
-            self.recording = None
-        if self.recording is None:
-            if self._made == MAX_RECORDINGS:
-                return self._give_up(f"recorded {MAX_RECORDINGS} times", args)
-            why = self._record(args, before)
-            if why:
-                return self._give_up(why, args)
+        if why:
+            self._forget()
+            full = self._made == MAX_RECORDINGS
+            failed = f"{why}: recorded {self._made} times" if full else self._record(args)
+            if failed:
+                return self._give_up(failed, args)
         elif self._measuring:
             self._mark("replay")
-            why = self._verdict()
-            if why:
-                return self._give_up(why, args)
+            slow = self._verdict()
+            if slow:
+                return self._give_up(slow, args)
         assert self.recording is not None
         outputs, call = self.recording.run(args)
         self._memory.began(call)
         self._report.measured[REPLAYS] = self._report.measured.get(REPLAYS, 0) + 1
         return outputs
+
+    def _outdated(self, args: Sequence[Tensor]) -> str:
+        """Return why there must be a new recording, "" if there is a good one."""
+        recording = self.recording
+        if recording is None or recording.dropped:
+            return "the memory was given back"
+        if any(slot.found > 1 for slot in recording.slots()):
+            return HELD
+        return "parameters or buffers move" if recording.moved(args) else ""
+
+    def _forget(self) -> None:
+        """Drop the recording, before there is another one; keep what has to be copied."""
+        if self.recording is None:
+            return
+        self._copied = [slot.copied for slot in self.recording.slots()]
+        if not self.recording.dropped:
+            self._memory.drop(self.recording)
+        self.recording = None
 
     def _plainly(self, args: Sequence[Tensor]) -> Any:
         if self._measuring:
@@ -280,10 +287,9 @@ class Replayer:
     def _give_up(self, why: str, args: Sequence[Any]) -> Any:
         """Never replay again."""
         self._off = why
-        if self.recording is not None and not self.recording.dropped:
-            self._memory.drop(self.recording)
         self._note_row(replayed=False, reason=why)
-        self.recording, self._marks = None, []
+        self._forget()
+        self._marks = []
         return self.compiled(*args)
 
     def close(self) -> None:
