@@ -93,7 +93,6 @@ class Recording:
         self.outputs = self._output_slots(results)
         gradients, self._replay_backward = device.capture(self._backward)
         self.gradients = self._gradient_slots(gradients)
-        self._shared = [slot is not None and slot.copied for slot in self.gradients]
         self.bytes = device.reserved() - held
         self._live = []
         del results, gradients
@@ -223,13 +222,13 @@ class Recording:
         self._replay_backward()
         given_out: Results = []
         copies: tuple[list[Tensor], list[Tensor]] = [], []
-        for slot, shared, i in zip(self.gradients, self._shared, self.leaves, strict=True):
+        for slot, i in zip(self.gradients, self.leaves, strict=True):
             if slot is None:
                 given_out.append(None)
                 continue
             leaf = args[i]
             # what is added into a gradient that exists is not kept
-            if shared or (slot.copied and not (leaf.is_leaf and leaf.grad is not None)):
+            if slot.copied and not (leaf.is_leaf and leaf.grad is not None):
                 copy = torch.empty_like(slot.tensor)
                 given_out.append(copy)
                 copies[0].append(copy)

@@ -325,15 +325,23 @@ def test_a_second_backward_without_the_graph_is_an_error():
 
 
 def test_gradients_of_other_outputs_than_before():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 1), nn.Linear(4, 1)
+
+        def forward(self, x, y):
+            return self.a(x).square().mean(), self.b(x).square().mean()
+
     def loop(call, model, optimizer):
         for i in range(STEPS):
-            loss, logits = call(*batch(i))
-            (loss + logits.square().mean() if i == 5 else loss).backward()
+            one, other = call(*batch(i))
+            (one + other if i == 5 else one).backward()
             optimizer.step()
             optimizer.zero_grad()
         return []
 
-    compare(loop, replays=ALL)
+    compare(loop, Two(), replays=ALL)
 
 
 def test_of_several_outputs_only_one_gets_a_gradient():
@@ -584,6 +592,8 @@ def test_a_prepared_model_replays(fake):
     assert report.measured[REPLAYS] == ALL, report
     assert twin.norm.steps == STEPS
     loss, _ = prepared(*batch(0))
+    saved = {t.data_ptr() for t in loss.grad_fn.saved_tensors}
+    assert twin.outer.weight.data_ptr() in saved  # on a device nothing else would notice
     with torch.no_grad():
         twin.outer.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
