@@ -4,8 +4,10 @@
 
 Every variant runs in processes of its own, on the same data, with the same loss function, AdamW
 (fused), bf16 autocast over float32 weights and the same global batch. Reported: median and spread
-of synchronised steps, steps back to back, peak memory, start-up, loss after all steps; on several
-GPUs also, from a profile of rank 0, how much of the all-reduce time lies under other kernels.
+of synchronised steps, steps back to back, peak memory (of tensors, without what CUDA graphs keep in
+their pool; and all that is reserved), start-up, loss after all steps, for ours the report; on
+several GPUs also, from a profile of rank 0, how much of the all-reduce time lies under other
+kernels.
 Variants that need fewer GPUs than there are run side by side, each on GPUs of its own. A variant
 that fails is a row that says why.
 
@@ -21,7 +23,7 @@ that fails is a row that says why.
 | magi | magi_train.prepare and prepare_step, Config() |
 | magi-bf16-wire | the same with bfloat16 all-reduces |
 | magi-without-A+B | magi with FusionConfig(A=False, B=False) |
-| magi-with-A | magi with FusionConfig(A=True) |
+| magi-with-A | magi with FusionConfig(A=True); A may be cuda_graphs too, of Config |
 """
 
 import argparse
@@ -45,7 +47,7 @@ from torch import nn
 
 from benchmarks.cases import CASES, Batch, Case, fold_masks_by_hand
 
-WARM_UP, TIMED = 8, 20
+WARM_UP, TIMED = 20, 20  # CUDA graphs are chosen in the first 13 steps
 LOSS_BATCHES = 4
 VARIANTS = {
     1: ("eager", "compile", "compile-folded", "block-compile", "magi"),
@@ -53,7 +55,7 @@ VARIANTS = {
 }
 
 
-def worker(variant: str, case: Case, trace: bool) -> dict[str, float]:
+def worker(variant: str, case: Case, trace: bool) -> dict[str, Any]:
     """Measure one variant on this rank; torchrun's variables say which."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -108,6 +110,7 @@ def worker(variant: str, case: Case, trace: bool) -> dict[str, float]:
         "back_to_back_ms": back_to_back * 1e3,
         "samples_per_second_per_gpu": case.samples / back_to_back,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "reserved_gib": torch.cuda.memory_reserved() / 2**30,
         "first_step_s": first,
         "warm_up_s": warm,
         "loss": float(loss),
@@ -117,7 +120,7 @@ def worker(variant: str, case: Case, trace: bool) -> dict[str, float]:
     if variant.startswith("magi") and rank == 0:
         import magi_train
 
-        print(magi_train.report(model), file=sys.stderr, flush=True)
+        result["report"] = str(magi_train.report(model)).splitlines()
     if world > 1:
         dist.destroy_process_group()
     return result
@@ -151,8 +154,13 @@ def setup(
         wire = "bfloat16" if variant == "magi-bf16-wire" else "float32"
         _, word, names = (*variant.split("-", 2), "", "")[:3]
         named = names.split("+") if word in ("with", "without") else ()
-        fusion = FusionConfig(**dict.fromkeys(named, word == "with"))
-        config = Config(fusion=fusion, comm=CommConfig(wire_dtype=wire))
+        switches = dict.fromkeys(named, word == "with")
+        graphs = switches.pop("cuda_graphs", "auto")
+        config = Config(
+            fusion=FusionConfig(**switches),
+            comm=CommConfig(wire_dtype=wire),
+            cuda_graphs=graphs,
+        )
         prepared, optimizer = magi_train.prepare(model, optimizer, config=config)
         loss_of = magi_train.prepare_step(lambda batch: case.loss(prepared, batch), prepared)
         return prepared, loss_of, optimizer
@@ -337,8 +345,8 @@ def versions() -> dict[str, str]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as text, with the ratio to the best peer of the same number of GPUs."""
-    columns = ("step_ms", "back_to_back_ms", "peak_gib", "first_step_s", "loss", "comm_ms",
-               "exposed_comm_ms", "comm_under_compute")  # fmt: skip
+    columns = ("step_ms", "back_to_back_ms", "peak_gib", "reserved_gib", "first_step_s", "loss",
+               "comm_ms", "exposed_comm_ms", "comm_under_compute")  # fmt: skip
     lines = ["variant           gpus " + " ".join(f"{c:>18}" for c in columns)]
     for row in rows:
         if "failed" in row:

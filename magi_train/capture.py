@@ -50,6 +50,7 @@ from magi_train.fusion.narrow_gradients import SkipGradientCasts
 from magi_train.fusion.projections import MergeProjections
 from magi_train.fusion.shadow import UseWeightShadows, shadow_graph
 from magi_train.lower import lower
+from magi_train.replay import Replayer, weakly
 from magi_train.runtime import Runtime
 from magi_train.tune import Tuner
 
@@ -104,6 +105,7 @@ class Region:
         self._tuner = Tuner(runtime.config, runtime.world, runtime.report)
         self._inputs, self._assumed = Inputs(), Facts()  # of the call that is running
         self._blocks: list[nn.Module] = []
+        self._replayers: list[Replayer] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function, compiled as far as all ranks can."""
@@ -128,6 +130,9 @@ class Region:
         for block in self._blocks:
             compat.set_compiled_call(block, None)
         self._blocks = []
+        for replayer in self._replayers:
+            replayer.close()
+        self._replayers = []
 
     # -- the first call --------------------------------------------------------------------------
 
@@ -342,6 +347,7 @@ class Region:
         """
         runtime = self.runtime
         names = parameter_positions(gm, runtime.module)
+        stable = {*names, *_buffer_positions(gm, runtime.module)}
         places = self._inputs.places(gm)
         assumed = dict(self._assumed)
         facts = {name: assumed[path] for name, path in places.items() if path in assumed}
@@ -364,6 +370,7 @@ class Region:
         if fusion is not None and fusion.weight_shadows:
             shadowed = shadow_graph(gm, inputs, runtime.shadows, runtime.device_type)
         if shadowed is not None:
+            stable |= set(range(len(inputs), len(shadowed[1])))
             gm, inputs, shadows = shadowed
             joint.append(UseWeightShadows(shadows.layout))
             if fusion is not None and fusion.projections:
@@ -385,10 +392,39 @@ class Region:
         )
         for row in rows:
             runtime.report.add(row)
+        if in_graph:
+            compiled = self._replaying(compiled, frozenset(stable))
         if shadows is None:
             return compiled
         mine = [row for row in rows if row.name == UseWeightShadows.name]
         return shadows.bind(compiled, mine[0].plan.get("weights", ()) if mine else None)
+
+    def _replaying(
+        self, compiled: Callable[..., Any], stable: frozenset[int]
+    ) -> Callable[..., Any]:
+        """Return `compiled`, replayed as device graphs where that may be."""
+        runtime = self.runtime
+        wanted, why = runtime.config.cuda_graphs, ""
+        if runtime.replays is None:
+            why = f"there are none on {runtime.device_type}"
+        elif runtime.world.size > 1:
+            why = "a backward that reduces gradients between ranks is not replayed"
+        elif runtime.config.lowering != "inductor" and wanted == "auto":
+            why = "without generated code they are not tried"
+        if why and (wanted == "on" or runtime.replays is not None):
+            runtime.report.note(f"cuda_graphs: {why}")
+        if why or runtime.replays is None:
+            return compiled
+        replayer = Replayer(
+            compiled,
+            stable,
+            runtime.replays,
+            measure=wanted == "auto",
+            ready=lambda tuner=self._tuner: tuner.done,  # type: ignore[misc]
+            report=runtime.report,
+        )
+        self._replayers.append(replayer)
+        return weakly(replayer)
 
     def recall(self, gm: GraphModule, inputs: Sequence[Any]) -> None:
         """Take an earlier process's choice of passes for this graph, where that was asked for."""
@@ -473,7 +509,15 @@ def _own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 def parameter_positions(gm: GraphModule, module: nn.Module) -> dict[int, str]:
     """Return {position among the graph's inputs: name of the parameter}, by identity."""
-    names = {id(p): name for name, p in module.named_parameters()}
+    return _positions(gm, dict(module.named_parameters()))
+
+
+def _buffer_positions(gm: GraphModule, module: nn.Module) -> dict[int, str]:
+    return _positions(gm, dict(module.named_buffers()))
+
+
+def _positions(gm: GraphModule, tensors: dict[str, Any]) -> dict[int, str]:
+    names = {id(tensor): name for name, tensor in tensors.items()}
     return {i: names[id(x)] for i, x in _examples(gm) if id(x) in names}
 
 

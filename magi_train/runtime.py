@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from magi_train.comm.reducer import Reducer
 from magi_train.core import compat
 from magi_train.core.config import Config
+from magi_train.core.device_graphs import device_graphs
 from magi_train.core.hardware import devices_in_use
 from magi_train.core.passes import registered_passes
 from magi_train.core.report import Report
@@ -20,6 +21,7 @@ from magi_train.core.world import World, join_from_environment
 from magi_train.fusion.narrow_gradients import NarrowGradients
 from magi_train.fusion.optimizer import take_over, taken_parameters
 from magi_train.fusion.shadow import WeightShadows
+from magi_train.replay import ReplayMemory
 
 _runtimes: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Runtime]]" = (
     weakref.WeakKeyDictionary()
@@ -57,7 +59,8 @@ class Runtime:
                 f"the parameters of {type(module).__name__} lie on {sorted(map(str, devices))}; "
                 "magi-train replicates a model on one device a rank: move it to one"
             )
-        self.device_type = next(iter(devices)).type if devices else "cpu"
+        device = next(iter(devices), torch.device("cpu"))
+        self.device_type = device.type
         self.report = Report(world_size=self.world.size, settings=config.as_dict())
         self.report.versions |= devices_in_use()
         self._agree(parameters)
@@ -71,6 +74,8 @@ class Runtime:
         self.reducer.broadcast_state()
         self.shadows = WeightShadows()
         self.narrow_gradients = NarrowGradients([])
+        graphs = device_graphs(device) if config.cuda_graphs != "off" else None
+        self.replays = None if graphs is None else ReplayMemory(graphs, self.report)
 
     def _agree(self, parameters: dict[str, nn.Parameter]) -> None:
         ask, seconds = self.world.agree, self.config.timeout_seconds
@@ -114,6 +119,8 @@ class Runtime:
         self.closed = True
         self.reducer.close()
         self.narrow_gradients.close()
+        if self.replays is not None:
+            self.replays.clear()
         for region in self.regions:
             region.close()
 

@@ -30,6 +30,10 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch.aten._fused_sdp_choice | which attention kernel a call would take |
 | torch.aten._flash_attention_forward, _backward | attention with offsets and windows |
 | torch.fx.proxy.GraphAppendingTracer | inserting what a function computes into a graph |
+| torch._C._storage_Use_Count | whether anybody else holds a tensor's memory |
+| torch._C._autograd._get_current_graph_task_keep_graph | backward(retain_graph=True) |
+| torch._C._autograd._top_saved_tensors_default_hooks | the user packs saved tensors |
+| torch._C._cuda_endAllocateToPool, _cuda_releasePool | take back a capture that failed |
 | SymInt.node.expr, .hint | symbols of a dynamic size, and its size while compiling |
 """
 
@@ -390,6 +394,36 @@ def source_name(placeholder: torch.fx.Node) -> str:
     source = getattr(placeholder.meta.get("grapharg"), "source", None)
     name = getattr(source, "name", "")  # a method in older versions
     return str(name() if callable(name) else name)
+
+
+_storage_uses: Callable[[int], int] = _lookup("torch._C", "_storage_Use_Count")
+graph_is_retained: Callable[[], bool] = _lookup(
+    "torch._C._autograd", "_get_current_graph_task_keep_graph"
+)
+_saved_tensors_hooks: Callable[[bool], Any] = _lookup(
+    "torch._C._autograd", "_top_saved_tensors_default_hooks"
+)
+
+
+def storage_uses(storage: torch.UntypedStorage) -> int:
+    """Return how many tensors and handles share this memory."""
+    return _storage_uses(storage._cdata)
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Return whether the user's hooks see what is saved for a backward (offloading, for one)."""
+    return _saved_tensors_hooks(True) is not None
+
+
+def end_failed_capture(device: int, pool: tuple[int, int]) -> None:
+    """Stop the allocator from serving a capture whose end raised; nothing if it has stopped."""
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+    release = getattr(torch._C, "_cuda_releasePool", None)
+    if end is None or release is None:
+        return
+    with contextlib.suppress(RuntimeError):  # it has stopped, and the graph releases its pool
+        end(device, pool)
+        release(device, pool)
 
 
 def clone_store(store: Any) -> Any:

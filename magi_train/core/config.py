@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 Tier = Literal["graph", "region", "eager"]
 WireDtype = Literal["float32", "bfloat16"]
 Lowering = Literal["inductor", "aot_eager"]
+CudaGraphs = Literal["auto", "on", "off"]
 
 
 def _check_choice(owner: str, name: str, value: object, choices: tuple[Any, ...]) -> None:
@@ -131,6 +132,12 @@ class Config:
     dynamic: bool | None = None
     """As in torch.compile: None turns a size dynamic once it has changed, False never does."""
 
+    cuda_graphs: CudaGraphs | bool = "auto"
+    """Replay forward and backward of the GRAPH tier as CUDA graphs, on one rank, with static sizes.
+    "auto": only if steps turn out to be faster so; "on" (True): without measuring; "off" (False):
+    never. Holds the memory of one forward and backward for itself; what outlives its step is
+    copied. The report says what was measured, or why nothing is replayed."""
+
     tune: bool = False
     """Measure the fusion passes on the first steps of the GRAPH tier, each in turns of seven, and
     drop those without which the slowest rank is faster. Costs a compilation for each pass that did
@@ -141,6 +148,10 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_choice("Config", "tier", self.tier, ("auto", *get_args(Tier)))
+        switch = {True: "on", False: "off"}
+        if isinstance(self.cuda_graphs, bool):
+            object.__setattr__(self, "cuda_graphs", switch[self.cuda_graphs])
+        _check_choice("Config", "cuda_graphs", self.cuda_graphs, get_args(CudaGraphs))
         _check_choice("Config", "lowering", self.lowering, get_args(Lowering))
         _check_positive("Config", "timeout_seconds", self.timeout_seconds)
         for name, kind in (
