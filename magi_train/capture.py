@@ -45,6 +45,7 @@ from magi_train.core.passes import (
     run_passes,
 )
 from magi_train.fusion.attention import CanonicalizeAttention, mask_inputs
+from magi_train.fusion.fp8 import Fp8Linears
 from magi_train.fusion.loss import ChunkLinearCrossEntropy
 from magi_train.fusion.projections import MergeProjections
 from magi_train.fusion.shadow import UseWeightShadows, shadow_graph
@@ -155,6 +156,8 @@ class Region:
                 "MemoryConfig.activation_budget_mib needs a captured graph, but the EAGER tier was "
                 f"reached because {reason}; remove the budget or make the model capturable"
             )
+        if self.runtime.fp8:
+            self.runtime.report.note(f"{self.name} runs in tier EAGER, without fp8")
         self._compiled = self._function
         self.runtime.reducer.begin(in_graph=False)
         with self.runtime.entered():
@@ -364,8 +367,11 @@ class Region:
         if shadowed is not None:
             gm, inputs, shadows = shadowed
             joint.append(UseWeightShadows(shadows.layout))
-            if fusion is not None and fusion.projections:
-                joint.append(MergeProjections())
+            merge = fusion.projections if fusion is not None else False
+            if runtime.fp8 if merge is None else merge:
+                joint.append(MergeProjections(whole=runtime.fp8))
+        if runtime.fp8:
+            joint.append(Fp8Linears())
         budget = runtime.config.memory.activation_budget_mib
         compiled, rows = lower(
             gm,
