@@ -95,10 +95,17 @@ def trainee(variant: str, model: nn.Module, optimizer: Any) -> tuple[Any, Any, A
             config=Float8LinearConfig.from_recipe_name("tensorwise"),
             module_filter_fn=lambda _, name: "lm_head" not in name,
         )
-        return torch.compile(lambda batch: loss_of(model, batch)), optimizer, None
+        step = torch.compile(
+            lambda batch: loss_of(model, batch),
+            backend="inductor" if torch.cuda.is_available() else "aot_eager",
+        )
+        return step, optimizer, None
     import magi_train
 
-    config = magi_train.Config(precision="fp8" if variant == "fp8" else "autocast")
+    config = magi_train.Config(
+        precision="fp8" if variant == "fp8" else "autocast",
+        lowering="inductor" if torch.cuda.is_available() else "aot_eager",
+    )
     prepared, optimizer = magi_train.prepare(model, optimizer, config=config)
     step = magi_train.prepare_step(lambda batch: loss_of(prepared, batch), prepared)
     return step, optimizer, prepared

@@ -19,7 +19,7 @@ that fails is a row that says why.
 | block-compile-loss | block-compile, and the loss function from logits (and the head) compiled |
 | fsdp2 | fully_shard of every layer, no resharding, every layer compiled; bf16, fp32 reduction |
 | magi | magi_train.prepare and prepare_step, Config() |
-| torchao-compile | compile, after torchao made its linears fp8 (tensorwise, its filter, not the head) |
+| torchao-compile | compile, linears made fp8 by torchao (tensorwise, its filter, not the head) |
 | torchao-block-compile | block-compile of the same |
 | magi-fp8 | magi with Config(precision="fp8"); also magi-fp8-with-A and so on |
 | magi-bf16-wire | the same with bfloat16 all-reduces |

@@ -51,7 +51,7 @@ class Machine:
 
 H200 = Machine(bf16_tflops=780.0, fp8_tflops=1300.0, gb_per_second=3400.0, launch_us=2.0)
 """bf16: 60.7 TFLOP of a 1.24 B Llama's step in 77.6 ms, measured. fp8: 1.67 times that, which
-gives the shapes that torchao recommends for H100. Bandwidth: 80 % of what a copy moves, 4265 GB/s."""
+gives the shapes that torchao recommends for H100. Bandwidth: 80 % of a copy's 4265 GB/s."""
 MACHINE = H200
 
 
