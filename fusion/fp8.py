@@ -30,7 +30,7 @@ from magi_train.core import graph as graph_helpers
 from magi_train.core.graph import erase_unused, example_value
 from magi_train.core.passes import PassContext, Plan, Stage, source_fingerprint
 from magi_train.fusion import fp8_match, projections_match, quantize
-from magi_train.fusion.fp8_match import Left, Linear, Operand, linears, operands, profitable
+from magi_train.fusion.fp8_match import Left, Linear, linears, operands, profitable
 from magi_train.fusion.quantize import (
     OF_GRADIENTS,
     OF_VALUES,
@@ -128,6 +128,8 @@ class _Casts:
 
     def __init__(self, chosen: list[Linear]) -> None:
         self._casts: dict[object, _Cast] = {}
+        # keys hold nodes, and a product may read another one, which is replaced before it
+        self._operands = {node: operands(node) for one in chosen for node in one.products}
         for one in chosen:
             for operand, dtype in (
                 (one.x, OF_VALUES),
@@ -136,14 +138,15 @@ class _Casts:
             ):
                 self._casts.setdefault(operand.key, _Cast(dtype))
             for node in one.products:
-                for operand, across in zip(operands(node), (False, True), strict=True):
+                for operand, across in zip(self._operands[node], (False, True), strict=True):
                     self._casts[operand.key].transposed |= operand.swapped != across
 
     def product(self, node: Node, *, fast: bool) -> Node:
         """Insert `node` in fp8 at the insertion point."""
-        left, right = operands(node)
-        a, scale_a = self._operand(left, node, transposed=left.swapped)
-        b, scale_b = self._operand(right, node, transposed=not right.swapped)
+        left, right = self._operands[node]
+        now = operands(node)
+        a, scale_a = self._operand(left.key, now[0].base, node, transposed=left.swapped)
+        b, scale_b = self._operand(right.key, now[1].base, node, transposed=not right.swapped)
         b = call_like(node, aten.permute.default, b, [1, 0])
         bias = node.args[0] if node.target is aten.addmm.default else None
         dtype = example_value(node).dtype
@@ -153,14 +156,14 @@ class _Casts:
         assert example_value(new).stride() == example_value(node).stride()
         return new
 
-    def _operand(self, operand: Operand, like: Node, *, transposed: bool) -> tuple[Node, Node]:
+    def _operand(
+        self, key: object, base: Node, like: Node, *, transposed: bool
+    ) -> tuple[Node, Node]:
         """Return a tensor's fp8 copy and its scale."""
-        cast = self._casts[operand.key]
+        cast = self._casts[key]
         if cast.scale is None:
-            cast.scale = insert_scale(operand.base, like, cast.dtype)
-            cast.layouts = insert_cast(
-                operand.base, cast.scale, like, cast.dtype, both=cast.transposed
-            )
+            cast.scale = insert_scale(base, like, cast.dtype)
+            cast.layouts = insert_cast(base, cast.scale, like, cast.dtype, both=cast.transposed)
             _keep(cast)
         return cast.layouts[transposed], cast.scale
 
