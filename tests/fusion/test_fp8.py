@@ -1,5 +1,7 @@
 """FP8 linears: the numbers of the quantisation, what is quantised, and what is refused and why."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
@@ -269,7 +271,7 @@ def test_both_tiers_quantise_the_same(fp8, tier):
         (torch.float16, {}, M, "its operands are float16; fp8 replaces bfloat16 products only"),
         (None, {}, M, "its operands are float32; fp8 replaces bfloat16 products only"),
         (torch.bfloat16, {}, M + 1, "a size is no multiple of 16"),
-        (torch.bfloat16, {"dynamic": True}, M, "a size is dynamic"),
+        pytest.param(torch.bfloat16, {"dynamic": True}, M, "a size is dynamic", marks=FULL),
     ],
 )
 def test_refused_with_a_reason(fp8, dtype, settings, count, reason):
@@ -364,3 +366,62 @@ def test_gradients_accumulate(fp8):
     got = {n: p.grad for n, p in model.named_parameters()}
     want = {n: parts[0][n] + parts[1][n] for n in got}
     assert relative_error(got, want) < tolerance(torch.float32, 2)
+
+
+def sized(*shapes, shared=False):
+    """Return linears with their backward, of sizes only; `shared` if they read one input."""
+    graph = torch.fx.Graph()
+
+    def matrix(name, *size):
+        node = graph.placeholder(name) if name[0] == "w" else graph.call_function(torch.relu)
+        node.meta["val"] = torch.empty(*size, device="meta", dtype=torch.bfloat16)
+        return fp8_match.Operand(node, False, node)
+
+    found, x = [], None
+    for i, (m, k, n) in enumerate(shapes):
+        x = x if shared and x is not None else matrix("x", m, k)
+        weight, dy = matrix(f"w{i}", n, k), matrix("dy", m, n)
+        products = [graph.call_function(torch.mm) for _ in range(3)]
+        found.append(fp8_match.Linear(*products, x, weight, dy, (m, k, n)))
+    return found
+
+
+def chosen(found):
+    gains, left = fp8_match.profitable(found, fp8_match.H200)
+    assert len(gains) + len(left) == len(found)
+    assert all(gain > 0 for gain in gains.values())
+    return [one.shape for one in found if one.forward in gains]
+
+
+def test_what_pays_on_an_h200():
+    wide, skinny, tiny = (8192, 2048, 16384), (8192, 2048, 256), (64, 2048, 2048)
+    assert chosen(sized(wide)) == [wide]
+    assert chosen(sized(skinny)) == []
+    assert chosen(sized(tiny)) == []
+    assert chosen(sized(wide, skinny, tiny)) == [wide]
+
+
+def test_one_cast_of_the_input_is_shared():
+    part = (8192, 2048, 768)
+    assert chosen(sized(part)) == []
+    assert chosen(sized(part, part, part, shared=True)) == [part] * 3
+    assert chosen(sized(part, part, part)) == []
+
+
+def train_on_a_rank(rank, _, refusal):
+    torch.manual_seed(0)
+    with mock.patch.object(hardware, "no_fp8_because", lambda _: refusal * rank):
+        with mock.patch.object(fp8_match, "MACHINE", FREE):
+            _, got, plans = run(Mlp(), rows(seed=rank))
+    return plans.get("fp8_linears", {}), {n: g.tolist() for n, g in got.items()}
+
+
+@FULL
+def test_ranks_have_one_plan_and_one_gradient(two_ranks):
+    first, second = two_ranks(train_on_a_rank, "")
+    assert first.error == second.error == ""
+    assert first.value == second.value
+    assert first.value[0]["products"] == 14
+    for outcome in two_ranks(train_on_a_rank, "the card is too old"):  # rank 1's: nobody may
+        assert outcome.error == ""
+        assert outcome.value[0] == {}
