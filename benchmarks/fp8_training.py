@@ -2,7 +2,7 @@
 
     python -m benchmarks.fp8_training --commit HASH --output benchmarks/results/NAME.json
 
-A Llama of 145 M parameters learns the demo's corpus (examples/corpus.py: the source of Python's
+A Llama of 146 M parameters learns the demo's corpus (examples/corpus.py: the source of Python's
 standard library) for 1000 steps of 16 384 tokens, from the same weights, in the same order, with
 fp32 weights and AdamW. Whatever it was trained in, it is validated by a fresh model in bf16 on the
 same windows, so that the figures compare weights. `--all` runs every linear that fits in fp8, gain

@@ -410,9 +410,9 @@ def test_one_cast_of_the_input_is_shared():
 
 def train_on_a_rank(rank, _, refusal):
     torch.manual_seed(0)
-    with mock.patch.object(hardware, "no_fp8_because", lambda _: refusal * rank):
-        with mock.patch.object(fp8_match, "MACHINE", FREE):
-            _, got, plans = run(Mlp(), rows(seed=rank))
+    here = mock.patch.object(hardware, "no_fp8_because", return_value=refusal * rank)
+    with here, mock.patch.object(fp8_match, "MACHINE", FREE):
+        _, got, plans = run(Mlp(), rows(seed=rank))
     return plans.get("fp8_linears", {}), {n: g.tolist() for n, g in got.items()}
 
 
