@@ -258,8 +258,8 @@ def profitable(found: Sequence[Linear], machine: Machine) -> tuple[dict[Node, fl
     """Choose the linears that gain.
 
     Returns:
-        Microseconds that each chosen one gains, by its forward product, casts that it shares
-        counted in equal parts; and the others with their reasons.
+        Microseconds that each chosen one gains, by its forward product, the cast of its input
+        paid by all its readers in proportion to their gains; and the others with their reasons.
     """
     chosen, left = list(found), []
     while chosen:
@@ -272,11 +272,11 @@ def profitable(found: Sequence[Linear], machine: Machine) -> tuple[dict[Node, fl
         reason = f"fp8 would cost {-microseconds:.0f} us more than it saves"
         left.append(Left(one.forward.name, shape, reason))
     users = _users(chosen)
-    gains = {
-        one.forward: gain_us(one, machine)
-        - sum(cast_us(o, machine) / len(users[o.key]) for o in _tensors(one))
-        for one in chosen
-    }
+    gains = {}
+    for one in chosen:
+        group = [_own_gain(other, users, machine) for other in users[one.x.key]]
+        share = 1 - cast_us(one.x, machine) / sum(group)
+        gains[one.forward] = _own_gain(one, users, machine) * share
     return gains, left
 
 
@@ -292,6 +292,12 @@ def _users(chosen: Sequence[Linear]) -> dict[object, list[Linear]]:
     return users
 
 
+def _own_gain(one: Linear, users: Mapping[object, Sequence[Linear]], machine: Machine) -> float:
+    """Return the microseconds that a linear gains, the cast of its input apart."""
+    own = sum(cast_us(o, machine) / len(users[o.key]) for o in (one.weight, one.dy))
+    return gain_us(one, machine) - own
+
+
 def _losers(chosen: Sequence[Linear], machine: Machine) -> Iterator[tuple[Linear, float]]:
     """Yield linears without which the step is faster, with what they gain (less than nothing).
 
@@ -300,13 +306,7 @@ def _losers(chosen: Sequence[Linear], machine: Machine) -> Iterator[tuple[Linear
     """
     users = _users(chosen)
     for group in {id(g): g for g in (users[one.x.key] for one in chosen)}.values():
-        total = -cast_us(group[0].x, machine)
-        alone: list[tuple[float, int]] = []
-        for i, one in enumerate(group):
-            own = (one.weight, one.dy)
-            costs = [cast_us(o, machine) / len(users[o.key]) for o in own]
-            alone.append((gain_us(one, machine) - sum(costs), i))
-            total += alone[-1][0]
-        least, index = min(alone)
+        alone = [_own_gain(one, users, machine) for one in group]
+        least, total = min(alone), sum(alone) - cast_us(group[0].x, machine)
         if least < 0 or total < 0:
-            yield group[index], min(least, total)
+            yield group[alone.index(least)], min(least, total)
