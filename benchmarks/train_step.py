@@ -21,6 +21,9 @@ that fails is a row that says why.
 | block-compile-loss | block-compile, and the loss function from logits (and the head) compiled |
 | fsdp2 | fully_shard of every layer, no resharding, every layer compiled; bf16, fp32 reduction |
 | magi | magi_train.prepare and prepare_step, Config() |
+| torchao-compile | compile, linears made fp8 by torchao (tensorwise, its filter, not the head) |
+| torchao-block-compile | block-compile of the same |
+| magi-fp8 | magi with Config(precision="fp8"); also magi-fp8-with-A and so on |
 | magi-bf16-wire | the same with bfloat16 all-reduces |
 | magi-without-A+B | magi with FusionConfig(A=False, B=False) |
 | magi-with-A | magi with FusionConfig(A=True); A may be cuda_graphs too, of Config |
@@ -49,6 +52,8 @@ from benchmarks.cases import CASES, Batch, Case, fold_masks_by_hand
 
 WARM_UP, TIMED = 20, 20  # CUDA graphs are chosen in the first 13 steps
 LOSS_BATCHES = 4
+HEADS = {"lm_head", "decoder", "head"}
+"""Last part of the names of linears that make logits."""
 VARIANTS = {
     1: ("eager", "compile", "compile-folded", "block-compile", "magi"),
     2: ("eager", "compile", "block-compile", "fsdp2", "magi", "magi-bf16-wire"),
@@ -135,7 +140,9 @@ def setup(
         fold_masks_by_hand()
     if variant == "compile-nhwc":
         model.to(memory_format=torch.channels_last)
-    if variant.startswith(("block-compile", "fsdp2")):
+    if variant.startswith("torchao"):
+        with_torchao(model)
+    if variant.startswith(("block-compile", "fsdp2", "torchao-block-compile")):
         for layer in layers:
             layer.compile()
     if variant == "block-compile-loss":
@@ -152,14 +159,15 @@ def setup(
         from magi_train import CommConfig, Config, FusionConfig
 
         wire = "bfloat16" if variant == "magi-bf16-wire" else "float32"
-        _, word, names = (*variant.split("-", 2), "", "")[:3]
+        plain = variant.replace("-fp8", "")
+        _, word, names = (*plain.split("-", 2), "", "")[:3]
         named = names.split("+") if word in ("with", "without") else ()
         switches = dict.fromkeys(named, word == "with")
-        graphs = switches.pop("cuda_graphs", "auto")
         config = Config(
+            cuda_graphs=switches.pop("cuda_graphs", "auto"),
             fusion=FusionConfig(**switches),
             comm=CommConfig(wire_dtype=wire),
-            cuda_graphs=graphs,
+            precision="autocast" if plain == variant else "fp8",
         )
         prepared, optimizer = magi_train.prepare(model, optimizer, config=config)
         loss_of = magi_train.prepare_step(lambda batch: case.loss(prepared, batch), prepared)
@@ -172,7 +180,23 @@ def setup(
     def loss_of(batch: Batch) -> torch.Tensor:
         return case.loss(model, batch)
 
-    return model, torch.compile(loss_of) if variant.startswith("compile") else loss_of, optimizer
+    whole = variant.startswith(("compile", "torchao-compile"))
+    return model, torch.compile(loss_of) if whole else loss_of, optimizer
+
+
+def with_torchao(model: nn.Module) -> None:
+    """Make linears fp8 as torchao recommends for tensorwise scales: by shape, without the head."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    def wanted(module: nn.Module, name: str) -> bool:
+        if not isinstance(module, nn.Linear) or name.split(".")[-1] in HEADS:
+            return False
+        rows, columns = module.weight.shape
+        skinny = columns <= 4096 and rows <= 1024
+        return not skinny and rows % 16 == 0 and columns % 16 == 0
+
+    config = Float8LinearConfig.from_recipe_name("tensorwise")
+    convert_to_float8_training(model, config=config, module_filter_fn=wanted)
 
 
 def compile_head_and_loss(model: nn.Module) -> None:

@@ -30,7 +30,7 @@ from magi_train.core.passes import PassContext, Plan, Stage, source_fingerprint
 
 SOURCE = source_fingerprint(sys.modules[__name__])
 
-PRODUCTS = {"mm", "addmm", "bmm", "convolution_backward"}
+PRODUCTS = {"mm", "addmm", "bmm", "_scaled_mm", "convolution_backward"}
 VIEWS = {"view", "permute", "t", "transpose", "getitem", "squeeze", "unsqueeze", "_unsafe_view"}
 
 

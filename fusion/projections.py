@@ -103,14 +103,22 @@ class _Backward:
 
 
 class MergeProjections:
-    """See the head of this module."""
+    """See the head of this module.
+
+    Args:
+        whole: Merge the forward only where all of the backward is merged as well, as passes that
+            look for linears with their gradients need it.
+    """
 
     name = "merge_projections"
     stage = Stage.JOINT
 
+    def __init__(self, *, whole: bool = False) -> None:
+        self.whole = whole
+
     def uuid(self) -> str:
         """Return what compiled code depends on."""
-        return SOURCE
+        return f"{SOURCE}-{self.whole}"
 
     def plan(self, gm: GraphModule, context: PassContext) -> ProjectionsPlan | None:
         """Return what to merge; None where no two products share an input."""
@@ -125,9 +133,12 @@ class MergeProjections:
                 outcome = restrided(new)
                 if isinstance(outcome, tuple):
                     left.append((names, f"{outcome[0].name} needs another layout: {outcome[1]}"))
+                    continue
+                back = _backward(gm, run)
+                if self.whole and back.because:
+                    left.append((names, f"the backward would stay apart: {back.because}"))
                 else:
                     layouts = new
-                    back = _backward(gm, run)
                     flags = back.total is not None, bool(back.dw)
                     merged.append(MergedProducts(names, *flags, back.because))
         return ProjectionsPlan(tuple(merged), tuple(left)) if merged or left else None

@@ -45,6 +45,7 @@ from magi_train.core.passes import (
     run_passes,
 )
 from magi_train.fusion.attention import CanonicalizeAttention, mask_inputs
+from magi_train.fusion.fp8 import Fp8Linears
 from magi_train.fusion.loss import ChunkLinearCrossEntropy
 from magi_train.fusion.narrow_gradients import SkipGradientCasts
 from magi_train.fusion.projections import MergeProjections
@@ -161,6 +162,8 @@ class Region:
                 "MemoryConfig.activation_budget_mib needs a captured graph, but the EAGER tier was "
                 f"reached because {reason}; remove the budget or make the model capturable"
             )
+        if self.runtime.fp8:
+            self.runtime.report.note(f"{self.name} runs in tier EAGER, without fp8")
         self._compiled = self._function
         self.runtime.reducer.begin(in_graph=False)
         with self.runtime.entered():
@@ -373,8 +376,11 @@ class Region:
             stable |= set(range(len(inputs), len(shadowed[1])))
             gm, inputs, shadows = shadowed
             joint.append(UseWeightShadows(shadows.layout))
-            if fusion is not None and fusion.projections:
-                joint.append(MergeProjections())
+            merge = fusion.projections if fusion is not None else False
+            if runtime.fp8 if merge is None else merge:
+                joint.append(MergeProjections(whole=runtime.fp8))
+        if runtime.fp8:
+            joint.append(Fp8Linears())
         backward = registered_passes(Stage.BACKWARD)
         narrow = [i for i, x in _examples(gm) if in_graph and runtime.narrow_gradients.takes(x)]
         if narrow:

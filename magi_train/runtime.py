@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,10 +12,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from magi_train.comm.reducer import Reducer
-from magi_train.core import compat
+from magi_train.core import compat, hardware
 from magi_train.core.config import Config
 from magi_train.core.device_graphs import device_graphs
-from magi_train.core.hardware import devices_in_use
 from magi_train.core.passes import registered_passes
 from magi_train.core.report import Report
 from magi_train.core.world import World, join_from_environment
@@ -22,6 +22,8 @@ from magi_train.fusion.narrow_gradients import NarrowGradients
 from magi_train.fusion.optimizer import take_over, taken_parameters
 from magi_train.fusion.shadow import WeightShadows
 from magi_train.replay import ReplayMemory
+
+logger = logging.getLogger(__name__)
 
 _runtimes: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Runtime]]" = (
     weakref.WeakKeyDictionary()
@@ -34,6 +36,9 @@ class Runtime:
     Args:
         module: The model, already on its device; the user's own object.
         config: What to do.
+
+    Attributes:
+        fp8: Whether linears may run in fp8: asked for, and possible on every rank.
 
     Raises:
         PlanMismatchError: Ranks hold different models or settings.
@@ -62,8 +67,9 @@ class Runtime:
         device = next(iter(devices), torch.device("cpu"))
         self.device_type = device.type
         self.report = Report(world_size=self.world.size, settings=config.as_dict())
-        self.report.versions |= devices_in_use()
+        self.report.versions |= hardware.devices_in_use()
         self._agree(parameters)
+        self.fp8 = config.precision == "fp8" and self._fp8_everywhere()
         self.reducer = Reducer(
             module,
             self.world,
@@ -85,6 +91,17 @@ class Runtime:
         shapes = {n: [list(p.shape), str(p.dtype), p.requires_grad] for n, p in parameters.items()}
         buffers = {n: [list(b.shape), str(b.dtype)] for n, b in self.module.named_buffers()}
         ask("model", {"parameters": shapes, "buffers": buffers}, seconds)
+
+    def _fp8_everywhere(self) -> bool:
+        mine = hardware.no_fp8_because(self.device_type)
+        reasons = self.world.gather("fp8", mine, self.config.timeout_seconds)
+        why = next(filter(None, reasons), "")
+        if why:
+            text = f"Config.precision is 'fp8', but linears stay as they are: {why}"
+            self.report.note(text)
+            if self.world.rank == 0:
+                logger.warning("magi-train: %s", text)
+        return not why
 
     def take_over(self, optimizers: Sequence[Optimizer]) -> None:
         """Let one kernel take the steps of `optimizers` and keep the weights' shadows."""

@@ -8,7 +8,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._inductor.compile_fx.compile_fx | lowering with our passes in Inductor's slots |
 | torch._inductor.custom_graph_pass.CustomGraphPass, CustomPartitionerFn | bases of those passes |
 | torch._inductor.runtime.cache_dir_utils.cache_dir | where PyTorch keeps compiled code |
-| torch._functorch._aot_autograd.descriptors | which output is the gradient of which input |
+| torch._functorch._aot_autograd.descriptors | what graph inputs and outputs are gradients of |
 | torch._functorch.partitioners.min_cut_rematerialization_partition | the partition to bound |
 | torch._functorch.config | activation budget ratio, eager backward lowering |
 | torch._dynamo.exc.TorchDynamoException, FailOnRecompileLimitHit | capture failed |
@@ -34,6 +34,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._C._autograd._get_current_graph_task_keep_graph | backward(retain_graph=True) |
 | torch._C._autograd._top_saved_tensors_default_hooks | the user packs saved tensors |
 | torch._C._cuda_endAllocateToPool, _cuda_releasePool | take back a capture that failed |
+| torch.ops.aten._scaled_mm | fp8 matrix products |
 | SymInt.node.expr, .hint | symbols of a dynamic size, and its size while compiling |
 """
 
@@ -82,6 +83,7 @@ _IGNORED_LOGGING = (
 )
 GradAOTOutput: Any = _lookup("torch._functorch._aot_autograd.descriptors", "GradAOTOutput")
 PlainAOTInput: Any = _lookup("torch._functorch._aot_autograd.descriptors", "PlainAOTInput")
+TangentAOTInput: Any = _lookup("torch._functorch._aot_autograd.descriptors", "TangentAOTInput")
 DynamoError: Any = _lookup("torch._dynamo.exc", "TorchDynamoException") or ()
 RecompileLimitHit: Any = _lookup("torch._dynamo.exc", "FailOnRecompileLimitHit") or ()
 aot_autograd: Callable[..., Any] = _lookup("torch._dynamo.backends.common", "aot_autograd")

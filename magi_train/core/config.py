@@ -1,7 +1,8 @@
 """Config and its parts, FusionConfig, MemoryConfig, CommConfig: every knob on one page.
 
 All are frozen and keyword-only; a part that is None is left as PyTorch does it. `Config()` keeps
-the function that is trained: no rounding coarser than what autocast does already.
+the function that is trained: no rounding coarser than what autocast does already; `precision` and
+`CommConfig.wire_dtype` are the settings that do.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ Tier = Literal["graph", "region", "eager"]
 WireDtype = Literal["float32", "bfloat16"]
 Lowering = Literal["inductor", "aot_eager"]
 CudaGraphs = Literal["auto", "on", "off"]
+Precision = Literal["autocast", "fp8"]
 
 
 def _check_choice(owner: str, name: str, value: object, choices: tuple[Any, ...]) -> None:
@@ -56,10 +58,11 @@ class FusionConfig:
     """Keep the low-precision copies of weights that autocast would make in every step; the
     optimizer's kernel writes them. Costs 2 bytes a weight, saves 6 bytes of traffic a step."""
 
-    projections: bool = False
+    projections: bool | None = None
     """Run linears of one input whose shadows are neighbours (query, key, value; gate, up) as one
-    product, and their backward too where that moves fewer bytes. Parameters stay as they are. Off:
-    it gained nothing on the models it was measured on; with `tune` it stays only if it gains."""
+    product, and their backward too where that moves fewer bytes. Parameters stay as they are. None:
+    on with `Config(precision="fp8")`, where wide products gain most, else off, as it gained nothing
+    on the models it was measured on; with `tune` it stays only if it gains."""
 
     narrow_gradients: bool = False
     """Leave the gradients of weights in bfloat16 where autocast's backward made them so, if the
@@ -119,6 +122,13 @@ class Config:
     fusion: FusionConfig | None = field(default_factory=FusionConfig)
     """Rewrites to fewer and cheaper kernels; None for none."""
 
+    precision: Precision = "autocast"
+    """What linears compute in. "autocast": what they are given, so bfloat16 under autocast to it.
+    "fp8": bfloat16 linears that are large enough to gain run in 8-bit floating point, forward and
+    backward, with a scale for each tensor; coarser numbers, so compare losses. Weights, gradients
+    and optimizer are unchanged. Where the GPU has no fp8 products it is "autocast", and a warning
+    says so."""
+
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """Budget for saved activations."""
 
@@ -153,6 +163,7 @@ class Config:
             object.__setattr__(self, "cuda_graphs", switch[self.cuda_graphs])
         _check_choice("Config", "cuda_graphs", self.cuda_graphs, get_args(CudaGraphs))
         _check_choice("Config", "lowering", self.lowering, get_args(Lowering))
+        _check_choice("Config", "precision", self.precision, get_args(Precision))
         _check_positive("Config", "timeout_seconds", self.timeout_seconds)
         for name, kind in (
             ("fusion", (FusionConfig, type(None))),
@@ -162,11 +173,16 @@ class Config:
             if not isinstance(getattr(self, name), kind):
                 got = type(getattr(self, name)).__name__
                 raise TypeError(f"Config.{name} must be a {name.title()}Config, got {got}")
-        if self.tier == "eager" and self.memory.activation_budget_mib is not None:
-            raise ValueError(
-                "Config.memory.activation_budget_mib needs a captured graph, but Config.tier is "
-                "'eager'; remove one of the two"
-            )
+        budget = self.memory.activation_budget_mib is not None
+        for name, wanted in (
+            ("memory.activation_budget_mib", budget),
+            ("precision='fp8'", self.precision == "fp8"),
+        ):
+            if self.tier == "eager" and wanted:
+                raise ValueError(
+                    f"Config.{name} needs a captured graph, but Config.tier is 'eager'; remove one "
+                    "of the two"
+                )
 
     def as_dict(self) -> dict[str, Any]:
         """Return all settings as plain JSON values, nested as the parts are."""

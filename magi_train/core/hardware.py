@@ -1,6 +1,8 @@
-"""What the driver says about the GPUs, through NVML, without touching a CUDA context."""
+"""What the GPUs are: by the driver, without touching a CUDA context, and what they can compute."""
 
 import logging
+
+import torch
 
 logger = logging.getLogger(__name__)
 
@@ -30,3 +32,21 @@ def devices_in_use() -> dict[str, str]:
         return {}
     finally:
         pynvml.nvmlShutdown()
+
+
+FP8_SINCE = (8, 9)
+"""Compute capability of the first NVIDIA GPUs with fp8 matrix products (Ada)."""
+
+
+def no_fp8_because(device_type: str) -> str:
+    """Return why `torch._scaled_mm` would not run on this process's device, "" if it does."""
+    if device_type != "cuda" or torch.version.hip is not None:
+        kind = "ROCm" if device_type == "cuda" else device_type
+        return f"fp8 is implemented for NVIDIA GPUs, and the model lies on {kind}"
+    if not hasattr(torch.ops.aten, "_scaled_mm"):
+        return f"torch {torch.__version__} has no _scaled_mm"
+    have = torch.cuda.get_device_capability()
+    if have < FP8_SINCE:
+        name, needed = torch.cuda.get_device_name(), ".".join(map(str, FP8_SINCE))
+        return f"{name} has compute capability {have[0]}.{have[1]}, fp8 products need {needed}"
+    return ""
