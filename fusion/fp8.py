@@ -169,7 +169,7 @@ class _Casts:
 
 
 def _keep(cast: _Cast) -> None:
-    """Save what the backward needs of a tensor; in a checkpointed region only the scale.
+    """Save what the backward needs of a tensor; a checkpointed region's own marks stay.
 
     Without this the partitioner may keep the wide tensor and cast it again.
     """

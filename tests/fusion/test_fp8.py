@@ -175,11 +175,7 @@ def test_zeros_and_the_smallest_numbers_stay_finite(fp8):
 @pytest.mark.parametrize(
     ("name", "parts", "products"),
     [
-        (
-            "llama",
-            {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
-            24,
-        ),
+        pytest.param("llama", PROJECTIONS, 24, marks=FULL),
         pytest.param("gpt2", {"c_attn", "c_proj", "c_fc"}, 24, marks=FULL),
         pytest.param("bert", {"query", "key", "value", "dense"}, 39, marks=FULL),
     ],
