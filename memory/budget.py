@@ -116,7 +116,7 @@ class FitBudget:
 
     def _impossible(self, row: Row, least: SavedSet) -> str:
         course = row.timeline(least)
-        rows = [f"{t.node} {t.size_bytes / GIB:.3f}" for t in course.largest[:3]]
+        rows = [f"{t.node} {t.size_bytes / GIB:.3g}" for t in course.largest[:3]]
         return (
             f"Config.memory_budget_gib is {self.limit.budget_bytes / GIB:.6g}, but a step takes at "
             f"least {self._peak(row, least) / GIB:.6g} GiB when as much as possible is recomputed. "

@@ -86,7 +86,11 @@ def argument(node: Node, name: str) -> Any:
         return None
     for i, parameter in enumerate(node.target._schema.arguments):
         if parameter.name == name:
-            return node.args[i] if i < len(node.args) else node.kwargs.get(name, parameter.default_value)
+            return (
+                node.args[i]
+                if i < len(node.args)
+                else node.kwargs.get(name, parameter.default_value)
+            )
     return None
 
 

@@ -7,8 +7,8 @@ S and from the inputs. For one joint graph the row of plans does not depend on a
 2. S and the checkpoints: the values that cross the forward where least crosses it, such as the
    stream between the layers of a chain. They stay, and bound what a recomputation runs again:
    without them the first recomputed layer would rebuild the whole chain, and keep it.
-3. From there one other value after the other leaves S, always the one that costs the least predicted
-   time for the bytes it frees (a greedy knapsack; Kirisame et al. 2021, arXiv 2006.09616, use the
+3. From there one other value after the other leaves S, always the one that costs the least time
+   for the bytes it frees (a greedy knapsack; Kirisame et al. 2021, arXiv 2006.09616, use the
    same ratio). Equal layers tie: the earliest goes first, as its backward runs when little is left.
 4. The same with every second, fourth, ... checkpoint (Chen et al. 2016, arXiv 1604.06174).
 
@@ -27,14 +27,15 @@ saved; attention is priced; a chain has checkpoints.
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from magi_train.core.graph import ancestors, mutated, outputs
+from magi_train.core.graph import ancestors, mutated, mutated_inputs, outputs
 from magi_train.core.hardware import Speed
 from magi_train.memory import cost
 from magi_train.memory.peak import Storages, Timeline, body, join, walk
@@ -84,7 +85,7 @@ class Joint:
         self.seconds = {n: cost.seconds(n, speed, fused=fused) for n in self.nodes}
         self.late = _after(self.tangents)
         written = {a for n in self.nodes for m in mutated(n) for a in ancestors(m)}
-        self._written = {n for n in written if n.op == "placeholder"}
+        self._written = {n for n in written if n.op == "placeholder"} | mutated_inputs(graph)
         self.fixed = {
             n for n in self.nodes
             if not cost.is_repeatable(n) or any(a in self._written for a in n.all_input_nodes)
@@ -121,7 +122,10 @@ class Joint:
         keep = [*self.results, *saved]
         run = self.needed(keep, set()) - self.late
         first, _ = walk(
-            [n for n in self.nodes if n in run], self.storages, resident=self.inputs, keep=keep
+            _parts_first([n for n in self.nodes if n in run]),
+            self.storages,
+            resident=self.inputs,
+            keep=keep,
         )
         second, _ = walk(
             self.backward_order(saved),
@@ -152,7 +156,23 @@ class Joint:
                     todo += node.all_input_nodes
             order += sorted(missing, key=self.place.__getitem__)
             done |= missing
-        return order
+        return _parts_first(order)
+
+
+def _parts_first(order: Sequence[Node]) -> list[Node]:
+    """Take apart each result of several tensors at once, as PyTorch's partitioner does.
+
+    The tensors that nobody reads are free then.
+    """
+    there = set(order)
+    moved = []
+    for node in order:
+        if node.target is not operator.getitem:
+            parts = [u for u in node.users if u.target is operator.getitem and u in there]
+            moved += [node, *parts]
+        elif node.args[0] not in there:
+            moved.append(node)
+    return moved
 
 
 def _after(sources: Iterable[Node]) -> set[Node]:
@@ -248,7 +268,7 @@ def _thin(sets: list[set[Node]]) -> list[set[Node]]:
 
 
 def _evict(joint: Joint, start: set[Node], stay: set[Node]) -> Iterator[set[Node]]:
-    """Yield ever smaller sets: one storage after the other leaves, the cheapest for its bytes first.
+    """Yield ever smaller sets: one storage after the other leaves, the cheapest first.
 
     The queue holds each storage at the price it had when it was last looked at; one whose price has
     risen is put back.

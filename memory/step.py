@@ -185,14 +185,14 @@ class StepMemory:
         least = limit.step_bytes(0, 0)
         if limit.strict and least > limit.budget_bytes:
             raise MagiError(
-                f"Config.memory_budget_gib is {self.budget_bytes / GIB:.3f}, but without a single "
-                f"activation a step takes {least / GIB:.3f} GiB: {shares(limit)}; give a larger "
+                f"Config.memory_budget_gib is {self.budget_bytes / GIB:.6g}, but without a single "
+                f"activation a step takes {least / GIB:.6g} GiB: {shares(limit)}; give a larger "
                 "budget, or train fewer parameters, or in a smaller dtype"
             )
         return limit
 
     def planned(self, planned_gib: float, bounded: bool) -> None:
-        """Take note of the predicted peak of a graph, and whether something is recomputed for it."""
+        """Take note of a graph's predicted peak, and whether something is recomputed for it."""
         self._planned_bytes = max(self._planned_bytes, int(planned_gib * GIB))
         self._bounded |= bounded
 
@@ -288,7 +288,7 @@ def shares(limit: Limit) -> str:
     """Return what a step holds besides activations, the largest first."""
     parts = {**limit.resident, "gradients": limit.gradient_bytes, "update": limit.update_bytes}
     by_size = sorted(parts.items(), key=lambda part: -part[1])
-    return ", ".join(f"{name} {size / GIB:.3f}" for name, size in by_size if size)
+    return ", ".join(f"{name} {size / GIB:.3g}" for name, size in by_size if size)
 
 
 def start_measuring() -> None:

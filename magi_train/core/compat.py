@@ -10,7 +10,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._inductor.runtime.cache_dir_utils.cache_dir | where PyTorch keeps compiled code |
 | torch._functorch._aot_autograd.descriptors | which output is the gradient of which input |
 | torch._functorch.partitioners.min_cut_rematerialization_partition | the partition to bound |
-| torch._functorch.config | activation budget ratio, eager backward lowering |
+| torch._functorch.config | eager backward lowering |
 | torch._dynamo.exc.TorchDynamoException, FailOnRecompileLimitHit | capture failed |
 | torch._dynamo.config.ignore_logging_functions (2.11: ignore_logger_methods) | logging in models |
 | torch._dynamo.backends.common.aot_autograd | the aot_eager lowering |

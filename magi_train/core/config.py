@@ -134,6 +134,11 @@ class Config:
                 got = type(getattr(self, name)).__name__
                 raise TypeError(f"Config.{name} must be a {name.title()}Config, got {got}")
         if self.memory_budget_gib != "auto":
+            if isinstance(self.memory_budget_gib, str):
+                got = repr(self.memory_budget_gib)
+                raise ValueError(
+                    f"Config.memory_budget_gib must be a number of GiB, 'auto' or None, got {got}"
+                )
             _check_positive("Config", "memory_budget_gib", self.memory_budget_gib)
         if self.tier == "eager" and self.memory_budget_gib is not None:
             raise ValueError(

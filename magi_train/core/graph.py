@@ -241,6 +241,14 @@ def input_position(placeholder: Node) -> int | None:
     return what.idx if isinstance(what, compat.PlainAOTInput) else None
 
 
+def mutated_inputs(graph: Graph) -> set[Node]:
+    """Return the inputs that AOTAutograd writes to when the forward is over: buffers, mostly."""
+    descriptors = graph.output_node().meta.get("desc") or []
+    changed = [getattr(what, "mutated_input", None) for what in descriptors]
+    changed = [what for what in changed if what is not None]
+    return {n for n in graph.find_nodes(op="placeholder") if n.meta.get("desc") in changed}
+
+
 def num_bytes(value: Any) -> int:
     """Return the bytes of a tensor with static sizes, 0 for anything else."""
     if not isinstance(value, torch.Tensor):

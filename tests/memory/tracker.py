@@ -88,9 +88,7 @@ def real(fake, generator):
 def traced_peak(forward: GraphModule, backward: GraphModule) -> tuple[int, list[object]]:
     """Return the peak of forward and backward in bytes, inputs not counted, and the gradients."""
     g = torch.Generator().manual_seed(0)
-    inputs = {
-        n.name: real(n.meta["val"], g) for n in forward.graph.find_nodes(op="placeholder")
-    }
+    inputs = {n.name: real(n.meta["val"], g) for n in forward.graph.find_nodes(op="placeholder")}
     tracker = Tracker(t for t in inputs.values() if isinstance(t, torch.Tensor))
     wanted = [n.name for n in backward.graph.find_nodes(op="placeholder")]
     with tracker:
@@ -107,7 +105,7 @@ def traced_peak(forward: GraphModule, backward: GraphModule) -> tuple[int, list[
         }
         user = [value for name, value in made.items() if name not in wanted]
         taken = {name: {**inputs, **made, **tangents}[name] for name in wanted}
-        results = made = tangents = value = None
+        results = made = tangents = None
         gradients = execute(backward, taken)
     del user
     return tracker.peak, gradients
