@@ -22,6 +22,8 @@ that fails is a row that says why.
 | magi-bf16-wire | the same with bfloat16 all-reduces |
 | magi-without-A+B | magi with FusionConfig(A=False, B=False) |
 | magi-with-A | magi with FusionConfig(A=True) |
+| magi-24gib | magi with Config(memory_budget_gib=24); any number |
+| checkpoint | block-compile with the model's own gradient checkpointing |
 """
 
 import argparse
@@ -128,7 +130,9 @@ def setup(
         fold_masks_by_hand()
     if variant == "compile-nhwc":
         model.to(memory_format=torch.channels_last)
-    if variant.startswith(("block-compile", "fsdp2")):
+    if variant == "checkpoint":  # transformers' models only
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    if variant.startswith(("block-compile", "fsdp2", "checkpoint")):
         for layer in layers:
             layer.compile()
     if variant == "block-compile-loss":
@@ -148,7 +152,9 @@ def setup(
         _, word, names = (*variant.split("-", 2), "", "")[:3]
         named = names.split("+") if word in ("with", "without") else ()
         fusion = FusionConfig(**dict.fromkeys(named, word == "with"))
-        config = Config(fusion=fusion, comm=CommConfig(wire_dtype=wire))
+        budget = float(word.removesuffix("gib")) if word.endswith("gib") else None
+        comm = CommConfig(wire_dtype=wire)
+        config = Config(fusion=fusion, comm=comm, memory_budget_gib=budget)
         prepared, optimizer = magi_train.prepare(model, optimizer, config=config)
         loss_of = magi_train.prepare_step(lambda batch: case.loss(prepared, batch), prepared)
         return prepared, loss_of, optimizer

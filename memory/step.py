@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 GIB, MIB = 2**30, 2**20
 MARGIN_SHARE, MARGIN_BYTES = 0.04, GIB
 """"auto" leaves this much of a device's memory: its context, NCCL, fragmentation [estimated]."""
-STEPS_WATCHED = 10
+STEPS_WATCHED, STEPS_UNTIL_WASTE = 10, 5
+"""How long a peak beyond the budget is looked for; after how many one is judged as too low."""
 TOLERANCE = 0.03
 """A peak so far below the plan is a reason to plan anew."""
 QUANTUM = 512
@@ -212,8 +213,10 @@ class StepMemory:
             return False
         peak, planned = max(self._gather(f"peak {self._calls}", mine)), self._planned_bytes
         self._report.measured["step_peak_gib"] = peak / GIB
-        beyond = peak > max(planned, 0) and peak > self.budget_bytes
-        wasteful = self._done and self._bounded and peak < planned * (1 - TOLERANCE)
+        beyond = peak > self.budget_bytes
+        wasteful = (
+            self._calls == STEPS_UNTIL_WASTE and self._bounded and peak < planned * (1 - TOLERANCE)
+        )
         if not beyond and not wasteful:
             return False
         self._done = True

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from magi_train.memory.peak import simulate
+from magi_train.memory.remat import checkpoints
 from tests.memory.joint import capture
 from tests.memory.tracker import traced_peak
 from tests.models import MODELS, loss_of
@@ -23,6 +24,18 @@ class Layer(nn.Module):
     def forward(self, x):
         h = torch.tanh(self.up(x))
         return x + torch.tanh(self.dropout(self.down(h)))
+
+
+class Square(nn.Module):
+    """A layer whose stream costs as much to run again as what lies inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        a, b, c = self.layers
+        return x + c(torch.tanh(b(torch.tanh(a(x)))))
 
 
 def chain_of(dropout):
@@ -69,6 +82,21 @@ def test_equal_layers_are_not_rebuilt_at_once(chain):
     least = min(row.timeline(plan).peak for plan in row.plans)
     assert most > LAYERS * wide
     assert least < LAYERS * narrow + 6 * wide  # one layer and its gradients
+
+
+def test_a_plan_keeps_the_stream_of_a_chain_and_nothing_else():
+    torch.manual_seed(0)
+    layers = nn.Sequential(*[Square() for _ in range(LAYERS)])
+    row = capture(lambda x: layers(x).square().mean(), torch.randn(256, 32)).row
+    stream = {n.name for bound in checkpoints(row.joint) for n in bound if n.name[:3] == "add"}
+    assert len(stream) == LAYERS
+    assert any(
+        len(p.saved) <= LAYERS + 1 and len(stream & p.saved) >= LAYERS - 1 for p in row.plans
+    )
+    one, gradients = 256 * 32 * 4, LAYERS * 3 * 32 * 32 * 4
+    least = min(row.timeline(plan).peak for plan in row.plans)
+    everything = row.joint.timeline(set()).peak  # all rebuilt at once: PyTorch's ratio 0
+    assert least < (LAYERS + 6) * one / 2 + gradients + one < 0.5 * everything
 
 
 def test_a_smaller_budget_never_takes_a_faster_or_larger_plan(chain):
