@@ -144,6 +144,9 @@ CASES = {
         "model.layers",
         8192,
     ),
+    "llama-1b-32k": Case(
+        _llama(**_LLAMA_1B), _tokens(1, 32768, 128256), _own_loss, "model.layers", 32768
+    ),
     "gpt2": Case(_gpt2, _tokens(16, 1024, 50304), _own_loss, "transformer.h", 16 * 1024),
     "bert": Case(_bert, _tokens(32, 512, 30522), _own_loss, "bert.encoder.layer", 32 * 512),
     "vit-l": Case(_timm("vit_large_patch16_224"), _images(64), _image_loss, "blocks", 64),

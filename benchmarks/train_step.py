@@ -27,6 +27,8 @@ that fails is a row that says why.
 | magi-bf16-wire | the same with bfloat16 all-reduces |
 | magi-without-A+B | magi with FusionConfig(A=False, B=False) |
 | magi-with-A | magi with FusionConfig(A=True); A may be cuda_graphs too, of Config |
+| magi-24gib | magi with Config(memory_budget_gib=24); any number |
+| checkpoint | block-compile with the model's own gradient checkpointing |
 """
 
 import argparse
@@ -142,7 +144,9 @@ def setup(
         model.to(memory_format=torch.channels_last)
     if variant.startswith("torchao"):
         with_torchao(model)
-    if variant.startswith(("block-compile", "fsdp2", "torchao-block-compile")):
+    if variant == "checkpoint":  # transformers' models only
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    if variant.startswith(("block-compile", "fsdp2", "checkpoint", "torchao-block-compile")):
         for layer in layers:
             layer.compile()
     if variant == "block-compile-loss":
@@ -168,6 +172,7 @@ def setup(
             fusion=FusionConfig(**switches),
             comm=CommConfig(wire_dtype=wire),
             precision="autocast" if plain == variant else "fp8",
+            memory_budget_gib=float(word.removesuffix("gib")) if word.endswith("gib") else None,
         )
         prepared, optimizer = magi_train.prepare(model, optimizer, config=config)
         loss_of = magi_train.prepare_step(lambda batch: case.loss(prepared, batch), prepared)

@@ -160,6 +160,11 @@ class WeightShadows:
             self._flats = tuple(torch.zeros(n, dtype=dtype, device=device) for n in ends)
         return bool(self._flats) and self._flats[0].dtype is dtype
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the shadows take now."""
+        return sum(flat.nbytes for flat in self._flats)
+
     def use(self, parameters: Iterable[Tensor]) -> None:
         """Keep the shadows of `parameters` from now on: a graph reads them."""
         self._used.update(id(p) for p in parameters)

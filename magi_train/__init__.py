@@ -1,7 +1,7 @@
 """Distributed-training optimization for PyTorch: prepare a model, train it as before, faster."""
 
 from magi_train.api import DataParallel, PreparedModule, prepare, prepare_step, report
-from magi_train.core.config import CommConfig, Config, FusionConfig, MemoryConfig
+from magi_train.core.config import CommConfig, Config, FusionConfig
 from magi_train.core.errors import MagiError
 from magi_train.core.facts import to_device
 from magi_train.core.passes import (
@@ -22,7 +22,6 @@ __all__ = [
     "DataParallel",
     "FusionConfig",
     "MagiError",
-    "MemoryConfig",
     "PassContext",
     "Plan",
     "PreparedModule",

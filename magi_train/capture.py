@@ -51,6 +51,7 @@ from magi_train.fusion.narrow_gradients import SkipGradientCasts
 from magi_train.fusion.projections import MergeProjections
 from magi_train.fusion.shadow import UseWeightShadows, shadow_graph
 from magi_train.lower import lower
+from magi_train.memory.budget import FitBudget
 from magi_train.replay import Replayer, weakly
 from magi_train.runtime import Runtime
 from magi_train.tune import Tuner
@@ -139,6 +140,7 @@ class Region:
 
     def _first(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         wanted, reason = self.runtime.config.tier, ""
+        self.runtime.begin_memory((args, kwargs))
         if compat.problems():
             reason = f"this torch lacks {'; '.join(compat.problems())}"
             self._must_not_be_forced("graph", "region", reason=reason)
@@ -157,9 +159,9 @@ class Region:
                 return self._take("region", reason, result)
             reason = f"{reason + '; then ' if reason else ''}{result}"
             self._must_not_be_forced("region", reason=reason)
-        if self.runtime.config.memory.activation_budget_mib is not None:
+        if self.runtime.memory is not None:
             raise CaptureError(
-                "MemoryConfig.activation_budget_mib needs a captured graph, but the EAGER tier was "
+                "Config.memory_budget_gib needs a captured graph, but the EAGER tier was "
                 f"reached because {reason}; remove the budget or make the model capturable"
             )
         if self.runtime.fp8:
@@ -250,16 +252,8 @@ class Region:
 
     def _try_region(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[bool, Any]:
         """Return (True, output), or (False, why some rank cannot compile its regions)."""
-        module = self.runtime.module
-        blocks = self._blocks = repeated_blocks(module)
-        self._compile_blocks(blocks)
-        self._compiled = self._function
-        if not blocks:
-            self._compiled = torch.compile(
-                self._own_code(),
-                backend=_RegionBackend(self, 1),
-                dynamic=self.runtime.config.dynamic,
-            )
+        blocks = self._blocks = repeated_blocks(self.runtime.module)
+        self._compile_regions()
         self.runtime.reducer.begin(in_graph=False)
         try:
             with self.runtime.entered():
@@ -280,6 +274,16 @@ class Region:
             )
         return True, output
 
+    def _compile_regions(self) -> None:
+        self._compile_blocks(self._blocks)
+        self._compiled = self._function
+        if not self._blocks:
+            self._compiled = torch.compile(
+                self._own_code(),
+                backend=_RegionBackend(self, 1),
+                dynamic=self.runtime.config.dynamic,
+            )
+
     def _compile_blocks(self, blocks: list[nn.Module]) -> None:
         for kind, same in itertools.groupby(blocks, key=type):
             members = list(same)
@@ -299,6 +303,8 @@ class Region:
 
     def _next(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         reducer = self.runtime.reducer
+        if self.runtime.memory is not None and self.runtime.memory.plan_anew():
+            self._plan_anew()
         compiled, inputs, assumed = self._compiled, Inputs(), Facts()
         if self.tier == "graph":
             inputs = self._facts.look(args, kwargs)
@@ -321,6 +327,13 @@ class Region:
         reducer.begin(in_graph=False)
         with self.runtime.entered():
             return self._function(*args, **kwargs)
+
+    def _plan_anew(self) -> None:
+        """Forget what is compiled: the next calls compile under another limit."""
+        for region in self.runtime.regions:
+            region._variants = {}
+            if region.tier == "region":
+                region._compile_regions()
 
     def _form(self) -> Config:
         """Return the settings to run with now; once they are chosen, forget the other forms."""
@@ -346,7 +359,7 @@ class Region:
             gm: Dynamo's graph.
             inputs: Its example inputs.
             in_graph: Whether its backward reduces the gradients.
-            shares: Graphs among which the activation budget is divided.
+            shares: How many blocks the graph serves.
         """
         runtime = self.runtime
         names = parameter_positions(gm, runtime.module)
@@ -385,7 +398,13 @@ class Region:
         narrow = [i for i, x in _examples(gm) if in_graph and runtime.narrow_gradients.takes(x)]
         if narrow:
             backward.insert(0, SkipGradientCasts(narrow))
-        budget = runtime.config.memory.activation_budget_mib
+        limit = None
+        if runtime.memory is not None:
+            limit = runtime.memory.limit(
+                shadow_bytes=runtime.shadows.num_bytes,
+                fused=runtime.config.lowering == "inductor",
+                blocks=shares,
+            )
         compiled, rows = lower(
             gm,
             inputs,
@@ -394,12 +413,15 @@ class Region:
             joint=[*joint, *registered_passes(Stage.JOINT)],
             backward=backward,
             collectives=collectives,
-            budget_bytes=None if budget is None else int(budget * MIB / shares),
+            limit=limit,
         )
         for row in rows:
             runtime.report.add(row)
         if in_graph:
             compiled = self._replaying(compiled, frozenset(stable))
+            if runtime.memory is not None and row.name == FitBudget.name:
+                bounded = row.plan["planned_gib"] < row.plan["without_gib"]
+                runtime.memory.planned(row.plan["planned_gib"], bounded)
         if shadows is None:
             return compiled
         mine = [row for row in rows if row.name == UseWeightShadows.name]

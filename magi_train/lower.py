@@ -32,12 +32,14 @@ from magi_train.core.passes import (
 )
 from magi_train.core.report import PassRow, Report, write_atomically
 from magi_train.fusion import attach
-from magi_train.memory import budget
-from magi_train.memory.budget import BoundActivations
+from magi_train.memory import budget, cost, peak, remat, step
+from magi_train.memory.budget import FitBudget
+from magi_train.memory.step import Limit
 
 MIB = 2**20
 
-SOURCES = source_fingerprint(sys.modules[__name__], compat, graph, in_graph, attach, budget)
+MEMORY = (budget, cost, peak, remat, step)
+SOURCES = source_fingerprint(sys.modules[__name__], compat, graph, in_graph, attach, *MEMORY)
 """Code that PyTorch compiled with another version of a pass is not taken from its cache."""
 
 
@@ -46,7 +48,7 @@ class Lowered:
     """What one call to `lower` compiles with; collects the rows of its passes."""
 
     collectives: PlaceCollectives | None
-    budget_bytes: int | None
+    limit: Limit | None
     context: PassContext
     joint: Sequence[CachedPass[Any]]
     backward: Sequence[CachedPass[Any]]
@@ -62,7 +64,7 @@ class Lowered:
         return (
             SOURCES,
             comm,
-            self.budget_bytes,
+            repr(self.limit),
             *(each.uuid() for each in (*self.joint, *self.backward)),
         )
 
@@ -113,12 +115,10 @@ class _Joint(compat.CustomPartitionerFn):  # type: ignore[misc]
     def __call__(self, joint: GraphModule, inputs: Sequence[Any], **rest: Any) -> Any:
         lowered = self.lowered
         run_passes(lowered.joint, joint, lowered.context, lowered.report)
-        if lowered.budget_bytes is None:
+        if lowered.limit is None:
             return compat.min_cut_partition(joint, inputs, **rest)
-        bound = BoundActivations(
-            lowered.budget_bytes, lambda plan: lowered.note("bound_activations", "joint", plan)
-        )
-        return bound(joint, inputs, **rest)
+        fit = FitBudget(lowered.limit, lambda plan: lowered.note(FitBudget.name, "joint", plan))
+        return fit(joint, inputs, **rest)
 
 
 def _note_saved(lowered: Lowered, graph: Graph) -> None:
@@ -137,7 +137,7 @@ def lower(
     joint: Sequence[CachedPass[Any]] = (),
     backward: Sequence[CachedPass[Any]] = (),
     collectives: PlaceCollectives | None = None,
-    budget_bytes: int | None = None,
+    limit: Limit | None = None,
 ) -> tuple[Callable[..., Any], list[PassRow]]:
     """Compile a captured graph for training.
 
@@ -149,13 +149,13 @@ def lower(
         joint: Passes over forward and backward together, in their order.
         backward: Passes over the backward, before the collectives are placed.
         collectives: The communication of its backward; None to leave it to hooks.
-        budget_bytes: What its forward may save; None for PyTorch's choice.
+        limit: The memory budget; None for PyTorch's choice.
 
     Returns:
         The compiled graph, and one row per pass that ran, or that ran when the code was cached.
     """
-    lowered = Lowered(collectives, budget_bytes, context, joint, backward)
-    partition = _Joint(lowered) if joint or budget_bytes is not None else None
+    lowered = Lowered(collectives, limit, context, joint, backward)
+    partition = _Joint(lowered) if joint or limit is not None else None
     if how == "aot_eager":
         return _lower_without_code(gm, inputs, lowered, partition), lowered.report.rows
     memory = _memory_of(gm, inputs, lowered)

@@ -21,6 +21,7 @@ from magi_train.core.world import World, join_from_environment
 from magi_train.fusion.narrow_gradients import NarrowGradients
 from magi_train.fusion.optimizer import take_over, taken_parameters
 from magi_train.fusion.shadow import WeightShadows
+from magi_train.memory.step import StepMemory
 from magi_train.replay import ReplayMemory
 
 logger = logging.getLogger(__name__)
@@ -80,8 +81,20 @@ class Runtime:
         self.reducer.broadcast_state()
         self.shadows = WeightShadows()
         self.narrow_gradients = NarrowGradients([])
-        graphs = device_graphs(device) if config.cuda_graphs != "off" else None
+        # a plan for the memory of a step does not cover a second pool
+        replay = config.cuda_graphs != "off" and config.memory_budget_gib is None
+        graphs = device_graphs(device) if replay else None
         self.replays = None if graphs is None else ReplayMemory(graphs, self.report)
+        self.memory: StepMemory | None = None
+        if config.memory_budget_gib is not None:
+            self.memory = StepMemory(
+                module,
+                config.memory_budget_gib,
+                self.device_type,
+                self.world,
+                config.timeout_seconds,
+                self.report,
+            )
 
     def _agree(self, parameters: dict[str, nn.Parameter]) -> None:
         ask, seconds = self.world.agree, self.config.timeout_seconds
@@ -105,6 +118,8 @@ class Runtime:
 
     def take_over(self, optimizers: Sequence[Optimizer]) -> None:
         """Let one kernel take the steps of `optimizers` and keep the weights' shadows."""
+        if self.memory is not None:
+            self.memory.know(optimizers)
         fusion = self.config.fusion
         if fusion is None or not fusion.optimizer:
             return
@@ -130,6 +145,20 @@ class Runtime:
                 on_written=shadows.after_step,
                 drift=None if drift is None else drift.flag,
             )
+
+    def begin_memory(self, batch: Any) -> None:
+        """Let the memory budget, if there is one, look at what a first step begins with."""
+        if self.memory is None:
+            return
+        buckets = self.reducer.plan.buckets if self.world.size > 1 else ()
+        sizes = [b.numel * b.torch_dtype().itemsize for b in buckets]
+        rounded = [
+            b.numel * getattr(torch, b.wire_dtype).itemsize
+            for b in buckets
+            if b.wire_dtype != b.dtype
+        ]
+        extra = max(sizes, default=0) + sum(rounded)  # one is packed while its gradients live
+        self.memory.begin(batch, self.shadows.num_bytes, extra)
 
     def close(self) -> None:
         """Take everything of ours off the model: it is a plain module again."""

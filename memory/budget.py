@@ -1,17 +1,22 @@
-"""Activation budget: how many bytes a captured forward may save for its backward.
+"""The memory budget: the fastest step whose predicted peak stays within it.
 
-Objective: the least recomputation, that is the largest ratio r of PyTorch's own memory budget,
-    subject to: bytes saved by the forward at r <= budget       -> Implemented in: `_search`.
-The bytes are counted in the partitioned forward, each saved tensor once -> `saved_bytes`.
+Objective: the least time of recomputation,
+    subject to: peak of the whole step <= budget,                      -> `FitBudget`
+where
+    peak of the step = resident                                        -> memory/step.py
+                     + the largest of
+                         forward and backward, by lifetimes            -> memory/peak.py
+                         the optimizer's step: gradients and its temporaries
+    and time         = a roofline of what runs again                   -> memory/cost.py
 
-PyTorch's partitioner takes a ratio between "recompute everything" (0) and "save what is not free"
-(1). Saved bytes fall with the ratio in steps, so a bisection over r with a fixed number of trials
-finds the largest step that fits. Outputs of attention ops are marked as must-save where that fits:
-the partitioner does not know every attention kernel as expensive and would recompute it as if it
-were free. If the budget holds only without the marks, they go.
+over the plans of memory/remat.py. Where one captured block serves many (the REGION tier), every
+block saves the same: `blocks` - 1 of them wait with what they saved while one runs, or, at the end
+of the backward, have left their gradients.
 
-Source: PyTorch's partitioner, `activation_memory_budget` (a knapsack over the min-cut).
-    Differs: bytes in place of a ratio, and attention is priced.
+What is not predicted: fragmentation and the CUDA context (the budget bounds what is allocated, as
+`torch.cuda.max_memory_allocated` counts it), workspaces of kernels other than cuBLAS and attention,
+what Inductor saves by reusing buffers in place, and in the REGION tier everything outside of the
+blocks. The peak of the first real step is compared with the plan, and corrects it once.
 """
 
 import copy
@@ -20,16 +25,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import GraphModule
-from torch.utils.checkpoint import CheckpointPolicy
 
 from magi_train.core import compat
 from magi_train.core.errors import PassError
-from magi_train.core.graph import num_bytes, saved_for_backward
+from magi_train.core.graph import saved_for_backward
+from magi_train.core.hardware import speed_of
 from magi_train.core.passes import Plan
+from magi_train.memory.peak import Timeline, simulate
+from magi_train.memory.remat import Joint, Row, SavedSet
+from magi_train.memory.step import GIB, Limit, shares
 
-MIB = 2**20
-TRIALS = 5
-"""Bisection steps: the ratio is found to 1/32."""
+SAMPLES = 64
+"""Points of the timeline that the report keeps, each the highest of its stretch."""
+SHOWN_OPS = 6
+Partition = tuple[GraphModule, GraphModule]
 
 
 @dataclass(frozen=True)
@@ -37,112 +46,115 @@ class BudgetPlan(Plan):
     """How one joint graph was cut.
 
     Attributes:
-        budget_mib: What was asked for; None for no limit.
-        saved_mib: What the forward saves for its backward.
-        unlimited_mib: What it would save without a budget.
-        ratio: PyTorch's budget ratio that was chosen; 1 recomputes only what is free.
-        recomputes_attention: Whether attention is run again in the backward.
+        budget_gib: What was asked for.
+        planned_gib: Predicted peak of the step.
+        without_gib: Predicted peak without a budget.
+        recompute_ms: Predicted time of what the backward runs again, a step.
+        step_ms: Predicted time of forward and backward without that.
+        saved_gib: What the forward saves for its backward.
+        recomputed: {op: how often it runs again}, the slowest first.
+        resident_gib: {what is there all the time: how much}.
+        at: The node that runs at the peak.
+        largest: The largest tensors then: MiB, node, the user's line.
+        timeline_gib: The predicted course of the step.
     """
 
-    budget_mib: float | None
-    saved_mib: float
-    unlimited_mib: float
-    ratio: float
-    recomputes_attention: bool
+    budget_gib: float
+    planned_gib: float
+    without_gib: float
+    recompute_ms: float
+    step_ms: float
+    saved_gib: float
+    recomputed: dict[str, int]
+    resident_gib: dict[str, float]
+    at: str
+    largest: list[str]
+    timeline_gib: list[float]
 
 
-def saved_bytes(forward: GraphModule) -> int:
-    """Return the bytes of all tensors that `forward` keeps for its backward."""
-    return sum(num_bytes(node.meta.get("val")) for node in saved_for_backward(forward))
-
-
-Partition = tuple[GraphModule, GraphModule]
-
-
-class BoundActivations:
-    """A partitioner: min-cut within a budget of bytes.
+class FitBudget:
+    """A partitioner: the cut whose step fits.
 
     Args:
-        budget_bytes: What one forward may save.
+        limit: The budget, and what of it is taken.
         note: Called with the plan; not on a compile-cache hit, when nothing is partitioned.
     """
 
-    name = "bound_activations"
+    name = "fit_budget"
     stage = "joint"
 
-    def __init__(self, budget_bytes: int, note: Callable[[BudgetPlan], None]) -> None:
-        self.budget_bytes, self._note = budget_bytes, note
+    def __init__(self, limit: Limit, note: Callable[[BudgetPlan], None]) -> None:
+        self.limit, self._note = limit, note
 
     def __call__(self, joint: GraphModule, inputs: Sequence[Any], **rest: Any) -> Partition:
         """Return forward and backward.
 
         Raises:
-            PassError: Even recomputing everything saves more; names the smallest budget.
+            PassError: No plan fits; names the smallest budget and what would lower it.
         """
-        unlimited = saved_bytes(_cut(joint, inputs, 1.0, keep_attention=False, rest=rest)[0])
-        if unlimited <= self.budget_bytes:
-            found: tuple[float, bool, int] | None = (1.0, True, unlimited)
-        else:
-            found = self._search(joint, inputs, rest, keep_attention=True)
-            found = found or self._search(joint, inputs, rest, keep_attention=False)
-        if found is None:
-            least = saved_bytes(_cut(joint, inputs, 0.0, keep_attention=False, rest=rest)[0])
-            raise PassError(
-                f"MemoryConfig.activation_budget_mib is {self.budget_bytes / MIB:.3f}, but this "
-                f"model saves at least {least / MIB:.3f} MiB when everything else is recomputed; "
-                "raise the budget, or lower the batch size or sequence length"
-            )
-        ratio, keep_attention, saved = found
-        self._note(
-            BudgetPlan(
-                round(self.budget_bytes / MIB, 3),
-                round(saved / MIB, 3),
-                round(unlimited / MIB, 3),
-                ratio,
-                not keep_attention,
-            )
+        trial = _copy(joint)
+        default = compat.min_cut_partition(trial, inputs, **rest)
+        speed = speed_of(self.limit.device_type)
+        graph = Joint(trial.graph, rest["num_fwd_outputs"], speed, fused=self.limit.fused)
+        names = {node.name for node in saved_for_backward(default[0])}
+        row = Row(graph, (n for n in graph.nodes if n.name in names))
+        chosen = row.choose(lambda plan: self._peak(row, plan), self.limit.budget_bytes)
+        if chosen is None:
+            least = min(row.plans, key=lambda plan: self._peak(row, plan))
+            if self.limit.strict:
+                raise PassError(self._impossible(row, least))
+            chosen = least
+        cut = default
+        if chosen is not row.default:
+            with compat.saving(chosen.saved):
+                cut = compat.min_cut_partition(_copy(joint), inputs, **rest)
+        self._note(self._plan(row, chosen, simulate(*cut, fused=self.limit.fused)))
+        return cut
+
+    def _peak(self, row: Row, plan: SavedSet) -> int:
+        return self.limit.step_bytes(row.timeline(plan).peak, row.saved_bytes(plan))
+
+    def _impossible(self, row: Row, least: SavedSet) -> str:
+        course = row.timeline(least)
+        rows = [f"{t.node} {t.size_bytes / GIB:.3g}" for t in course.largest[:3]]
+        return (
+            f"Config.memory_budget_gib is {self.limit.budget_bytes / GIB:.6g}, but a step takes at "
+            f"least {self._peak(row, least) / GIB:.6g} GiB when as much as possible is recomputed. "
+            f"Besides activations: {shares(self.limit)}; largest at the peak: {', '.join(rows)}. "
+            "Raise the budget, or lower it with a smaller batch or sequence, a smaller "
+            "FusionConfig.loss_chunk_mib, or an optimizer with less state"
         )
-        return _cut(joint, inputs, ratio, keep_attention=keep_attention and ratio < 1, rest=rest)
 
-    def _search(
-        self,
-        joint: GraphModule,
-        inputs: Sequence[Any],
-        rest: dict[str, Any],
-        *,
-        keep_attention: bool,
-    ) -> tuple[float, bool, int] | None:
-        """Return the largest ratio that fits, with the bytes it saves, or None."""
-        fits: tuple[float, bool, int] | None = None
-        low, high = 0.0, 1.0
-        ratio = 0.0
-        for _ in range(TRIALS + 1):
-            saved = saved_bytes(
-                _cut(joint, inputs, ratio, keep_attention=keep_attention, rest=rest)[0]
-            )
-            if saved <= self.budget_bytes:
-                fits, low = (ratio, keep_attention, saved), ratio
-            elif ratio == 0.0:
-                return None
-            else:
-                high = ratio
-            ratio = (low + high) / 2
-        return fits
-
-
-def _cut(
-    joint: GraphModule,
-    inputs: Sequence[Any],
-    ratio: float,
-    *,
-    keep_attention: bool,
-    rest: dict[str, Any],
-) -> Partition:
-    trial = GraphModule(joint, copy.deepcopy(joint.graph))  # shares constants, copies nodes
-    if keep_attention:
-        for node in trial.graph.nodes:
+    def _plan(self, row: Row, chosen: SavedSet, course: Timeline) -> BudgetPlan:
+        graph, limit = row.joint, self.limit
+        again: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for node in graph.recomputed({n for n in graph.nodes if n.name in chosen.saved}):
             name = str(node.target)
-            if node.op == "call_function" and "attention" in name and "backward" not in name:
-                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-    with compat.activation_ratio(ratio):
-        return compat.min_cut_partition(trial, inputs, **rest)  # type: ignore[no-any-return]
+            again[name] = again.get(name, 0.0) + graph.seconds[node]
+            counts[name] = counts.get(name, 0) + 1
+        slowest = sorted((n for n in again if again[n] > 0), key=lambda n: (-again[n], n))
+        step = -(-len(course.live) // SAMPLES) or 1
+        samples = [max(course.live[i : i + step]) for i in range(0, len(course.live), step)]
+        largest = [f"{t.size_bytes / 2**20:.3f} MiB {t.node} {t.line}" for t in course.largest]
+        return BudgetPlan(
+            budget_gib=_gib(limit.budget_bytes),
+            planned_gib=_gib(limit.step_bytes(course.peak, row.saved_bytes(chosen))),
+            without_gib=_gib(self._peak(row, row.default)),
+            recompute_ms=round(chosen.seconds * 1e3 * limit.blocks, 6),
+            step_ms=round(graph.forward_seconds * 1e3 * limit.blocks, 6),
+            saved_gib=_gib(row.saved_bytes(chosen) * limit.blocks),
+            recomputed={n: counts[n] for n in slowest[:SHOWN_OPS]},
+            resident_gib={name: _gib(size) for name, size in limit.resident.items()},
+            at=course.at,
+            largest=largest,
+            timeline_gib=[_gib(limit.resident_bytes + size) for size in samples],
+        )
+
+
+def _copy(joint: GraphModule) -> GraphModule:
+    return GraphModule(joint, copy.deepcopy(joint.graph))  # shares constants, copies nodes
+
+
+def _gib(size: int) -> float:
+    return round(size / GIB, 9)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import magi_train
-from magi_train import CommConfig, Config, MemoryConfig
+from magi_train import CommConfig, Config
 from tests.models import MODELS, Small, loss_of
 
 
@@ -29,11 +29,9 @@ def test_public_names():
         (lambda: Config(timeout_seconds=0), "timeout_seconds must be positive, got 0"),
         (lambda: CommConfig(bucket_mib=-1), "bucket_mib must be positive, got -1"),
         (lambda: CommConfig(wire_dtype="int8"), "wire_dtype must be one of"),
-        (lambda: MemoryConfig(activation_budget_mib=0), "must be positive, got 0"),
-        (
-            lambda: Config(tier="eager", memory=MemoryConfig(activation_budget_mib=1)),
-            "needs a captured graph",
-        ),
+        (lambda: Config(memory_budget_gib=0), "memory_budget_gib must be positive, got 0"),
+        (lambda: Config(memory_budget_gib="all"), "must be a number of GiB, 'auto' or None"),
+        (lambda: Config(tier="eager", memory_budget_gib=1), "needs a captured graph"),
     ],
 )
 def test_a_wrong_setting_names_itself(make, words):

@@ -10,7 +10,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._inductor.runtime.cache_dir_utils.cache_dir | where PyTorch keeps compiled code |
 | torch._functorch._aot_autograd.descriptors | what graph inputs and outputs are gradients of |
 | torch._functorch.partitioners.min_cut_rematerialization_partition | the partition to bound |
-| torch._functorch.config | activation budget ratio, eager backward lowering |
+| torch._functorch.config | eager backward lowering |
 | torch._dynamo.exc.TorchDynamoException, FailOnRecompileLimitHit | capture failed |
 | torch._dynamo.config.ignore_logging_functions (2.11: ignore_logger_methods) | logging in models |
 | torch._dynamo.backends.common.aot_autograd | the aot_eager lowering |
@@ -29,6 +29,8 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | optimizer.step._wrapped_by_lr_sched | know a learning-rate scheduler's wrapper |
 | torch.aten._fused_sdp_choice | which attention kernel a call would take |
 | torch.aten._flash_attention_forward, _backward | attention with offsets and windows |
+| torch._functorch.partitioners.choose_saved_values_set | saving a set that was planned |
+| UntypedStorage._cdata | which fake tensors share memory |
 | torch.fx.proxy.GraphAppendingTracer | inserting what a function computes into a graph |
 | torch._C._storage_Use_Count | whether anybody else holds a tensor's memory |
 | torch._C._autograd._get_current_graph_task_keep_graph | backward(retain_graph=True) |
@@ -43,7 +45,7 @@ import copy
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +75,8 @@ CustomPartitionerFn: Any = (
 min_cut_partition: Callable[..., Any] = _lookup(
     "torch._functorch.partitioners", "min_cut_rematerialization_partition"
 )
+partitioners: Any = _lookup("torch._functorch", "partitioners")
+_lookup("torch._functorch.partitioners", "choose_saved_values_set")
 functorch_config: Any = _lookup("torch._functorch", "config")
 dynamo_config: Any = _lookup("torch._dynamo", "config")
 # torch < 2.12 knows the older name only
@@ -188,9 +192,30 @@ def capture_settings() -> Any:
     return dynamo_config.patch({_IGNORED_LOGGING: methods})
 
 
-def activation_ratio(ratio: float) -> Any:
-    """Context in which the partitioner keeps about `ratio` of what it would save by itself."""
-    return functorch_config.patch(activation_memory_budget=ratio)
+@contextlib.contextmanager
+def saving(names: Collection[str]) -> Iterator[None]:
+    """Context in which the partitioner saves the nodes `names`, and inputs, for the backward."""
+
+    def chosen(graph: torch.fx.Graph, info: Any, **_: Any) -> list[torch.fx.Node]:
+        return [*info.inputs, *(node for node in graph.nodes if node.name in names)]
+
+    before = partitioners.choose_saved_values_set
+    partitioners.choose_saved_values_set = chosen
+    try:
+        yield
+    finally:
+        partitioners.choose_saved_values_set = before
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Return a number that tensors have in common which share memory, fake ones included."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def storage_bytes(tensor: torch.Tensor) -> int:
+    """Return the bytes of the memory that a tensor lies in, as they are while compiling."""
+    size = tensor.untyped_storage().nbytes()
+    return (size_hint(size) or 0) if isinstance(size, torch.SymInt) else int(size)
 
 
 def fused_attention_choice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> int:

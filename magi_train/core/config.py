@@ -1,4 +1,4 @@
-"""Config and its parts, FusionConfig, MemoryConfig, CommConfig: every knob on one page.
+"""Config and its parts, FusionConfig and CommConfig: every knob on one page.
 
 All are frozen and keyword-only; a part that is None is left as PyTorch does it. `Config()` keeps
 the function that is trained: no rounding coarser than what autocast does already; `precision` and
@@ -75,19 +75,6 @@ class FusionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryConfig:
-    """What the forward keeps for the backward."""
-
-    activation_budget_mib: float | None = None
-    """MiB of activations that one captured forward may save for its backward on each rank. None:
-    PyTorch's own choice, which recomputes only what is free. Parameters, gradients and optimizer
-    state are not counted. Gradients do not change; the step gets slower as the budget falls."""
-
-    def __post_init__(self) -> None:
-        _check_positive("MemoryConfig", "activation_budget_mib", self.activation_budget_mib)
-
-
-@dataclass(frozen=True, kw_only=True)
 class CommConfig:
     """How gradients travel between ranks."""
 
@@ -129,8 +116,12 @@ class Config:
     and optimizer are unchanged. Where the GPU has no fp8 products it is "autocast", and a warning
     says so."""
 
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
-    """Budget for saved activations."""
+    memory_budget_gib: float | Literal["auto"] | None = None
+    """GiB that a training step may take at its peak on each rank: parameters, gradients, optimizer
+    state, buffers and activations. What does not fit is recomputed in the backward, the cheapest
+    first; gradients do not change. "auto": the memory of the CUDA device less a margin. None: no
+    limit, PyTorch's own choice, which recomputes only what is free. Resets the device's peak
+    statistics once, in the second step."""
 
     comm: CommConfig = field(default_factory=CommConfig)
     """Buckets and wire format of the gradient all-reduce."""
@@ -146,7 +137,8 @@ class Config:
     """Replay forward and backward of the GRAPH tier as CUDA graphs, on one rank, with static sizes.
     "auto": only if steps turn out to be faster so; "on" (True): without measuring; "off" (False):
     never. Holds the memory of one forward and backward for itself; what outlives its step is
-    copied. The report says what was measured, or why nothing is replayed."""
+    copied. The report says what was measured, or why nothing is replayed. Under a memory budget
+    nothing is."""
 
     tune: bool = False
     """Measure the fusion passes on the first steps of the GRAPH tier, each in turns of seven, and
@@ -167,15 +159,20 @@ class Config:
         _check_positive("Config", "timeout_seconds", self.timeout_seconds)
         for name, kind in (
             ("fusion", (FusionConfig, type(None))),
-            ("memory", MemoryConfig),
             ("comm", CommConfig),
         ):
             if not isinstance(getattr(self, name), kind):
                 got = type(getattr(self, name)).__name__
                 raise TypeError(f"Config.{name} must be a {name.title()}Config, got {got}")
-        budget = self.memory.activation_budget_mib is not None
+        if self.cuda_graphs == "on" and self.memory_budget_gib is not None:
+            raise ValueError(
+                "Config.cuda_graphs is 'on', but Config.memory_budget_gib is set, which plans the "
+                "memory of one step, not of a pool for graphs beside it; remove one of the two"
+            )
+        if self.memory_budget_gib != "auto":
+            _check_positive("Config", "memory_budget_gib", self.memory_budget_gib)
         for name, wanted in (
-            ("memory.activation_budget_mib", budget),
+            ("memory_budget_gib", self.memory_budget_gib is not None),
             ("precision='fp8'", self.precision == "fp8"),
         ):
             if self.tier == "eager" and wanted:

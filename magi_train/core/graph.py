@@ -227,10 +227,52 @@ def before_widening(node: Node) -> Node:
     return source if same_shape and floats and narrow.itemsize < wide.itemsize else node
 
 
+def is_view(node: Node) -> bool:
+    """Return whether a node of AOTAutograd's graph looks at its first argument's memory."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    returns = node.target._schema.returns
+    alias = returns[0].alias_info if returns else None
+    return alias is not None and not alias.is_write
+
+
+POINTWISE_WITHOUT_TAG = {"convert_element_type", "_to_copy", "clone", "full", "iota", "arange",
+    "where", "full_like", "zeros_like", "ones_like", "scalar_tensor", "expand", "silu_backward",
+    "embedding", "index", "gather", "native_dropout", "inductor_random", "inductor_lookup_seed",
+    "_unsafe_view", "slice_backward", "select_backward", "constant_pad_nd",
+}  # fmt: skip
+"""Ops that Inductor computes element by element, though torch does not tag them so."""
+REDUCTIONS = {
+    "sum", "mean", "amax", "amin", "var", "var_mean", "prod", "any", "argmax", "argmin",
+    "native_layer_norm", "native_layer_norm_backward", "_softmax", "_log_softmax",
+    "_softmax_backward_data", "_log_softmax_backward_data", "prepare_softmax_online",
+}  # fmt: skip
+
+
+def is_pointwise(node: Node) -> bool:
+    """Return whether generated code can compute a node's elements where they are read."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return torch.Tag.pointwise in node.target.tags or op_name(node) in POINTWISE_WITHOUT_TAG
+
+
+def is_reduction(node: Node) -> bool:
+    """Return whether generated code computes a node together with what is read element-wise."""
+    return isinstance(node.target, torch._ops.OpOverload) and op_name(node) in REDUCTIONS
+
+
 def input_position(placeholder: Node) -> int | None:
     """Return which input of the captured graph a placeholder of AOTAutograd's graph is."""
     what = placeholder.meta.get("desc")
     return what.idx if isinstance(what, compat.PlainAOTInput) else None
+
+
+def mutated_inputs(graph: Graph) -> set[Node]:
+    """Return the inputs that AOTAutograd writes to when the forward is over: buffers, mostly."""
+    descriptors = graph.output_node().meta.get("desc") or []
+    changed = [getattr(what, "mutated_input", None) for what in descriptors]
+    changed = [what for what in changed if what is not None]
+    return {n for n in graph.find_nodes(op="placeholder") if n.meta.get("desc") in changed}
 
 
 def num_bytes(value: Any) -> int:

@@ -1,6 +1,7 @@
-"""What the GPUs are: by the driver, without touching a CUDA context, and what they can compute."""
+"""What the GPUs are and how fast: by the driver, without a CUDA context where that is enough."""
 
 import logging
+from dataclasses import dataclass
 
 import torch
 
@@ -50,3 +51,52 @@ def no_fp8_because(device_type: str) -> str:
         name, needed = torch.cuda.get_device_name(), ".".join(map(str, FP8_SINCE))
         return f"{name} has compute capability {have[0]}.{have[1]}, fp8 products need {needed}"
     return ""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a roofline needs to know about a device.
+
+    Attributes:
+        flops: Operations a second of a large bfloat16 matrix product.
+        bytes: Bytes a second from and to its memory.
+    """
+
+    flops: float
+    bytes: float
+
+
+SPEEDS = {
+    "H200": Speed(790e12, 4.3e12),  # measured; the others are 80 % of the data sheet
+    "B200": Speed(1800e12, 6.4e12),
+    "H100": Speed(790e12, 2.7e12),
+    "A100": Speed(250e12, 1.6e12),
+    "L40": Speed(145e12, 0.69e12),
+}
+OTHER_GPU, HOST = Speed(100e12, 0.8e12), Speed(1e12, 50e9)
+
+
+def speed_of(device_type: str) -> Speed:
+    """Return the speed of the current device of a type; a typical one where it is unknown."""
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return HOST
+    name = torch.cuda.get_device_name()
+    return next((speed for known, speed in SPEEDS.items() if known in name), OTHER_GPU)
+
+
+def device_memory_bytes() -> int:
+    """Return the memory of the current CUDA device, as its driver says."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    try:
+        import pynvml
+    except ImportError:
+        return int(properties.total_memory)
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
+        total = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+        pynvml.nvmlShutdown()
+    except (AttributeError, pynvml.NVMLError) as error:  # a slice of a GPU has another name
+        logger.debug("NVML does not know this device: %s", error)
+        return int(properties.total_memory)
+    return min(total, int(properties.total_memory))

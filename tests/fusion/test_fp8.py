@@ -428,14 +428,14 @@ def test_ranks_have_one_plan_and_one_gradient(two_ranks):
 
 
 @FULL
-def test_an_activation_budget_holds_and_changes_nothing(fp8):
+def test_a_memory_budget_holds_and_changes_nothing(fp8):
     model = Mlp()
     _, want, plans = run(model, rows(512))
-    budget = 0.9 * plans["saved_activations"]["saved_mib"]
-    memory = magi_train.MemoryConfig(activation_budget_mib=budget)
-    _, got, bounded = run(model, rows(512), memory=memory)
+    _, _, free = run(model, rows(512), memory_budget_gib=64)
+    without = free["fit_budget"]["without_gib"]
+    _, got, bounded = run(model, rows(512), memory_budget_gib=0.98 * without)
     assert bounded["fp8_linears"]["products"] == plans["fp8_linears"]["products"]
-    assert bounded["saved_activations"]["saved_mib"] <= budget
+    assert bounded["fit_budget"]["planned_gib"] <= 0.98 * without
     assert relative_error(got, want) == 0.0
 
 

@@ -1,0 +1,305 @@
+"""Rematerialization: a row of plans from "save what is not free" to "save next to nothing".
+
+A plan is the set S of forward values that the backward gets; what else it needs, it recomputes from
+S and from the inputs. For one joint graph the row of plans does not depend on any budget:
+
+1. S of PyTorch's min-cut, which recomputes only what is free.
+2. S and the checkpoints: the values that cross the forward where least crosses it, such as the
+   stream between the layers of a chain. They stay, and bound what a recomputation runs again:
+   without them the first recomputed layer would rebuild the whole chain, and keep it.
+3. From there one other value after the other leaves S, always the one that costs the least time
+   for the bytes it frees (a greedy knapsack; Kirisame et al. 2021, arXiv 2006.09616, use the
+   same ratio). Equal layers tie: the earliest goes first, as its backward runs when little is left.
+4. The same with every second, fourth, ... checkpoint (Chen et al. 2016, arXiv 1604.06174).
+
+Every plan is judged by its predicted peak (memory/peak.py) and by the time of what it recomputes
+(memory/cost.py). For a budget the fastest plan that fits is taken:
+
+    minimise seconds(S)  subject to  peak(S) <= budget                              -> `Row.choose`
+
+Since the row is fixed, a smaller budget never takes a faster plan or a higher peak: both are
+monotonic by construction. Values that draw random numbers, and values computed from an input that
+the step writes to, are never recomputed.
+
+Differs from PyTorch's `activation_memory_budget`: bytes of the peak in place of a ratio of what is
+saved; attention is priced; a chain has checkpoints.
+"""
+
+import heapq
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from magi_train.core.graph import ancestors, mutated, mutated_inputs, outputs
+from magi_train.core.hardware import Speed
+from magi_train.memory import cost
+from magi_train.memory.peak import Storages, Timeline, body, join, walk
+
+SPACINGS = (1, 2, 4, 8)
+"""Of every so many checkpoints one is saved."""
+MOST_PLANS = 32
+"""Plans of one spacing that are judged; more are thinned out evenly."""
+WINDOW = 24
+"""A checkpoint lies where less crosses the forward than at this many places on either side."""
+SLACK = 1.02
+"""What crosses may exceed the least by this factor: small tensors come and go."""
+
+
+@dataclass(frozen=True)
+class SavedSet:
+    """One plan.
+
+    Attributes:
+        saved: Names of the forward values that the backward gets, without inputs.
+        seconds: Predicted time of all that the backward runs again.
+    """
+
+    saved: frozenset[str]
+    seconds: float
+
+
+class Joint:
+    """A joint graph of forward and backward, and what it costs to save less of it.
+
+    Args:
+        graph: From AOTAutograd, without duplicates.
+        num_outputs: How many of its outputs are the forward's.
+        speed: Of the device.
+        fused: Whether generated code will run it.
+    """
+
+    def __init__(self, graph: Graph, num_outputs: int, speed: Speed, *, fused: bool) -> None:
+        results = outputs(graph)
+        self.storages = Storages(fused=fused)
+        self.nodes = body(graph)
+        self.place = {node: i for i, node in enumerate(self.nodes)}
+        self.inputs = graph.find_nodes(op="placeholder")
+        self.tangents = [node for node in self.inputs if "tangents" in node.name]
+        self.results = [n for n in results[:num_outputs] if isinstance(n, Node)]
+        self.gradients = [n for n in results[num_outputs:] if isinstance(n, Node)]
+        self.seconds = {n: cost.seconds(n, speed, fused=fused) for n in self.nodes}
+        self.late = _after(self.tangents)
+        written = {a for n in self.nodes for m in mutated(n) for a in ancestors(m)}
+        self._written = {n for n in written if n.op == "placeholder"} | mutated_inputs(graph)
+        self.fixed = {
+            n for n in self.nodes
+            if not cost.is_repeatable(n) or any(a in self._written for a in n.all_input_nodes)
+        }  # fmt: skip
+
+    @cached_property
+    def forward_seconds(self) -> float:
+        """Predicted time of the forward and of the backward, nothing recomputed."""
+        return sum(self.seconds[n] for n in self.nodes)
+
+    def needed(self, goals: Iterable[Node], saved: set[Node]) -> set[Node]:
+        """Return what must be computed to get `goals` if `saved` and inputs are there."""
+        seen: set[Node] = set()
+        todo = [n for n in goals if n in self.place and n not in saved]
+        while todo:
+            node = todo.pop()
+            if node not in seen:
+                seen.add(node)
+                todo += [a for a in node.all_input_nodes if a in self.place and a not in saved]
+        return seen
+
+    def recomputed(self, saved: set[Node]) -> set[Node]:
+        """Return the forward nodes that the backward runs again."""
+        return self.needed(self.gradients, saved) - self.late
+
+    def read(self, saved: set[Node]) -> set[Node]:
+        """Return those of `saved` that the backward reads."""
+        run = self.needed(self.gradients, saved)
+        direct = {g for g in self.gradients if g in saved}
+        return {a for n in run for a in n.all_input_nodes if a in saved} | direct
+
+    def timeline(self, saved: set[Node]) -> Timeline:
+        """Return the predicted timeline of forward and backward."""
+        keep = [*self.results, *saved]
+        run = self.needed(keep, set()) - self.late
+        first, _ = walk(
+            _parts_first([n for n in self.nodes if n in run]),
+            self.storages,
+            resident=self.inputs,
+            keep=keep,
+        )
+        second, _ = walk(
+            self.backward_order(saved),
+            self.storages,
+            start=[*saved, *self.results, *self.tangents],
+            resident=[n for n in self.inputs if n not in self.tangents],
+            keep=[*self.results, *self.gradients],
+        )
+        return join(first, second)
+
+    def backward_order(self, saved: set[Node]) -> list[Node]:
+        """Return the backward's nodes as PyTorch's partitioner orders them.
+
+        The backward's own nodes stay in order, each behind what has to be recomputed for it.
+        """
+        wanted = self.needed(self.gradients, saved)
+        run = [n for n in self.nodes if n in wanted]
+        tangents = set(self.tangents)
+        first = next((i for i, n in enumerate(run) if tangents & {*n.all_input_nodes}), 0)
+        done: set[Node] = set()
+        order: list[Node] = []
+        for goal in [*run[first:], *(g for g in self.gradients if g in wanted)]:
+            todo, missing = [goal], set()
+            while todo:
+                node = todo.pop()
+                if node in wanted and node not in missing and node not in done:
+                    missing.add(node)
+                    todo += node.all_input_nodes
+            order += sorted(missing, key=self.place.__getitem__)
+            done |= missing
+        return _parts_first(order)
+
+
+def _parts_first(order: Sequence[Node]) -> list[Node]:
+    """Take apart each result of several tensors at once, as PyTorch's partitioner does.
+
+    The tensors that nobody reads are free then.
+    """
+    there = set(order)
+    moved = []
+    for node in order:
+        if node.target is not operator.getitem:
+            parts = [u for u in node.users if u.target is operator.getitem and u in there]
+            moved += [node, *parts]
+        elif node.args[0] not in there:
+            moved.append(node)
+    return moved
+
+
+def _after(sources: Iterable[Node]) -> set[Node]:
+    """Return everything that is computed from `sources`."""
+    seen: set[Node] = set()
+    todo = list(sources)
+    while todo:
+        for user in todo.pop().users:
+            if user not in seen:
+                seen.add(user)
+                todo.append(user)
+    return seen
+
+
+def checkpoints(joint: Joint) -> list[frozenset[Node]]:
+    """Return, in order, the values that cross the forward where least crosses it.
+
+    At each place of the forward the bytes are counted that were computed before it and are read
+    behind it, by the forward alone. What crosses every such place (rotations, masks) is in each.
+    """
+    wanted = joint.needed(joint.results, set())
+    order = [n for n in joint.nodes if n in wanted]
+    inputs = {s for n in joint.inputs for s in joint.storages.of(n)}
+    last: dict[int, int] = {}
+    maker: dict[int, Node] = {}
+    for i, node in enumerate(order):
+        for s in joint.storages.of(node) if isinstance(node.meta.get("val"), Tensor) else ():
+            maker.setdefault(s, node)  # of several results, what takes one of them
+        for source in (node, *node.all_input_nodes):
+            last.update((s, i) for s in joint.storages.of(source) if s not in inputs)
+    alive: set[int] = set()
+    crossing: list[frozenset[int]] = []
+    for i, node in enumerate(order):
+        alive.update(s for s in joint.storages.of(node) if s in last)
+        alive = {s for s in alive if last[s] > i}
+        crossing.append(frozenset(alive))
+    size = [sum(joint.storages.size[s] for s in c) for c in crossing]
+    found: dict[frozenset[int], None] = {}
+    for i in range(len(order)):
+        around = size[max(0, i - WINDOW) : i + WINDOW + 1]
+        if 0 < size[i] <= SLACK * min(x for x in around if x):
+            found[crossing[i]] = None
+    return [frozenset(maker[s] for s in c if s in maker) for c in found]
+
+
+class Row:
+    """The plans for one joint graph, the fastest first.
+
+    Args:
+        joint: The graph.
+        default: What PyTorch's min-cut saves.
+    """
+
+    def __init__(self, joint: Joint, default: Iterable[Node]) -> None:
+        self.joint = joint
+        self._nodes = {n.name: n for n in joint.nodes}
+        self._timelines: dict[frozenset[str], Timeline] = {}
+        start = {n for n in default if n in joint.place}
+        plans = [self._plan(start)]
+        bounds = checkpoints(joint)
+        for spacing in SPACINGS:
+            stay = {n for bound in bounds[spacing - 1 :: spacing] for n in bound}
+            plans += [self._plan(s) for s in _thin(list(_evict(joint, start | stay, stay)))]
+        self.default = plans[0]
+        self.plans = sorted(dict.fromkeys(plans), key=lambda p: p.seconds)
+
+    def _plan(self, saved: set[Node]) -> SavedSet:
+        again = self.joint.recomputed(saved)
+        names = frozenset(n.name for n in saved)
+        return SavedSet(names, sum(self.joint.seconds[n] for n in again))
+
+    def timeline(self, plan: SavedSet) -> Timeline:
+        """Return the predicted timeline of a plan."""
+        if plan.saved not in self._timelines:
+            saved = {self._nodes[name] for name in plan.saved}
+            self._timelines[plan.saved] = self.joint.timeline(saved)
+        return self._timelines[plan.saved]
+
+    def saved_bytes(self, plan: SavedSet) -> int:
+        """Return the bytes that a plan keeps for the backward, inputs not counted."""
+        return self.joint.storages.total(self._nodes[name] for name in plan.saved)
+
+    def choose(self, peak: Callable[[SavedSet], int], limit_bytes: int) -> SavedSet | None:
+        """Return the fastest plan whose peak of the step is within the limit, None if none is."""
+        if peak(self.default) <= limit_bytes:
+            return self.default
+        return next((p for p in self.plans if peak(p) <= limit_bytes), None)
+
+
+def _thin(sets: list[set[Node]]) -> list[set[Node]]:
+    step = -(-len(sets) // MOST_PLANS) or 1
+    return [*sets[::step], sets[-1]]
+
+
+def _evict(joint: Joint, start: set[Node], stay: set[Node]) -> Iterator[set[Node]]:
+    """Yield ever smaller sets: one storage after the other leaves, the cheapest first.
+
+    The queue holds each storage at the price it had when it was last looked at; one whose price has
+    risen is put back.
+    """
+    saved = joint.read(start)
+    again = joint.recomputed(saved)
+    yield set(saved)
+    inputs = {s for n in joint.inputs for s in joint.storages.of(n)}
+    groups: dict[tuple[int, ...], list[Node]] = {}
+    for node in sorted(saved - stay, key=joint.place.__getitem__):
+        groups.setdefault(joint.storages.of(node), []).append(node)
+
+    def price(storage: tuple[int, ...]) -> float:
+        group = groups[storage]
+        more = joint.needed(group, saved - set(group)) - again
+        size = sum(joint.storages.size[s] for s in storage)
+        if more & joint.fixed or set(storage) & inputs or not size:
+            return math.inf
+        return sum(joint.seconds[n] for n in more) / size
+
+    queue = [(price(s), joint.place[group[0]], s) for s, group in groups.items()]
+    heapq.heapify(queue)
+    while queue:
+        _, place, storage = heapq.heappop(queue)
+        now = price(storage)
+        if now == math.inf:
+            continue
+        if queue and (now, place) > queue[0][:2]:
+            heapq.heappush(queue, (now, place, storage))
+            continue
+        again |= joint.needed(groups[storage], saved - set(groups[storage]))
+        saved -= set(groups[storage])
+        saved = joint.read(saved)
+        yield set(saved)

@@ -1,0 +1,305 @@
+"""What a training step holds besides the activations, and whether the plan was right.
+
+Resident, all the time: parameters, buffers, the state of the optimizers (predicted from their class
+until it exists), bf16 shadows of the weights, buckets on their way, the batch, the workspace of
+cuBLAS; on a CUDA device also everything else that is allocated when the first step begins. Ranks
+take the largest sum of all, so equal graphs are cut equally. Gradients belong to the backward, and
+are there, whole, during the optimizer's step, with its temporaries.
+
+From the second step on the real peak is compared with the plan. If it is beyond, or so far below
+that a faster plan may fit, what was found is added to the resident bytes, and the step is planned
+anew, once. For that the peak statistics of the device are reset at the second step.
+"""
+
+import logging
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from magi_train.core import compat
+from magi_train.core.errors import MagiError
+from magi_train.core.hardware import device_memory_bytes
+from magi_train.core.report import Report
+from magi_train.core.world import World
+
+logger = logging.getLogger(__name__)
+
+GIB, MIB = 2**30, 2**20
+MARGIN_SHARE, MARGIN_BYTES = 0.04, GIB
+""""auto" leaves this much of a device's memory: its context, NCCL, fragmentation [estimated]."""
+STEPS_WATCHED, STEPS_UNTIL_WASTE = 10, 5
+"""How long a peak beyond the budget is looked for; after how many one is judged as too low."""
+TOLERANCE = 0.03
+"""A peak so far below the plan is a reason to plan anew."""
+QUANTUM = 512
+"""Resident bytes are rounded up to this part of the budget, so that caches find the same plan."""
+CUBLAS_BYTES, CUBLAS_BYTES_HOPPER = 8 * MIB + 128 * 1024, 32 * MIB
+"""cuBLAS's default workspace, before and from compute capability 9.0 on."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A budget, and what of it is taken before any activation.
+
+    Attributes:
+        budget_bytes: For the whole step.
+        resident: {what: bytes}.
+        gradient_bytes: Of all parameters.
+        update_bytes: Temporaries of the optimizer's step.
+        device_type: Where it runs.
+        fused: Whether generated code runs the graphs.
+        blocks: How often the captured graph runs in a forward.
+        strict: Whether a budget that cannot be kept is an error; else the least is taken.
+    """
+
+    budget_bytes: int
+    resident: dict[str, int]
+    gradient_bytes: int
+    update_bytes: int
+    device_type: str
+    fused: bool
+    blocks: int = 1
+    strict: bool = True
+
+    @property
+    def resident_bytes(self) -> int:
+        """Everything that is there all the time."""
+        return sum(self.resident.values())
+
+    def step_bytes(self, peak: int, saved: int) -> int:
+        """Return the peak of the step.
+
+        Args:
+            peak: Of one run of the captured graph and its backward.
+            saved: What that forward saves for that backward.
+        """
+        others = self.blocks - 1
+        waiting = max(others * saved, others * self.gradient_bytes // self.blocks)
+        return self.resident_bytes + max(peak + waiting, self.gradient_bytes + self.update_bytes)
+
+
+class StepMemory:
+    """The memory budget of one model, and what is known about its step.
+
+    Args:
+        module: The model.
+        budget_gib: GiB, or "auto".
+        device_type: Where it lies.
+        world: The ranks that train it.
+        timeout_seconds: How long they wait for each other.
+        report: Gets measured peaks and what follows from them.
+
+    Raises:
+        ValueError: "auto" without a CUDA device.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        budget_gib: float | Literal["auto"],
+        device_type: str,
+        world: World,
+        timeout_seconds: float,
+        report: Report,
+    ) -> None:
+        self.budget_bytes = _budget(budget_gib, device_type)
+        self._module, self._device_type = weakref.ref(module), device_type
+        self._world, self._timeout, self._report = world, timeout_seconds, report
+        self._optimizers: list[weakref.ref[Optimizer]] = []
+        self._resident: dict[str, int] | None = None
+        self._planned_bytes = 0
+        self._bounded = False
+        self._correction = 0
+        self._calls, self._done = 0, False
+
+    def know(self, optimizers: Iterable[Optimizer]) -> None:
+        """Take note of the optimizers of the model."""
+        self._optimizers += [weakref.ref(each) for each in optimizers]
+
+    def begin(self, batch: Any, shadow_bytes: int, bucket_bytes: int) -> None:
+        """Look at what is there when the first step begins; all ranks take the largest sum.
+
+        Args:
+            batch: Arguments of the captured function.
+            shadow_bytes: Of the weights' shadows that exist.
+            bucket_bytes: That communication will need besides the gradients.
+        """
+        if self._resident is not None:
+            return
+        module = self._module()
+        assert module is not None, "a model is alive while its step runs"
+        parameters = list(module.parameters())
+        present = self._state_tensors()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        leaves = [x for x in pytree.tree_leaves(batch) if isinstance(x, torch.Tensor)]
+        leaves = [x for x in leaves if x.device.type == self._device_type]
+        held = {
+            "parameters": _bytes(parameters),
+            "buffers": _bytes(module.buffers()),
+            "optimizer": max(_bytes(present), self._state_bytes(parameters)),
+            "batch": _bytes(leaves),
+            "buckets": bucket_bytes,
+        }
+        if self._device_type == "cuda":
+            hopper = torch.cuda.get_device_capability() >= (9, 0)
+            held["workspace"] = CUBLAS_BYTES_HOPPER if hopper else CUBLAS_BYTES
+            known = _bytes([*parameters, *module.buffers(), *present, *gradients, *leaves])
+            held["other"] = max(0, torch.cuda.memory_allocated() - known - shadow_bytes)
+        most = max(self._gather("resident bytes", sum(held.values())))
+        held["other"] = held.get("other", 0) + most - sum(held.values())
+        self._resident = {name: size for name, size in held.items() if size}
+
+    def limit(self, *, shadow_bytes: int, fused: bool, blocks: int) -> Limit:
+        """Return what a graph that is about to be lowered has to keep to.
+
+        Args:
+            shadow_bytes: Of the weights' shadows.
+            fused: Whether generated code will run it.
+            blocks: How often it runs in a forward.
+
+        Raises:
+            MagiError: What is there besides activations is more than the budget.
+        """
+        module, resident = self._module(), dict(self._resident or {})
+        assert module is not None, "a model is alive while it is compiled"
+        trained = [p for p in module.parameters() if p.requires_grad]
+        resident |= {"shadows": shadow_bytes} if shadow_bytes else {}
+        resident |= {"correction": self._correction} if self._correction else {}
+        part = max(1, self.budget_bytes // QUANTUM)
+        resident["rounding"] = -sum(resident.values()) % part
+        limit = Limit(
+            self.budget_bytes,
+            resident,
+            _bytes(trained),
+            self._update_bytes(trained),
+            self._device_type,
+            fused,
+            blocks,
+            strict=not self._done,
+        )
+        least = limit.step_bytes(0, 0)
+        if limit.strict and least > limit.budget_bytes:
+            raise MagiError(
+                f"Config.memory_budget_gib is {self.budget_bytes / GIB:.6g}, but without a single "
+                f"activation a step takes {least / GIB:.6g} GiB: {shares(limit)}; give a larger "
+                "budget, or train fewer parameters, or in a smaller dtype"
+            )
+        return limit
+
+    def planned(self, planned_gib: float, bounded: bool) -> None:
+        """Take note of a graph's predicted peak, and whether something is recomputed for it."""
+        self._planned_bytes = max(self._planned_bytes, int(planned_gib * GIB))
+        self._bounded |= bounded
+
+    def plan_anew(self) -> bool:
+        """Return whether the step that begins has to be planned anew; call it in every step."""
+        if self._done or not self._planned_bytes:
+            return False
+        self._calls += 1
+        if self._calls == 1:
+            start_measuring()
+        if self._calls < 2:
+            return False
+        self._done = self._calls >= STEPS_WATCHED
+        mine = measured_peak()
+        if mine is None:
+            self._done = True
+            return False
+        peak, planned = max(self._gather(f"peak {self._calls}", mine)), self._planned_bytes
+        self._report.measured["step_peak_gib"] = peak / GIB
+        beyond = peak > self.budget_bytes
+        wasteful = (
+            self._calls == STEPS_UNTIL_WASTE and self._bounded and peak < planned * (1 - TOLERANCE)
+        )
+        if not beyond and not wasteful:
+            return False
+        self._done = True
+        self._correction, self._planned_bytes = peak - planned, 0
+        self._report.note(
+            f"the step was planned anew: its peak was {peak / GIB:.3f} GiB, the plan "
+            f"{planned / GIB:.3f} GiB"
+        )
+        return True
+
+    def _gather(self, question: str, answer: int) -> list[int]:
+        return self._world.gather(f"memory: {question}", answer, self._timeout)
+
+    def _alive(self) -> list[Optimizer]:
+        return [o for ref in self._optimizers if (o := ref()) is not None]
+
+    def _state_tensors(self) -> list[torch.Tensor]:
+        found = [pytree.tree_leaves(list(o.state.values())) for o in self._alive()]
+        mine = [x for leaves in found for x in leaves if isinstance(x, torch.Tensor)]
+        return [x for x in mine if x.device.type == self._device_type]
+
+    def _state_bytes(self, parameters: Sequence[nn.Parameter]) -> int:
+        """Return the bytes of the optimizers' state once it exists."""
+        groups = [(o, group) for o in self._alive() for group in o.param_groups]
+        if not groups:
+            self._report.note(
+                "no optimizer was given: the memory plan assumes two numbers a parameter"
+            )
+            return 2 * _bytes(p for p in parameters if p.requires_grad)
+        return sum(_copies(o, g) * _bytes(p for p in g["params"]) for o, g in groups)
+
+    def _update_bytes(self, parameters: Sequence[nn.Parameter]) -> int:
+        """Return the temporaries of the optimizers' step: for-each forms copy what they update."""
+        total = 0
+        for optimizer in self._alive():
+            for group in optimizer.param_groups:
+                each = [p for p in group["params"] if p.requires_grad]
+                taken = hasattr(optimizer, "_magi_step")
+                whole = group.get("foreach") is not False and self._device_type == "cuda"
+                if not group.get("fused") and not taken and each:
+                    total += _bytes(each) if whole else max(_bytes([p]) for p in each)
+        return total
+
+
+def _copies(optimizer: Optimizer, group: dict[str, Any]) -> int:
+    """Return how many tensors of a parameter's size an optimizer keeps for it."""
+    if compat.steps_like(type(optimizer), torch.optim.Adam):
+        return 3 if group.get("amsgrad") else 2
+    if compat.steps_like(type(optimizer), torch.optim.SGD):
+        return 1 if group.get("momentum") else 0
+    return 2
+
+
+def _budget(budget_gib: float | Literal["auto"], device_type: str) -> int:
+    if budget_gib != "auto":
+        return int(budget_gib * GIB)
+    if device_type != "cuda":
+        raise ValueError(
+            "Config.memory_budget_gib is 'auto', which is the memory of a CUDA device, but the "
+            f"model lies on {device_type!r}; name a number of GiB, or None for no limit"
+        )
+    total = device_memory_bytes()
+    return int(total * (1 - MARGIN_SHARE)) - MARGIN_BYTES
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of the memory that `tensors` lie in, shared memory once."""
+    return sum({compat.storage_key(t): compat.storage_bytes(t) for t in tensors}.values())
+
+
+def shares(limit: Limit) -> str:
+    """Return what a step holds besides activations, the largest first."""
+    parts = {**limit.resident, "gradients": limit.gradient_bytes, "update": limit.update_bytes}
+    by_size = sorted(parts.items(), key=lambda part: -part[1])
+    return ", ".join(f"{name} {size / GIB:.3g}" for name, size in by_size if size)
+
+
+def start_measuring() -> None:
+    """Forget the peak of the device so far."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def measured_peak() -> int | None:
+    """Return the peak of what was allocated on the device; None without one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None

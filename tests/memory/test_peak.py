@@ -1,0 +1,152 @@
+"""Predicted peaks against executed graphs, on chains and library models."""
+
+import pytest
+import torch
+from torch import nn
+
+from magi_train.memory.peak import simulate
+from magi_train.memory.remat import checkpoints
+from tests.memory.joint import capture
+from tests.memory.tracker import traced_peak
+from tests.models import MODELS, loss_of
+
+LAYERS, TOLERANCE = 12, 0.03
+
+
+class Layer(nn.Module):
+    """A wide layer around a narrow stream."""
+
+    def __init__(self, dropout):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 64, bias=False), nn.Linear(64, 16, bias=False)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def forward(self, x):
+        h = torch.tanh(self.up(x))
+        return x + torch.tanh(self.dropout(self.down(h)))
+
+
+class Square(nn.Module):
+    """A layer whose stream costs as much to run again as what lies inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        a, b, c = self.layers
+        return x + c(torch.tanh(b(torch.tanh(a(x)))))
+
+
+def chain_of(dropout):
+    torch.manual_seed(0)
+    layers = nn.Sequential(*[Layer(dropout) for _ in range(LAYERS)])
+    return capture(lambda x: layers(x).square().mean(), torch.randn(256, 16))
+
+
+@pytest.fixture(scope="module")
+def chain():
+    return chain_of(0.0)
+
+
+@pytest.fixture(scope="module")
+def random_chain():
+    return chain_of(0.1)
+
+
+def spread(plans, count):
+    return plans[:: max(1, len(plans) // count)]
+
+
+def same(gradients, want):
+    pairs = list(zip(gradients, want, strict=True))
+    return all(w is None if g is None else torch.equal(g, w) for g, w in pairs)
+
+
+def test_planned_and_traced_peak_agree_and_gradients_are_equal(random_chain):
+    row = random_chain.row
+    _, want = traced_peak(*random_chain.cut(row.default))
+    for plan in [row.default, *spread(row.plans, 10)]:
+        cut = random_chain.cut(plan)
+        peak, gradients = traced_peak(*cut)
+        assert row.timeline(plan).peak == pytest.approx(peak, rel=TOLERANCE)
+        assert simulate(*cut, fused=False).peak == pytest.approx(peak, rel=TOLERANCE)
+        assert same(gradients, want)
+
+
+def test_equal_layers_are_not_rebuilt_at_once(chain):
+    """All wide values gone: what is left grows by the stream, a quarter of one, with each layer."""
+    row = chain.row
+    wide, narrow = 256 * 64 * 4, 256 * 16 * 4
+    most = row.timeline(row.default).peak
+    least = min(row.timeline(plan).peak for plan in row.plans)
+    assert most > LAYERS * wide
+    assert least < LAYERS * narrow + 6 * wide  # one layer and its gradients
+
+
+def test_a_plan_keeps_the_stream_of_a_chain_and_nothing_else():
+    torch.manual_seed(0)
+    layers = nn.Sequential(*[Square() for _ in range(LAYERS)])
+    row = capture(lambda x: layers(x).square().mean(), torch.randn(256, 32)).row
+    stream = {n.name for bound in checkpoints(row.joint) for n in bound if n.name[:3] == "add"}
+    assert len(stream) == LAYERS
+    assert any(
+        len(p.saved) <= LAYERS + 1 and len(stream & p.saved) >= LAYERS - 1 for p in row.plans
+    )
+    one, gradients = 256 * 32 * 4, LAYERS * 3 * 32 * 32 * 4
+    least = min(row.timeline(plan).peak for plan in row.plans)
+    everything = row.joint.timeline(set()).peak  # all rebuilt at once: PyTorch's ratio 0
+    assert least < (LAYERS + 6) * one / 2 + gradients + one < 0.5 * everything
+
+
+def test_a_smaller_budget_never_takes_a_faster_or_larger_plan(chain):
+    row = chain.row
+    most = row.timeline(row.default).peak
+    least = min(row.timeline(plan).peak for plan in row.plans)
+    budgets = [least + (most - least) * i // 9 for i in range(10)]
+    chosen = [row.choose(lambda p: row.timeline(p).peak, budget) for budget in budgets]
+    peaks = [row.timeline(plan).peak for plan in chosen]
+    seconds = [plan.seconds for plan in chosen]
+    assert all(peak <= budget for peak, budget in zip(peaks, budgets, strict=True))
+    assert peaks == sorted(peaks)
+    assert seconds == sorted(seconds, reverse=True)
+    assert len(set(peaks)) >= 5
+    assert row.choose(lambda p: row.timeline(p).peak, least - 1) is None
+
+
+def test_the_largest_tensors_at_the_peak_come_with_their_line(chain):
+    course = chain.row.timeline(chain.row.default)
+    sizes = [t.size_bytes for t in course.largest]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(sizes) == 10
+    assert sizes[0] == 256 * 64 * 4
+    assert any("torch.tanh(self.up(x))" in t.line for t in course.largest)
+    assert course.at in course.nodes
+    assert max(course.live) == course.peak
+
+
+def test_what_draws_random_numbers_is_never_run_again(random_chain):
+    row = random_chain.row
+    nodes = {n.name: n for n in row.joint.nodes}
+    assert row.joint.recomputed(set()) & row.joint.fixed, "the chain has dropout"
+    for plan in row.plans:
+        assert not row.joint.recomputed({nodes[n] for n in plan.saved}) & row.joint.fixed
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["llama", "bert", "t5", "vit", "resnet"])
+def test_library_models(name):
+    make, batch = MODELS[name]
+    model, given = make(), batch(0)
+    found = capture(lambda: loss_of(model(**given)))
+    row = found.row
+    _, want = traced_peak(*found.cut(row.default))
+    most, least = (f(row.timeline(p).peak for p in row.plans) for f in (max, min))
+    assert least < 0.9 * row.timeline(row.default).peak
+    for plan in spread(row.plans, 10):
+        cut = found.cut(plan)
+        peak, gradients = traced_peak(*cut)
+        assert simulate(*cut, fused=False).peak == pytest.approx(peak, rel=TOLERANCE)
+        assert row.timeline(plan).peak == pytest.approx(peak, rel=TOLERANCE)
+        assert least <= row.timeline(plan).peak <= most
+        assert same(gradients, want)
