@@ -417,11 +417,11 @@ class Region:
         )
         for row in rows:
             runtime.report.add(row)
-        if in_graph:
-            compiled = self._replaying(compiled, frozenset(stable))
             if runtime.memory is not None and row.name == FitBudget.name:
                 bounded = row.plan["planned_gib"] < row.plan["without_gib"]
                 runtime.memory.planned(row.plan["planned_gib"], bounded)
+        if in_graph:
+            compiled = self._replaying(compiled, frozenset(stable))
         if shadows is None:
             return compiled
         mine = [row for row in rows if row.name == UseWeightShadows.name]
@@ -433,7 +433,9 @@ class Region:
         """Return `compiled`, replayed as device graphs where that may be."""
         runtime = self.runtime
         wanted, why = runtime.config.cuda_graphs, ""
-        if runtime.replays is None:
+        if runtime.memory is not None:
+            why = "the memory budget plans one step, not a pool beside it"
+        elif runtime.replays is None:
             why = f"there are none on {runtime.device_type}"
         elif runtime.world.size > 1:
             why = "a backward that reduces gradients between ranks is not replayed"

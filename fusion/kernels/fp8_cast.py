@@ -72,14 +72,21 @@ def fp8_cast(
     """Return `x / scale` in fp8, and its transpose, both contiguous.
 
     Args:
-        x: `[rows, columns]`, bfloat16, float16 or float32, any strides.
+        x: `[rows, columns]`, bfloat16, any strides.
         scale: float32, one element.
         dtype: torch.float8_e4m3fn or torch.float8_e5m2.
         tile: Rows and columns of a tile, powers of two, and warps for each; for benchmarks.
+
+    Raises:
+        TypeError: `x` has another dtype. Triton 3.6 writes garbage to the transpose of tiles that
+            were read as float32 (seen on an H200).
     """
+    if x.dtype is not torch.bfloat16:
+        raise TypeError(f"fp8_cast takes bfloat16, got {x.dtype}; cast it first")
     if x.stride(0) == 1 and x.stride(1) != 1:  # reads along rows
         rows, columns = fp8_cast(x.t(), scale, dtype, tile)
         return columns, rows
+    x = x if x.stride(1) == 1 else x.contiguous()
     height, width = x.shape
     rows = torch.empty((height, width), dtype=dtype, device=x.device)
     columns = torch.empty((width, height), dtype=dtype, device=x.device)

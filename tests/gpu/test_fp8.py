@@ -17,12 +17,12 @@ pytestmark = pytest.mark.skipif(bool(REFUSAL), reason=REFUSAL)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-@pytest.mark.parametrize("source", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(128, 128), (200, 72), (16, 3000), (4096, 2048)])
-def test_the_cast_kernel_has_the_bits_of_its_reference(dtype, source, shape):
+def test_the_cast_kernel_has_the_bits_of_its_reference(dtype, shape):
     from magi_train.fusion.kernels.fp8_cast import fp8_cast, fp8_cast_reference
 
-    x = (torch.randn(shape, device="cuda") * torch.rand(shape, device="cuda").log()).to(source)
+    x = torch.randn(shape, device="cuda") * torch.rand(shape, device="cuda").clamp(1e-6).log()
+    x = x.bfloat16()
     whole = x.abs().max().float() / torch.finfo(dtype).max
     for given in (x, x.t()):
         for scale in (whole, whole / 3):  # the second one clamps
