@@ -9,17 +9,15 @@ Inductor makes of the same three lines, and the maximum that gives the scale. Th
 the model that decides which linears run in fp8 (`MACHINE` in fusion/fp8_match.py).
 """
 
-import argparse
 import itertools
 import json
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks import records
 from benchmarks.optimizer_step import copy_bandwidth, median_ms
 
 BEYOND_L2 = 4 * 60 * 10**6
@@ -94,30 +92,11 @@ def products(shape: tuple[int, int, int]) -> dict[str, Any]:
 
 def main() -> None:
     """Measure casts and products, print them, write JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--commit", default="unknown")
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    import triton
-
+    options = records.parser_of(__doc__).parse_args()
     copy = copy_bandwidth()
     rows = [row for shape in SHAPES for row in casts(shape, copy)]
     rates = [products(shape) for shape in PRODUCTS]
-    result = {
-        "question": "fp8_cast",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": options.commit,
-        "versions": {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-                     "triton": triton.__version__},
-        "copy_gb_per_second": copy,
-        "rows": rows,
-        "tflops": rates,
-    }  # fmt: skip
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    records.save("fp8_cast", options, copy_gb_per_second=copy, rows=rows, tflops=rates)
     print(f"\ncopy, device to device {copy:.0f} GB/s")
     for row in rows:
         figures = row.get("failed") or (

@@ -15,18 +15,18 @@ or not: the worst case for the numbers. On the CPU a toy is trained, to try the 
 | torchao | torch.compile, torchao's tensorwise float8 linears, all but the head |
 """
 
-import argparse
 import json
 import math
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks import records
 from examples import corpus
+from examples.model import small_llama
 
 SIZES: dict[str, dict[str, int]] = {
     "cuda": {"layers": 12, "width": 1024, "heads": 16, "length": 512, "batch": 32, "steps": 1000,
@@ -39,23 +39,9 @@ SEED, LEARNING_RATE = 20, 1e-3
 
 def build(size: dict[str, int], device: str) -> nn.Module:
     """Return an unmodified Llama, always with the same weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(SEED)
     with torch.device(device):
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=size["vocabulary"],
-                hidden_size=size["width"],
-                intermediate_size=size["width"] * 8 // 3 // 32 * 32,
-                num_hidden_layers=size["layers"],
-                num_attention_heads=size["heads"],
-                num_key_value_heads=size["heads"] // 2,
-                max_position_embeddings=size["length"],
-                tie_word_embeddings=True,
-                use_cache=False,
-            )
-        )
+        return small_llama(size, size["vocabulary"])
 
 
 def batches(tokens: Tensor, size: dict[str, int], steps: int) -> Tensor:
@@ -167,15 +153,11 @@ def train(variant: str, text: corpus.Corpus, size: dict[str, int], device: str) 
 
 def main() -> None:
     """Train all variants, print the losses, write JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = records.parser_of(__doc__)
     parser.add_argument("--variants", nargs="+", default=["bf16", "fp8", "torchao"])
     parser.add_argument("--steps", type=int)
     parser.add_argument("--all", action="store_true", help="fp8 wherever it fits")
     parser.add_argument("--folder", type=Path, default=Path("fp8_training_data"))
-    parser.add_argument("--commit", default="unknown")
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = {**SIZES[device]}
@@ -196,18 +178,7 @@ def main() -> None:
         except Exception as error:
             rows.append({"variant": variant, "failed": repr(error)[-600:]})
         print(json.dumps(rows[-1]), flush=True)
-    result = {
-        "question": "fp8_training",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": options.commit,
-        "versions": {"torch": torch.__version__, "device": device},
-        "size": size,
-        "all": options.all,
-        "rows": rows,
-    }
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    records.save("fp8_training", options, size=size, all=options.all, rows=rows)
     base = next((r["validation_loss"] for r in rows if r.get("variant") == "bf16"), math.nan)
     for row in rows:
         if "failed" in row:

@@ -8,17 +8,16 @@ shadow 2, its check 2 in every CHECK_STRIDE-th tile. The last column is the shar
 from device to device moves. Times are medians of device events around steps that run back to back.
 """
 
-import argparse
 import itertools
 import json
 import statistics
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks import records
 
 WARM_UP, TIMED = 10, 20
 """The first steps check every shadow; they lie in the warm-up."""
@@ -96,14 +95,7 @@ def copy_bandwidth(num_bytes: int = 4 * 2**30) -> float:
 
 def main() -> None:
     """Measure all variants, print the table, write JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--commit", default="unknown")
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    import triton
-
+    options = records.parser_of(__doc__).parse_args()
     copy = copy_bandwidth()
     parameters = [nn.Parameter(torch.randn(s, device="cuda") * 0.02) for s in shapes()]
     rows = []
@@ -115,20 +107,14 @@ def main() -> None:
         except Exception as error:
             rows.append({"variant": variant, "failed": repr(error)[-600:]})
         print(json.dumps(rows[-1]), flush=True)
-    result = {
-        "question": "optimizer_step",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": options.commit,
-        "versions": {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-                     "triton": triton.__version__},
-        "parameters": sum(p.numel() for p in parameters),
-        "tensors": len(parameters),
-        "copy_gb_per_second": copy,
-        "rows": rows,
-    }  # fmt: skip
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    records.save(
+        "optimizer_step",
+        options,
+        parameters=sum(p.numel() for p in parameters),
+        tensors=len(parameters),
+        copy_gb_per_second=copy,
+        rows=rows,
+    )
     print(f"\n{'copy, device to device':38} {'':>9} {copy:9.0f} GB/s")
     for row in rows:
         if "failed" in row:

@@ -42,7 +42,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from benchmarks import records
 from benchmarks.cases import CASES, Batch, Case, fold_masks_by_hand
 
 WARM_UP, TIMED = 20, 20  # CUDA graphs are chosen in the first 13 steps
@@ -358,20 +358,6 @@ def launch(arguments: list[str], gpus: int, first_gpu: int, seconds: int) -> dic
         return {"failed": failure or "no result"}
 
 
-def versions() -> dict[str, str]:
-    """Return what the figures depend on."""
-    import transformers
-    import triton
-
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": str(torch.version.cuda),
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as text, with the ratio to the best peer of the same number of GPUs."""
     columns = ("step_ms", "back_to_back_ms", "peak_gib", "reserved_gib", "first_step_s", "loss",
@@ -397,14 +383,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure all variants, print the table, write JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = records.parser_of(__doc__)
     parser.add_argument("--case", choices=CASES, default="llama-1b")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1])
     parser.add_argument("--variants", nargs="+")
-    parser.add_argument("--commit", default="unknown")
-    parser.add_argument("--output", type=Path)
     parser.add_argument("--seconds", type=int, default=150, help="limit for one variant")
     parser.add_argument("--kernels", action="store_true", help="list the longest kernels")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -445,18 +427,7 @@ def main() -> None:
     if max(options.gpus) > 1 and not options.variants:
         arguments = ["--case", options.case, "--worker", "parity"]
         checks["parity"] = launch(arguments, 2, 0, options.seconds)
-    result = {
-        "question": "train_step",
-        "case": options.case,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": options.commit,
-        "versions": versions(),
-        "rows": rows,
-        "checks": checks,
-    }
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    records.save("train_step", options, case=options.case, rows=rows, checks=checks)
     print(json.dumps(checks, indent=1))
     print(table(rows), flush=True)
 

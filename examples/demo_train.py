@@ -18,9 +18,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples import corpus
+from examples.model import small_llama
 
 SEED = 20
 WARM_UP_STEPS = 10
@@ -58,19 +58,7 @@ class CodeModel(pl.LightningModule):
 
     def __init__(self, size: dict[str, Any], vocabulary: int, token_bytes: Tensor) -> None:
         super().__init__()
-        self.model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=vocabulary,
-                hidden_size=size["width"],
-                intermediate_size=size["width"] * 8 // 3 // 32 * 32,
-                num_hidden_layers=size["layers"],
-                num_attention_heads=size["heads"],
-                num_key_value_heads=size["heads"] // 2,
-                max_position_embeddings=size["length"],
-                tie_word_embeddings=True,
-                use_cache=False,
-            )
-        )
+        self.model = small_llama(size, vocabulary)
         self.steps = size["steps"]
         self.token_bytes = token_bytes.tolist()
         self.window_losses: list[Tensor] = []

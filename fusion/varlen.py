@@ -80,16 +80,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    offsets: Tensor,
-    longest: int,
-    back: int,
-    ahead: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     exponents = torch.float64 if query.dtype is torch.float64 else torch.float32
     logsumexp = query.new_empty((query.shape[1], query.shape[0]), dtype=exponents)
     return query.new_empty(query.shape), logsumexp
@@ -120,17 +111,7 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    logsumexp: Tensor,
-    offsets: Tensor,
-    longest: int,
-    back: int,
-    ahead: int,
-    scale: float,
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
