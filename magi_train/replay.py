@@ -61,6 +61,10 @@ class ReplayMemory:
         self._recordings: list[Recording] = []
         self._pending: Callable[[], Call | None] = lambda: None
 
+    def bytes(self) -> int:
+        """Return the memory of all recordings."""
+        return sum(recording.bytes for recording in self._recordings)
+
     def add(self, recording: Recording) -> None:
         """Watch over what `recording` hands out."""
         self._recordings.append(recording)
@@ -278,6 +282,10 @@ class Replayer:
         self.recording = None
 
     def _plainly(self, args: Sequence[Tensor]) -> Any:
+        if self.recording is not None:
+            held = self._memory.bytes()
+            if self._device.room(held) < held:
+                return self._give_up("no room for a plain call beside the graphs", args)
         if self._measuring:
             if self._since > PATIENCE:
                 return self._give_up("hardly any call could be replayed", args)

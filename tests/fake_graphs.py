@@ -18,6 +18,7 @@ class FakeGraphs:
         buffers: Restored after a capture, which must have no effect.
         now: Milliseconds; a test moves it.
         fail: Raised by the captures that follow, after they have run.
+        free: Bytes of memory beside the graphs, which take none.
     """
 
     def __init__(self, device=None, buffers=()):
@@ -25,7 +26,7 @@ class FakeGraphs:
         self.buffers, self.now, self.fail = list(buffers), 0.0, None
         self.captures = self.replays = self.pools = 0
         self.capturing = False
-        self.current = 0
+        self.current, self.free = 0, 0
 
     def capture(self, function):
         before = [b.clone() for b in self.buffers]
@@ -64,6 +65,9 @@ class FakeGraphs:
 
     def reserved(self):
         return 0
+
+    def room(self, pools):
+        return self.free
 
     def random_state(self):
         return torch.get_rng_state()

@@ -241,6 +241,25 @@ def test_a_forward_without_backward_between():
     assert compare(loop).replays >= 2 * ALL
 
 
+def test_graphs_make_room_for_a_plain_call():
+    """The second forward of a pair runs plainly; there is no memory for it beside the graphs."""
+
+    def loop(call, model, optimizer):
+        for i in range(STEPS):
+            if i == STEPS - 3 and isinstance(call, Harness):
+                call.device.free = -1
+            first = call(*batch(i))[0]
+            second = call(*batch(i + 100))[0] if i >= STEPS - 3 else 0.0
+            (first + second).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [first.detach()]
+
+    harness = compare(loop)
+    assert harness.device.replays == 2 * (ALL - 3) + 2
+    assert "no room for a plain call beside the graphs" in str(harness.report)
+
+
 def test_evaluation_between():
     def loop(call, model, optimizer):
         seen = []

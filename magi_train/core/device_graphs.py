@@ -56,6 +56,10 @@ class DeviceGraphs(Protocol):
         """Return the bytes held from the device, less those that nothing uses."""
         ...
 
+    def room(self, pools: int) -> int:
+        """Return the bytes that a plain call may still take, beside `pools` bytes of graphs."""
+        ...
+
     def random_state(self) -> Tensor:
         """Return the state of the device's random numbers."""
         ...
@@ -131,6 +135,14 @@ class CudaGraphs:
         """Return the bytes that torch's allocator holds and uses."""
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved(self.device)
+
+    def room(self, pools: int) -> int:
+        """Return what the device has free, and what torch's allocator holds outside of `pools`."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        reserved, used = (
+            torch.cuda.memory_reserved(self.device), torch.cuda.memory_allocated(self.device)
+        )  # fmt: skip
+        return free + max(reserved - used - pools, 0)
 
     def random_state(self) -> Tensor:
         """Return the state of the device's default generator."""
