@@ -116,6 +116,7 @@ def test_collectives_may_stay_out_of_the_graph(two_ranks):
     assert "communication_plan" in names
 
 
+@pytest.mark.full
 def test_three_ranks_and_many_buckets():
     config = Config(lowering="aot_eager", comm=CommConfig(bucket_mib=0.01))
     outcomes = run_ranks(many, ("llama", "unused_frozen_tied"), config, False, 2, world_size=3)

@@ -67,7 +67,12 @@ def test_the_name_alone_trains_as_ddp(tmp_path, namespace, plain_ddp):
 
 
 @pytest.mark.parametrize(
-    "mode", ["accumulate", "manual", pytest.param("breaks", marks=pytest.mark.full)]
+    "mode",
+    [
+        "accumulate",
+        pytest.param("manual", marks=pytest.mark.full),
+        pytest.param("breaks", marks=pytest.mark.full),
+    ],
 )
 def test_modes(tmp_path, mode):
     ours = run(tmp_path, "lightning.pytorch", "magi", mode)
@@ -78,6 +83,7 @@ def test_modes(tmp_path, mode):
         assert "lightning_script.py" in ours["report"]["reason"]
 
 
+@pytest.mark.full
 def test_spawned_processes(tmp_path, plain_ddp):
     assert_same(run(tmp_path, "lightning.pytorch", "magi_spawn"), plain_ddp, logs=False)
 
