@@ -102,7 +102,7 @@ def is_repeatable(node: Node) -> bool:
     """Return whether running a node again gives the same value: it draws no random numbers."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
-        return node.op == "get_attr" or not isinstance(target, torch._ops.HigherOrderOperator)
+        return node.op == "get_attr" or not compat.is_higher_order(target)
     if target.namespace == "_c10d_functional":
         return False
     dropout = argument(node, "dropout_p")

@@ -37,6 +37,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._C._autograd._top_saved_tensors_default_hooks | the user packs saved tensors |
 | torch._C._cuda_endAllocateToPool, _cuda_releasePool | take back a capture that failed |
 | torch.ops.aten._scaled_mm | fp8 matrix products |
+| torch._ops.HigherOrderOperator | operators that take graphs |
 | SymInt.node.expr, .hint | symbols of a dynamic size, and its size while compiling |
 """
 
@@ -399,6 +400,11 @@ def empty_like_inputs(
     fakes = [x for x in inputs if isinstance(x, FakeTensor)]
     with fakes[0].fake_mode if fakes else contextlib.nullcontext():
         return torch.empty(numel, dtype=dtype, device=device)
+
+
+def is_higher_order(target: object) -> bool:
+    """Return whether a node calls an operator that takes graphs, such as a checkpointed region."""
+    return isinstance(target, torch._ops.HigherOrderOperator)
 
 
 def autocast_dtype(gm: torch.fx.GraphModule, device_type: str) -> torch.dtype | None:

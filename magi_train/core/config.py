@@ -170,6 +170,11 @@ class Config:
                 "memory of one step, not of a pool for graphs beside it; remove one of the two"
             )
         if self.memory_budget_gib != "auto":
+            if isinstance(self.memory_budget_gib, str):
+                got = repr(self.memory_budget_gib)
+                raise ValueError(
+                    f"Config.memory_budget_gib must be a number of GiB, 'auto' or None, got {got}"
+                )
             _check_positive("Config", "memory_budget_gib", self.memory_budget_gib)
         for name, wanted in (
             ("memory_budget_gib", self.memory_budget_gib is not None),
