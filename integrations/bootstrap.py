@@ -1,9 +1,10 @@
 """What `magi run` starts on each rank: the user's script, with its fate told to the launcher.
 
 Usage: python -m magi_train.integrations.bootstrap [--replace-ddp] [--module] [--preflight]
-       [--fold] [--folder=FOLDER] -- SCRIPT [ARGS ...]
+       [--own-view] [--fold] [--folder=FOLDER] -- SCRIPT [ARGS ...]
 
---folder: where rank_files.py writes. --fold: leave tracebacks to the launcher. Options rather than
+--folder: where rank_files.py writes. --own-view: each rank sees one GPU, its own. --fold:
+leave tracebacks to the launcher. Options rather than
 variables of the environment: processes that the script starts must not take them for theirs.
 """
 
@@ -41,7 +42,7 @@ def main() -> None:
         if "--preflight" in options:
             from magi_train.integrations.preflight import check
 
-            check()
+            check(own_view="--own-view" in options)
         if files is not None:
             files.start()
         _run(script, arguments, options)

@@ -71,6 +71,7 @@ def option_parser() -> argparse.ArgumentParser:
     """Return torchrun's parser with our options added."""
     parser = run.get_args_parser()
     parser.prog = "magi run"
+    parser.allow_abbrev = False  # half an option would be taken, and our defaults would overrule it
     ours = parser.add_argument_group(
         "magi",
         "Anywhere before the script. --magi.KEY=VALUE, as --magi.fusion.loss=false, is a setting "
@@ -189,7 +190,7 @@ def _through_bootstrap(options: Any, folder: Path) -> None:
         return
     mine = [*_bootstrap_options(options), f"--folder={folder}"]
     if not options.no_preflight:
-        mine.append("--preflight")
+        mine += ["--preflight", *(["--own-view"] if options.virtual_local_rank else [])]
     if options.redirects == "0" and options.tee == "0":  # else the rank's log shall have it
         mine.append("--fold")
     script = [options.training_script, *options.training_script_args]
@@ -225,7 +226,8 @@ def _describe(options: Any) -> str:
     chosen = [
         f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
         for name, value in vars(options).items()
-        if name in defaults and value != defaults[name] and not name.startswith("training_script")
+        if name == "nproc_per_node" or (name in defaults and value != defaults[name])
+        if not name.startswith("training_script")
     ]
     script = [options.training_script, *options.training_script_args]
     return shlex.join(["torchrun", *chosen, *script]) + "\n"

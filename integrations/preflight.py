@@ -35,8 +35,11 @@ BUSY_FRACTION = 0.1
 NUMEL = 2**20
 
 
-def check() -> None:
+def check(own_view: bool = False) -> None:
     """Run the check; a line from rank 0 says what was found.
+
+    Args:
+        own_view: Each rank sees its own device only, as under torchrun's --virtual-local-rank.
 
     Raises:
         MagiError: Ranks differ, or the all-reduce fails or does not end; names rank and step.
@@ -49,6 +52,8 @@ def check() -> None:
     child = os.fork()
     if child == 0:
         os.close(reader)
+        if own_view:
+            os.environ["LOCAL_WORLD_SIZE"] = "1"
         _child(writer)
     os.close(writer)
     steps = _follow(reader, child)
@@ -127,8 +132,7 @@ def _device() -> torch.device:
     local = int(os.environ["LOCAL_RANK"])
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     count = torch.cuda.device_count()
-    virtual = count == 1 and local == 0  # --virtual-local-rank: each rank sees its own
-    if count >= ranks or (virtual and count):
+    if count >= ranks:
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
     return torch.device("cpu")
@@ -142,6 +146,8 @@ def facts() -> dict[str, Any]:
         triton = "none"
     found: dict[str, Any] = {
         "host": socket.gethostname(),
+        "gpus": torch.cuda.device_count(),
+        "ranks_here": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "free_disk_bytes": shutil.disk_usage(os.getcwd()).free,
         "equal": {
             "torch": torch.__version__,
@@ -177,13 +183,18 @@ def compare(answers: list[Any]) -> None:
 
 
 def warnings_of(answers: list[Any]) -> list[str]:
-    """Return sentences on full disks and busy devices."""
+    """Return sentences on full disks, and on devices that are shared or busy."""
     found = {}
     for rank, answer in enumerate(answers):
         if answer["free_disk_bytes"] < LOW_DISK_BYTES:
             gib = answer["free_disk_bytes"] / 2**30
             found[answer["host"]] = (
                 f"{gib:.1f} GiB of disk are free on {answer['host']}: checkpoints may not fit"
+            )
+        if answer["ranks_here"] > 1 and 0 < answer["gpus"] < answer["ranks_here"]:
+            found[f"GPUs of {answer['host']}"] = (
+                f"{answer['ranks_here']} ranks share {answer['gpus']} GPU(s) on {answer['host']}: "
+                "NCCL refuses that; --nproc auto starts one rank a GPU"
             )
         total = answer.get("total_bytes", 0)
         used = total - answer.get("free_bytes", 0)

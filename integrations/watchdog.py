@@ -17,7 +17,9 @@ from pathlib import Path
 from magi_train.integrations.rank_files import ask_file
 
 DEFAULT_SECONDS = 540.0
+LOOK_EVERY_SECONDS = 1.0
 ANSWER_SECONDS = 20.0
+"""How long ranks may take to answer: the first answer imports much."""
 
 
 class Watchdog:
@@ -49,7 +51,7 @@ class Watchdog:
             self._thread.join(timeout=ANSWER_SECONDS + 2)
 
     def _watch(self) -> None:
-        while not self._stop.wait(min(1.0, self.seconds / 4)):
+        while not self._stop.wait(min(LOOK_EVERY_SECONDS, self.seconds / 4)):
             alive = self._alive()
             still = {rank: s for rank, (_, s) in alive.items() if s >= self.seconds}
             self._told &= still.keys()
