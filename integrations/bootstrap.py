@@ -3,9 +3,9 @@
 Usage: python -m magi_train.integrations.bootstrap [--replace-ddp] [--module] [--preflight]
        [--own-view] [--fold] [--folder=FOLDER] -- SCRIPT [ARGS ...]
 
---folder: where rank_files.py writes. --own-view: each rank sees one GPU, its own. --fold:
-leave tracebacks to the launcher. Options rather than
-variables of the environment: processes that the script starts must not take them for theirs.
+--folder: where rank_files.py writes. --own-view: each rank sees one GPU, its own. --fold: leave
+tracebacks to the launcher. Options rather than variables of the environment: processes that the
+script starts must not take them for theirs.
 """
 
 import os

@@ -190,7 +190,8 @@ def _through_bootstrap(options: Any, folder: Path) -> None:
         return
     mine = [*_bootstrap_options(options), f"--folder={folder}"]
     if not options.no_preflight:
-        mine += ["--preflight", *(["--own-view"] if options.virtual_local_rank else [])]
+        own_view = getattr(options, "virtual_local_rank", False)  # newer than torch 2.9
+        mine += ["--preflight", *(["--own-view"] if own_view else [])]
     if options.redirects == "0" and options.tee == "0":  # else the rank's log shall have it
         mine.append("--fold")
     script = [options.training_script, *options.training_script_args]

@@ -440,11 +440,11 @@ def last_collective() -> str:
         if entries:
             last = entries[-1]
             sizes = ", ".join(map(str, last.get("input_sizes", []))) or "nothing"
-            seconds = time.time() - last["time_created_ns"] / 1e9
+            begun = last.get("time_created_ns", 0) / 1e9
             return (
-                f"{last['profiling_name']} of {sizes}, number {last['collective_seq_id']} in "
-                f"{' '.join(last['process_group'])}, begun {seconds:.0f} s ago, "
-                f"{'ended' if last.get('retired') else 'not ended'}"
+                f"{last.get('profiling_name')} of {sizes}, number {last.get('collective_seq_id')} "
+                f"in {' '.join(last.get('process_group', []))}, begun {time.time() - begun:.0f} s "
+                f"ago, {'ended' if last.get('retired') else 'not ended'}"
             )
     return "none recorded"
 

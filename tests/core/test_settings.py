@@ -92,6 +92,7 @@ def test_a_wrong_file_names_key_type_and_value(toml, text, words):
     [
         ("fusion.los=false", "did you mean 'fusion.loss'"),
         ("bucket_mib=3", "did you mean 'comm.bucket_mib'"),
+        ("fusion.tune=true", "did you mean 'tune'"),
         ("tier=grap", "must be auto or graph or region or eager, got 'grap'"),
         ("comm.bucket_mib=abc", "must be a number or none, got 'abc'"),
         ("fusion.loss=1", "must be true or false, got '1'"),

@@ -201,8 +201,12 @@ def test_a_dry_run_says_what_would_start(tmp_path, capsys, monkeypatch):
     assert "--tee=3" in out
     monkeypatch.delenv("PET_NPROC_PER_NODE")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    in_process("--dry-run", "--nproc", "auto", str(script), status=0)
+    in_process("--dry-run", "--nproc", "auto", str(script), "--nproc-per-node", "9", status=0)
     assert "--nproc-per-node=8" in capsys.readouterr().out
+    in_process("--dry-run", "--nproc-per-node", "5", str(script), status=0)
+    assert "--nproc-per-node=5" in capsys.readouterr().out
+    in_process("--dry-run", str(script), "--nproc-per-node", "9", status=0)
+    assert "--nproc-per-node=8" in capsys.readouterr().out, "what stands behind is the script's"
 
 
 def test_replace_ddp_trains_an_unmodified_script_the_same(tmp_path):

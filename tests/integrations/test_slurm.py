@@ -69,6 +69,7 @@ def test_srun_with_a_task_for_each_node_meets_at_the_first(dry_run):
     assert "standalone" not in out
     out, _ = dry_run(STEP | tasks, "--nnodes=1", "--standalone")
     assert "rdzv" not in out, "options that are given win"
+    assert "--nnodes=2" not in out
 
 
 def test_a_batch_script_without_srun_starts_one_node_and_says_so(dry_run):
