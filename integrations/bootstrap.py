@@ -1,13 +1,22 @@
-"""What `magi run` starts on each rank: the user's script, with its exceptions recorded.
+"""What `magi run` starts on each rank: the user's script, with its fate told to the launcher.
 
-Usage: python -m magi_train.integrations.bootstrap [--replace-ddp] [--module] -- SCRIPT [ARGS ...]
+Usage: python -m magi_train.integrations.bootstrap [--replace-ddp] [--module] [--preflight]
+       [--own-view] [--fold] [--folder=FOLDER] -- SCRIPT [ARGS ...]
+
+--folder: where rank_files.py writes. --own-view: each rank sees one GPU, its own. --fold: leave
+tracebacks to the launcher. Options rather than variables of the environment: processes that the
+script starts must not take them for theirs.
 """
 
 import os
 import runpy
 import sys
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
+
+from magi_train.integrations import _autoload
+from magi_train.integrations.rank_files import RankFiles, print_one_line
 
 
 def _replace_ddp() -> None:
@@ -25,8 +34,28 @@ def main() -> None:
     """Run the script as __main__, with its own arguments and its folder first on sys.path."""
     split = sys.argv.index("--")
     options, (script, *arguments) = sys.argv[1:split], sys.argv[split + 1 :]
-    from magi_train.integrations import _autoload
+    folder = next((o.partition("=")[2] for o in options if o.startswith("--folder=")), None)
+    files = RankFiles(Path(folder), int(os.environ["RANK"])) if folder else None
+    if "--fold" in options:
+        sys.excepthook = print_one_line
+    try:
+        if "--preflight" in options:
+            from magi_train.integrations.preflight import check
 
+            check(own_view="--own-view" in options)
+        if files is not None:
+            files.start()
+        _run(script, arguments, options)
+    except Exception as error:
+        if files is not None:
+            files.record(error)
+        raise
+    finally:
+        if files is not None:
+            files.close()
+
+
+def _run(script: str, arguments: list[str], options: list[str]) -> None:
     _autoload.register()
     if "--replace-ddp" in options:
         _replace_ddp()

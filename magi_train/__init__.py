@@ -1,19 +1,27 @@
-"""Distributed-training optimization for PyTorch: prepare a model, train it as before, faster."""
+"""Distributed-training optimization for PyTorch: prepare a model, train it as before, faster.
 
-from magi_train.api import DataParallel, PreparedModule, prepare, prepare_step, report
-from magi_train.core.config import CommConfig, Config, FusionConfig
-from magi_train.core.errors import MagiError
-from magi_train.core.facts import to_device
-from magi_train.core.passes import (
-    CachedPass,
-    PassContext,
-    Plan,
-    Stage,
-    register_pass,
-    unregister_pass,
-)
-from magi_train.core.report import Report
-from magi_train.exporter import export, load
+Names are imported when they are first used: `import magi_train` costs what `import torch` does,
+and torch's entry point, which passes through this package, costs nothing.
+"""
+
+import importlib
+import typing
+
+if typing.TYPE_CHECKING:
+    from magi_train.api import DataParallel, PreparedModule, prepare, prepare_step, report
+    from magi_train.core.config import CommConfig, Config, FusionConfig
+    from magi_train.core.errors import MagiError
+    from magi_train.core.facts import to_device
+    from magi_train.core.passes import (
+        CachedPass,
+        PassContext,
+        Plan,
+        Stage,
+        register_pass,
+        unregister_pass,
+    )
+    from magi_train.core.report import Report
+    from magi_train.exporter import export, load
 
 __all__ = [
     "CachedPass",
@@ -36,3 +44,33 @@ __all__ = [
     "to_device",
     "unregister_pass",
 ]
+
+_HOMES = {
+    "api": ("DataParallel", "PreparedModule", "prepare", "prepare_step", "report"),
+    "core.config": ("CommConfig", "Config", "FusionConfig"),
+    "core.errors": ("MagiError",),
+    "core.facts": ("to_device",),
+    "core.passes": (
+        "CachedPass",
+        "PassContext",
+        "Plan",
+        "Stage",
+        "register_pass",
+        "unregister_pass",
+    ),
+    "core.report": ("Report",),
+    "exporter": ("export", "load"),
+}
+
+
+def __getattr__(name: str) -> typing.Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+            globals()[name] = value  # the next look-up does not come here
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""The command line: `magi run` and `magi explain`."""
+"""The command line: `magi run`, `magi config`, `magi doctor` and `magi explain`."""
 
 import argparse
 import json
@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from magi_train.core import settings
 from magi_train.core.errors import MagiError
-from magi_train.core.report import Report
 
 EPILOG = "magi run takes every option of torchrun; `magi run --help` lists them"
 
@@ -15,22 +15,79 @@ EPILOG = "magi run takes every option of torchrun; `magi run --help` lists them"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["run"]:  # its options are torchrun's, not ours to parse
-        from magi_train.integrations.launcher import launch
+    try:
+        if given[:1] == ["run"]:  # its options are torchrun's, not ours to parse
+            from magi_train.integrations.launcher import launch
 
-        return launch(given[1:])
+            return launch(given[1:])
+        options = _parse(given)
+        if options.command == "config":
+            return _show_config(options) if options.what == "show" else _show_keys()
+        if options.command == "doctor":
+            from magi_train.integrations.doctor import examine
+
+            return examine(as_json=options.json)
+        return _explain(options)
+    except MagiError as error:
+        sys.stderr.write(f"magi {given[0]}: {error}\n")
+        return 2
+
+
+def _parse(given: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="magi", description=__doc__, epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run", help="start a script on every rank", add_help=False)
     explain = commands.add_parser("explain", help="show the report of a run")
     explain.add_argument("report", nargs="?", default="magi_report.json")
-    explain.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(given)
-    try:
-        report = Report.load(options.report)
-    except MagiError as error:
-        sys.stderr.write(f"magi explain: {error}\n")
-        return 2
+    doctor = commands.add_parser("doctor", help="examine this machine and what is installed")
+    config = commands.add_parser("config", help="show settings and where they come from")
+    what = config.add_subparsers(dest="what", required=True)
+    what.add_parser("keys", help="every setting: key, type, default and meaning")
+    show = what.add_parser(
+        "show",
+        help="the effective values and their sources; takes --magi.KEY=VALUE as `magi run` does",
+    )
+    show.add_argument("file", nargs="?", help="a TOML or YAML file of settings")
+    for command in (explain, doctor, show):
+        command.add_argument("--json", action="store_true", help="print JSON")
+    options, others = parser.parse_known_args(given)
+    wrong = [o for o in others if not o.startswith("--magi.") or options.command != "config"]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    options.words = [o.removeprefix("--magi.") for o in others]
+    return options
+
+
+def _show_config(options: argparse.Namespace) -> int:
+    found = settings.gather(options.words, options.file)
+    effective = {
+        key: found.get(key, settings.Sourced(each.default, "default"))
+        for key, each in settings.known_settings().items()
+        if key in found or not settings.is_part(key)
+    }
+    if options.json:
+        text = json.dumps({key: asdict(each) for key, each in effective.items()}, indent=2)
+    else:
+        width = max(map(len, effective))
+        text = "\n".join(
+            f"{key:{width}}  {settings.as_text(each.value):12} {each.source}"
+            for key, each in effective.items()
+        )
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+def _show_keys() -> int:
+    for key, each in settings.known_settings().items():
+        default = "" if settings.is_part(key) else f", default {settings.as_text(each.default)}"
+        sys.stdout.write(f"{key}: {each.wanted}{default}\n    {each.help}\n")
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from magi_train.core.report import Report
+
+    report = Report.load(options.report)
     text = json.dumps(asdict(report), indent=2) if options.json else str(report)
     sys.stdout.write(text + "\n")
     return 0

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from magi_train.comm.reducer import Reducer
-from magi_train.core import compat, hardware
+from magi_train.core import compat, hardware, settings
 from magi_train.core.config import Config
 from magi_train.core.device_graphs import device_graphs
 from magi_train.core.passes import registered_passes
@@ -36,7 +36,7 @@ class Runtime:
 
     Args:
         module: The model, already on its device; the user's own object.
-        config: What to do.
+        config: What to do; settings from the environment fill in what it leaves at the default.
 
     Attributes:
         fp8: Whether linears may run in fp8: asked for, and possible on every rank.
@@ -48,6 +48,8 @@ class Runtime:
 
     def __init__(self, module: nn.Module, config: Config) -> None:
         compat.warn_about_version()
+        outside = settings.from_environment()
+        config, overruled = settings.apply(config, outside)
         earlier = _runtimes.get(module, lambda: None)()
         if earlier is not None:
             earlier.close()
@@ -69,6 +71,8 @@ class Runtime:
         self.device_type = device.type
         self.report = Report(world_size=self.world.size, settings=config.as_dict())
         self.report.versions |= hardware.devices_in_use()
+        if outside:
+            self._tell_outside(settings.to_words(outside), overruled)
         self._agree(parameters)
         self.fp8 = config.precision == "fp8" and self._fp8_everywhere()
         self.reducer = Reducer(
@@ -104,6 +108,13 @@ class Runtime:
         shapes = {n: [list(p.shape), str(p.dtype), p.requires_grad] for n, p in parameters.items()}
         buffers = {n: [list(b.shape), str(b.dtype)] for n, b in self.module.named_buffers()}
         ask("model", {"parameters": shapes, "buffers": buffers}, seconds)
+
+    def _tell_outside(self, words: str, overruled: Sequence[str]) -> None:
+        self.report.note(f"{settings.VARIABLE}: {words}")
+        for sentence in overruled:
+            self.report.note(sentence)
+            if self.world.rank == 0:
+                logger.warning("magi-train: %s", sentence)
 
     def _fp8_everywhere(self) -> bool:
         mine = hardware.no_fp8_because(self.device_type)

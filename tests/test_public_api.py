@@ -15,10 +15,13 @@ from tests.models import MODELS, Small, loss_of
 
 
 def test_public_names():
+    assert all(getattr(magi_train, n).__doc__ for n in magi_train.__all__)  # imports them all
     members = vars(magi_train).items()
     names = [n for n, v in members if n[0] != "_" and not isinstance(v, types.ModuleType)]
     assert sorted(magi_train.__all__) == sorted(names)
-    assert all(getattr(magi_train, n).__doc__ for n in names)
+    assert set(magi_train.__all__) <= set(dir(magi_train))
+    with pytest.raises(AttributeError, match="no attribute 'prepar'"):
+        magi_train.prepar  # noqa: B018
 
 
 @pytest.mark.parametrize(

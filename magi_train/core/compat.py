@@ -38,13 +38,16 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._C._cuda_endAllocateToPool, _cuda_releasePool | take back a capture that failed |
 | torch.ops.aten._scaled_mm | fp8 matrix products |
 | torch._ops.HigherOrderOperator | operators that take graphs |
+| torch._C._distributed_c10d._dump_fr_trace_json, _dump_nccl_trace_json | the last collective |
 | SymInt.node.expr, .hint | symbols of a dynamic size, and its size while compiling |
 """
 
 import contextlib
 import copy
 import functools
+import json
 import logging
+import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -457,6 +460,24 @@ def end_failed_capture(device: int, pool: tuple[int, int]) -> None:
     with contextlib.suppress(RuntimeError):  # it has stopped, and the graph releases its pool
         end(device, pool)
         release(device, pool)
+
+
+def last_collective() -> str:
+    """Return what torch's flight recorder knows about this process's last collective."""
+    bindings = __import__("torch._C", fromlist=["_distributed_c10d"])._distributed_c10d
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):  # NCCL's, then everybody's
+        dump = getattr(bindings, name, None)
+        entries = json.loads(dump()).get("entries", []) if dump is not None else []
+        if entries:
+            last = entries[-1]
+            sizes = ", ".join(map(str, last.get("input_sizes", []))) or "nothing"
+            begun = last.get("time_created_ns", 0) / 1e9
+            return (
+                f"{last.get('profiling_name')} of {sizes}, number {last.get('collective_seq_id')} "
+                f"in {' '.join(last.get('process_group', []))}, begun {time.time() - begun:.0f} s "
+                f"ago, {'ended' if last.get('retired') else 'not ended'}"
+            )
+    return "none recorded"
 
 
 def clone_store(store: Any) -> Any:

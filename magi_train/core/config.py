@@ -6,6 +6,7 @@ the function that is trained: no rounding coarser than what autocast does alread
 """
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -185,6 +186,17 @@ class Config:
                     f"Config.{name} needs a captured graph, but Config.tier is 'eager'; remove one "
                     "of the two"
                 )
+
+    @staticmethod
+    def from_file(path: str | os.PathLike[str]) -> "Config":
+        """Return the Config that a TOML file describes; a YAML file where pyyaml is installed.
+
+        Raises:
+            SettingError: The file is missing, or has an unknown key or a wrong value; names it.
+        """
+        from magi_train.core import settings  # which is built on this module
+
+        return settings.apply(Config(), settings.read_file(path))[0]
 
     def as_dict(self) -> dict[str, Any]:
         """Return all settings as plain JSON values, nested as the parts are."""

@@ -1,10 +1,11 @@
-"""The exception tree. A wrong setting is a ValueError or TypeError of its Config instead.
+"""The exception tree. A wrong setting in Python is a ValueError or TypeError of its Config instead.
 
 MagiError (RuntimeError)
 |-- CaptureError            a forced tier could not be reached
 |-- PassError               a pass cannot do what its Config asks
 |-- PlanMismatchError       ranks decided differently before training
 |-- RemoteRankError         another rank failed, ended or stopped answering
+|-- SettingError            a file, MAGI_SETTINGS or an option holds a wrong setting
 |-- UnreducedGradientError  a gradient arrived that no collective covers
 `-- ExportError             a model could not be exported, or an artifact not loaded
 """
@@ -28,6 +29,10 @@ class PlanMismatchError(MagiError):
 
 class RemoteRankError(MagiError):
     """Another rank failed, ended early or stopped answering while this rank was waiting for it."""
+
+
+class SettingError(MagiError, ValueError):
+    """A setting from a file, the environment or the command line is unknown or of a wrong type."""
 
 
 class UnreducedGradientError(MagiError):
