@@ -207,10 +207,15 @@ class Sharding:
 
 
 def _unscale(optimizer: Any) -> None:
-    """Take GradScaler's factor off here, if it left that to the step: off whole gradients."""
-    scale = getattr(optimizer, "grad_scale", None)
+    """Take GradScaler's factor off here, if it left that to the step: off whole gradients.
+
+    As torch's fused steps do, leave gradients alone where one of them is infinite.
+    """
+    scale, infinite = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
     if scale is None:
         return
+    if infinite is not None:
+        scale = torch.where(infinite > 0, torch.ones_like(scale), scale)
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.grad is not None:
