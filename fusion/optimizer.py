@@ -108,15 +108,6 @@ def _own_place(group: dict[str, Any], state: dict[str, Any]) -> None:
         state["step"] = state["step"].cpu()
 
 
-def _class_for(own: type[Optimizer]) -> type[Optimizer]:
-    """Return a subclass of `own` that bears its name and runs step hooks as torch's classes do."""
-    step: Any = Optimizer.profile_hook_step(TakenOver.step)
-    step.hooked = True
-    members = {"_magi_class": own, "step": step, "__doc__": own.__doc__}
-    members |= {"__module__": own.__module__, "__qualname__": own.__qualname__}
-    return type(own.__name__, (TakenOver, own), members)
-
-
 def _algorithm(optimizer: Optimizer) -> Any:
     """Return the kernel's side for an optimizer, or the reason why there is none."""
     if importlib.util.find_spec("triton") is None:
@@ -177,7 +168,8 @@ def take_over(
     report.add(PassRow("fused_optimizer", "run_time", plan, 0.0))
     if taken:
         vars(optimizer)["_magi_step"] = fused
-        compat.change_class(optimizer, _class_for(type(optimizer)))
+        own = type(optimizer)
+        compat.change_class(optimizer, compat.subclass_before(own, TakenOver, _magi_class=own))
     return optimizer
 
 

@@ -139,6 +139,11 @@ class DataParallel(nn.Module):
             config = Config(comm=comm)
         elif bucket_cap_mb is not None:
             raise ValueError("give DataParallel either bucket_cap_mb or config, not both")
+        if config.shard_optimizer:
+            raise ValueError(
+                "Config.shard_optimizer needs the optimizer, which DataParallel does not get; use "
+                "magi_train.prepare(model, optimizer, config=...)"
+            )
         self.module = module
         runtime = Runtime(module, config)
         self.__dict__["_magi_runtime"] = runtime
@@ -207,7 +212,8 @@ def prepare(
 
     Raises:
         PlanMismatchError: Ranks hold different models or settings; names the parameter.
-        ValueError: The model is prepared already, spread over devices, or not the optimizer's.
+        ValueError: The model is prepared already, spread over devices, or not the optimizer's; or
+            `Config.shard_optimizer` without an optimizer.
     """
     if isinstance(model, PreparedModule | DataParallel):
         raise ValueError(f"this {type(model).__name__} is prepared already; prepare a model once")
@@ -217,6 +223,10 @@ def prepare(
         mine = {id(p) for p in model.parameters()}
         if not any(id(p) in mine for g in optimizer.param_groups for p in g["params"]):
             raise ValueError("the optimizer holds no parameter of this model; build it from them")
+    elif config is not None and config.shard_optimizer:
+        raise ValueError(
+            "Config.shard_optimizer needs the optimizer: prepare(model, optimizer, config=...)"
+        )
     runtime = Runtime(model, config or Config())
     prepared = PreparedModule(model, runtime)
     if optimizer is None:

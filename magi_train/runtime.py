@@ -21,6 +21,8 @@ from magi_train.core.world import World, join_from_environment
 from magi_train.fusion.narrow_gradients import NarrowGradients
 from magi_train.fusion.optimizer import take_over, taken_parameters
 from magi_train.fusion.shadow import WeightShadows
+from magi_train.memory.sharded_optimizer import is_sharded, shard, why_not_sharded
+from magi_train.memory.shards import Shards
 from magi_train.memory.step import StepMemory
 from magi_train.replay import ReplayMemory
 
@@ -128,9 +130,30 @@ class Runtime:
         return not why
 
     def take_over(self, optimizers: Sequence[Optimizer]) -> None:
-        """Let one kernel take the steps of `optimizers` and keep the weights' shadows."""
+        """Shard the state of `optimizers`, and let one kernel take their steps, as asked for.
+
+        Raises:
+            ValueError: An optimizer is sharded, and the Config says that none shall be.
+        """
+        if not self.config.shard_optimizer and any(map(is_sharded, optimizers)):
+            raise ValueError(
+                "the state of this optimizer is sharded by an earlier prepare(); keep "
+                "Config(shard_optimizer=True), or load its state_dict() into a new optimizer"
+            )
         if self.memory is not None:
             self.memory.know(optimizers)
+        refused = [why_not_sharded(optimizer) for optimizer in optimizers]
+        self._take_steps(optimizers)
+        if not self.config.shard_optimizer:
+            return
+        names = {id(p): name for name, p in self.reducer.parameters.items()}
+        for optimizer, why in zip(optimizers, refused, strict=True):
+            timeout = self.config.timeout_seconds
+            shards = shard(optimizer, self.world, names, timeout, self.report, why)
+            if shards is not None and taken_parameters(optimizer):
+                self._keep_shadows(optimizer, shards)
+
+    def _take_steps(self, optimizers: Sequence[Optimizer]) -> None:
         fusion = self.config.fusion
         if fusion is None or not fusion.optimizer:
             return
@@ -156,6 +179,19 @@ class Runtime:
                 on_written=shadows.after_step,
                 drift=None if drift is None else drift.flag,
             )
+
+    def _keep_shadows(self, optimizer: Optimizer, shards: Shards) -> None:
+        """Let the kernel write pieces of shadows; the rest is cast from what is gathered."""
+        if self.shadows.drift is None:
+            return
+        shards.shadows = self.shadows
+        take_over(
+            optimizer,
+            self.report,
+            shards.shadow_of_piece,
+            on_written=shards.on_pieces_written,
+            drift=self.shadows.drift.flag,
+        )
 
     def begin_memory(self, batch: Any) -> None:
         """Let the memory budget, if there is one, look at what a first step begins with."""

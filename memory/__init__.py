@@ -1,1 +1,1 @@
-"""Less memory for activations: passes over the joint graph."""
+"""Less memory: activations (a pass over the joint graph) and optimizer state (run time)."""

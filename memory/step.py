@@ -27,6 +27,7 @@ from magi_train.core.errors import MagiError
 from magi_train.core.hardware import device_memory_bytes
 from magi_train.core.report import Report
 from magi_train.core.world import World
+from magi_train.memory.sharded_optimizer import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +247,9 @@ class StepMemory:
                 "no optimizer was given: the memory plan assumes two numbers a parameter"
             )
             return 2 * _bytes(p for p in parameters if p.requires_grad)
-        return sum(_copies(o, g) * _bytes(p for p in g["params"]) for o, g in groups)
+        whole = [(o, _copies(o, g) * _bytes(p for p in g["params"])) for o, g in groups]
+        ranks = self._world.size
+        return sum(-(-size // ranks) if is_sharded(o) else size for o, size in whole)
 
     def _update_bytes(self, parameters: Sequence[nn.Parameter]) -> int:
         """Return the temporaries of the optimizers' step: for-each forms copy what they update."""

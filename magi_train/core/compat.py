@@ -324,6 +324,20 @@ def step_is_replaced(optimizer: torch.optim.Optimizer) -> bool:
     return not (scheduled and step.__wrapped__ is type(optimizer).step)
 
 
+def subclass_before(
+    own: type[torch.optim.Optimizer], before: type, **members: Any
+) -> type[torch.optim.Optimizer]:
+    """Return a subclass of `own` that bears its name, with `before` before it.
+
+    The step is that of `before`, and runs step hooks as torch's classes do.
+    """
+    step: Any = torch.optim.Optimizer.profile_hook_step(before.step)  # type: ignore[attr-defined]
+    step.hooked = True
+    members |= {"step": step, "__doc__": own.__doc__}
+    members |= {"__module__": own.__module__, "__qualname__": own.__qualname__}
+    return type(own.__name__, (before, own), members)
+
+
 def change_class(optimizer: torch.optim.Optimizer, kind: type[torch.optim.Optimizer]) -> None:
     """Give an optimizer another class, and its schedulers' wrapper that class's step."""
     optimizer.__class__ = kind

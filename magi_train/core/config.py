@@ -127,6 +127,12 @@ class Config:
     comm: CommConfig = field(default_factory=CommConfig)
     """Buckets and wire format of the gradient all-reduce."""
 
+    shard_optimizer: bool = False
+    """Keep the optimizer's state (moments, momentum) on each rank for its own part of the weights
+    only; ranks update their parts and gather the weights before `step()` returns. For optimizers of
+    torch.optim that treat elements one by one. `state_dict()` stays whole, and every rank must call
+    it."""
+
     lowering: Lowering = "inductor"
     """What runs the captured graphs. "aot_eager" keeps every pass but generates no code: for
     debugging and for hosts without a C++ compiler."""

@@ -1,6 +1,9 @@
 """A user's script: trains a small LightningModule under the strategy it is given. No magi import.
 
 Usage: lightning_script.py NAMESPACE STRATEGY MODE DEVICES OUTPUT
+
+With "A+B" as the strategy, mode "resume" trains the first half under A and the second under B.
+"sharded" is magi with a setting, so it has to import magi_train.
 """
 
 import importlib
@@ -85,6 +88,15 @@ class Losses(pl.Callback):
             module.losses.append(float(outputs["loss"]))
 
 
+def chosen(name):
+    if name != "sharded":
+        return name
+    from magi_train import Config
+    from magi_train.integrations.lightning import strategy_class
+
+    return strategy_class(namespace)(config=Config(shard_optimizer=True))
+
+
 def main():
     torch.set_num_threads(1)
     pl.seed_everything(3, verbose=False)
@@ -93,9 +105,9 @@ def main():
         torch.randn(44, 8, generator=g), torch.randint(0, 4, (44,), generator=g)
     )  # the last batch is short
 
-    def trainer(epochs, logs):
+    def trainer(epochs, logs, name):
         return pl.Trainer(
-            strategy=strategy, accelerator="cpu", devices=int(devices), max_epochs=epochs,
+            strategy=chosen(name), accelerator="cpu", devices=int(devices), max_epochs=epochs,
             logger=logs, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, log_every_n_steps=1, num_sanity_val_steps=1,
             accumulate_grad_batches=4 if mode == "accumulate" else 1,
@@ -105,7 +117,8 @@ def main():
 
     loader, held_out = DataLoader(data, 6), DataLoader(data, 8)
     logs, model = Logs(), Model()
-    fit = trainer({"four_epochs": 4, "resume": 2}.get(mode, 2), logs)
+    halves = strategy.split("+")
+    fit = trainer({"four_epochs": 4, "resume": 2}.get(mode, 2), logs, halves[0])
     fit.callbacks.append(Losses())
     fit.fit(model, loader, held_out)
     strict = None
@@ -116,7 +129,7 @@ def main():
         state = torch.load(path, weights_only=False)["state_dict"]
         strict = not any(plain.load_state_dict(state, strict=True))
         model = Model()
-        fit = trainer(4, logs)
+        fit = trainer(4, logs, halves[-1])
         fit.callbacks.append(Losses())
         fit.fit(model, loader, held_out, ckpt_path=path)
     if fit.is_global_zero:

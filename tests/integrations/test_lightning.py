@@ -103,6 +103,19 @@ def test_resuming_and_plain_checkpoints(tmp_path):
     assert halves["strict_load"] is True
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("halves", [f"sharded+{DDP}", f"{DDP}+sharded"])
+def test_checkpoints_of_sharded_optimizers_are_those_of_ddp(tmp_path, halves):
+    """On two ranks; trainer.save_checkpoint is called after fit, when the strategy is torn down."""
+    whole = run(tmp_path, "lightning.pytorch", DDP, "four_epochs")
+    ours = run(tmp_path, "lightning.pytorch", halves, "resume")
+    assert_same(ours, whole, logs=False)
+    saved = torch.load(tmp_path / f"{halves}_resume.ckpt", weights_only=False)
+    (state,) = saved["optimizer_states"]
+    held = {k: tuple(v["momentum_buffer"].shape) for k, v in state["state"].items()}
+    assert held == {0: (16, 8), 1: (16,), 2: (4, 16), 3: (4,)}
+
+
 def test_both_lightnings_in_one_process():
     code = (
         "import lightning.pytorch as a, pytorch_lightning as b\n"
