@@ -1,6 +1,14 @@
 """Distributed-training optimization for PyTorch: prepare a model, train it as before, faster."""
 
-from magi_train.api import DataParallel, PreparedModule, prepare, prepare_step, report
+from magi_train.api import (
+    DataParallel,
+    PreparedModule,
+    compression_state,
+    load_compression_state,
+    prepare,
+    prepare_step,
+    report,
+)
 from magi_train.core.config import CommConfig, Config, FusionConfig, MemoryConfig
 from magi_train.core.errors import MagiError
 from magi_train.core.facts import to_device
@@ -28,8 +36,10 @@ __all__ = [
     "PreparedModule",
     "Report",
     "Stage",
+    "compression_state",
     "export",
     "load",
+    "load_compression_state",
     "prepare",
     "prepare_step",
     "register_pass",

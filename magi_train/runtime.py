@@ -103,6 +103,11 @@ class Runtime:
                 logger.warning("magi-train: %s", text)
         return not why
 
+    def scale_by(self, scaler: torch.amp.GradScaler | None) -> None:
+        """Let residuals of gradient compression be kept without `scaler`'s loss scale."""
+        if scaler is not None:
+            self.reducer.loss_scale = lambda: compat.loss_scale(scaler)
+
     def take_over(self, optimizers: Sequence[Optimizer]) -> None:
         """Let one kernel take the steps of `optimizers` and keep the weights' shadows."""
         fusion = self.config.fusion

@@ -46,9 +46,9 @@ def test_slots_are_aligned_and_disjoint():
 def test_one_dtype_a_bucket_and_frozen_left_out():
     mixed = parameters((4,)) + [("half", nn.Parameter(torch.zeros(4, dtype=torch.bfloat16)))]
     mixed[0][1].requires_grad_(False)
-    plan = plan_buckets(mixed + parameters((4,))[:1], CommConfig(wire_dtype="bfloat16"), 2)
+    plan = plan_buckets(mixed + parameters((4,))[:1], CommConfig(compression="bfloat16"), 2)
     assert names(plan) == [["p0"], ["half"]]
-    assert [b.wire_dtype for b in plan.buckets] == ["bfloat16", "bfloat16"]
+    assert [b.codec for b in plan.buckets] == ["bfloat16", "bfloat16"]
     assert [b.dtype for b in plan.buckets] == ["float32", "bfloat16"]
 
 
@@ -56,7 +56,7 @@ def test_one_dtype_a_bucket_and_frozen_left_out():
 def test_the_fingerprint_notices(change):
     base = plan_buckets(parameters((4,), (8,)), CommConfig(), 2).fingerprint()
     shapes = {"shape": ((4,), (9,)), "order": ((8,), (4,))}.get(change, ((4,), (8,)))
-    config = CommConfig(wire_dtype="bfloat16") if change == "config" else CommConfig()
+    config = CommConfig(compression="bfloat16") if change == "config" else CommConfig()
     world = 4 if change == "world" else 2
     assert plan_buckets(parameters(*shapes), config, world).fingerprint() != base
 

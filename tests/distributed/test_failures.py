@@ -20,14 +20,14 @@ def end_times(outcomes):
 
 
 def different_config(rank, world_size):
-    comm = CommConfig(wire_dtype="float32" if rank == 0 else "bfloat16")
+    comm = CommConfig(compression=None if rank == 0 else "bfloat16")
     magi_train.prepare(Small(), config=Config(comm=comm))
 
 
 def test_a_different_config_names_rank_and_setting():
     for outcome in run_ranks(different_config):
         assert outcome.error.startswith("PlanMismatchError")
-        assert "rank 1: comm.wire_dtype is 'bfloat16', not 'float32'" in outcome.error
+        assert "rank 1: comm.compression is 'bfloat16', not None" in outcome.error
 
 
 def different_model(rank, world_size):
