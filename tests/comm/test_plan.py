@@ -63,3 +63,44 @@ def test_the_fingerprint_notices(change):
 
 def test_no_parameters_no_buckets():
     assert plan_buckets([], CommConfig(), 2).buckets == ()
+
+
+def codecs(compression, *shapes, **options):
+    config = CommConfig(compression=compression, **options)
+    plan = plan_buckets(parameters(*shapes), config, 2)
+    return {s.name: b.codec for b in plan.buckets for s in b.slots}
+
+
+MODEL = ((64, 8), (64,), (64, 64), (64, 64), (64, 64), (64,), (8, 64))
+
+
+def test_vectors_and_small_ends_are_exempt():
+    found = codecs("balanced", *MODEL)
+    assert found == {
+        "p0": "bfloat16",
+        "p1": "float32",
+        "p2": "int8",
+        "p3": "int8",
+        "p4": "int8",
+        "p5": "float32",
+        "p6": "bfloat16",
+    }
+
+
+def test_large_ends_are_not():
+    found = codecs("int8", (64, 64), *MODEL[1:])
+    assert found["p0"] == found["p6"] == "int8"
+
+
+def test_low_rank_only_where_factors_are_small():
+    found = codecs("aggressive", *MODEL, (9, 40), (8, 64), low_rank=4)
+    assert found["p2"] == "powersgd"
+    assert found["p7"] == "bfloat16"
+
+
+def test_exempt_buckets_leave_when_they_are_complete():
+    config = CommConfig(compression="int8", bucket_mib=64 * 64 * 4 / MIB)
+    plan = plan_buckets(parameters(*MODEL), config, 2)
+    last = [min(int(s.name[1:]) for s in b.slots) for b in plan.buckets]
+    assert last == sorted(last, reverse=True)
+    assert sum(b.codec == "float32" for b in plan.buckets) == 1
