@@ -43,8 +43,9 @@ def begin(request: Collective, world_size: int, group: Any) -> tuple[Tensor, "di
         result = torch.empty_like(tensor)
         return result, dist.all_to_all_single(result, tensor, group=group, async_op=True)
     result = tensor.new_empty(world_size * tensor.numel())
-    work = dist.all_gather_into_tensor(result, tensor, group=group, async_op=True)
-    return result, work
+    gather = getattr(dist, "all_gather_single", None)  # the name since torch 2.13
+    gather = gather or dist.all_gather_into_tensor
+    return result, gather(result, tensor, group=group, async_op=True)
 
 
 def run(exchange: Generator[Collective, Tensor, T], world: World, device: torch.device) -> T:
