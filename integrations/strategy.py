@@ -120,6 +120,7 @@ class MagiStrategyMixin:
         self.runtime.scale_by(getattr(self.precision_plugin, "scaler", None))  # type: ignore[attr-defined]
         if self._compression_state:
             self.runtime.reducer.load_compression_state(self._compression_state)
+            self._compression_state = {}
         if module.automatic_optimization:
             self._recorder = Recorder()
             self._region = Region(self.runtime, module.training_step, "training_step")
@@ -192,9 +193,7 @@ class MagiStrategyMixin:
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load as Lightning does, and what gradient compression carried on."""
         checkpoint: dict[str, Any] = super().load_checkpoint(*args, **kwargs)  # type: ignore[misc]
-        self._compression_state = checkpoint.get(CHECKPOINT_KEY, {})
-        if self.runtime is not None and self._compression_state:
-            self.runtime.reducer.load_compression_state(self._compression_state)
+        self._compression_state = checkpoint.get(CHECKPOINT_KEY, {})  # configure_ddp comes later
         return checkpoint
 
     def on_exception(self, exception: BaseException) -> None:

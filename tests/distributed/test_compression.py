@@ -95,8 +95,8 @@ def test_replicas_stay_equal_and_each_step_sends_once(compression, tier, two_ran
     assert 0 < error < limit[compression]
 
 
-def scaled(rank, world_size, compression, tier, skipped):
-    """Train under a GradScaler; with `skipped`, rank 1 has an infinity in a step of its own."""
+def scaled(rank, world_size, compression, tier, where):
+    """Train under a GradScaler; with `where`, rank 1 has an infinity there in a step of its own."""
     torch.manual_seed(0)
     model = Small().train()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=100)
@@ -104,28 +104,36 @@ def scaled(rank, world_size, compression, tier, skipped):
     ours, _ = magi_train.prepare(
         model, optimizer, config=config(compression, tier), grad_scaler=scaler
     )
-    losses, kept = [], 0.0
-    for step in (0, 1, "bad", 2, 3) if skipped else (0, 1, 2, 3):
+    for step in (0, 1, "bad", 2, 3) if where else (0, 1, 2, 3):
         seed = 5 if step == "bad" else 10 * step
         loss = ours(tokens(seed + rank), tokens(1))
-        if step == "bad" and rank == 1:
+        bad = step == "bad" and rank == 1
+        if bad and where == "loss":
             loss = loss * torch.tensor(1e38) * 1e10
+        handle = ours.a.bias.register_hook(
+            lambda g, bad=bad: torch.full_like(g, float("inf")) if bad and where == "bias" else g
+        )
         scaler.scale(loss).backward()
+        handle.remove()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        losses.append(float(loss))
     state = magi_train.compression_state(ours)
     kept = {n: s["residual"] for n, s in state.items()}
     weights = {n: p.detach().clone() for n, p in ours.named_parameters()}
     return weights, kept, scaler.get_scale()
 
 
-@pytest.mark.parametrize(("compression", "tier"), [("int8", "auto"), ("powersgd", "eager")])
-def test_an_infinity_skips_the_step_on_all_ranks_and_leaves_nothing(compression, tier, two_ranks):
+@pytest.mark.parametrize(
+    ("compression", "tier", "where"),
+    [("int8", "auto", "loss"), ("powersgd", "eager", "loss"), ("int8", "eager", "bias")],
+)
+def test_an_infinity_skips_the_step_on_all_ranks_and_leaves_nothing(
+    compression, tier, where, two_ranks
+):
     """Scales are powers of two, so the other steps must be the same bit for bit."""
-    (plain, kept, scale), _ = values(two_ranks(scaled, compression, tier, False))
-    first, second = values(two_ranks(scaled, compression, tier, True))
+    (plain, kept, scale), _ = values(two_ranks(scaled, compression, tier, ""))
+    first, second = values(two_ranks(scaled, compression, tier, where))
     assert scale == 1024.0
     for weights, residuals, after in (first, second):
         assert after == 512.0, "the step was not skipped"

@@ -1,6 +1,7 @@
 """A user's script: trains a small LightningModule under the strategy it is given. No magi import.
 
 Usage: lightning_script.py NAMESPACE STRATEGY MODE DEVICES OUTPUT
+A mode that ends in "_int8" makes the strategy itself, and notes what a checkpoint gave to it.
 """
 
 import importlib
@@ -18,6 +19,18 @@ warnings.simplefilter("ignore")
 
 
 namespace, strategy, mode, devices, output = sys.argv[1:]
+if mode.endswith("_int8"):
+    from magi_train import CommConfig, Config
+    from magi_train.comm.reducer import Reducer
+    from magi_train.integrations.lightning import MagiStrategy
+
+    load, loaded = Reducer.load_compression_state, []
+    Reducer.load_compression_state = lambda self, state: (
+        loaded.append(sorted(n for n, s in state.items() if s["residual"].any())),
+        load(self, state),
+    )
+    mode = mode.removesuffix("_int8")
+    strategy = MagiStrategy(config=Config(comm=CommConfig(compression="int8")))
 pl = importlib.import_module(namespace)
 
 
@@ -86,6 +99,7 @@ class Losses(pl.Callback):
 
 
 def main():
+    global strategy
     torch.set_num_threads(1)
     pl.seed_everything(3, verbose=False)
     g = torch.Generator().manual_seed(0)
@@ -113,9 +127,12 @@ def main():
         path = Path(output).with_suffix(".ckpt")
         fit.save_checkpoint(path)
         plain = Model()
-        state = torch.load(path, weights_only=False)["state_dict"]
+        checkpoint = torch.load(path, weights_only=False)
+        state = checkpoint["state_dict"]
         strict = not any(plain.load_state_dict(state, strict=True))
         model = Model()
+        if not isinstance(strategy, str):
+            strategy = MagiStrategy(config=strategy.magi_config)
         fit = trainer(4, logs)
         fit.callbacks.append(Losses())
         fit.fit(model, loader, held_out, ckpt_path=path)
@@ -126,6 +143,8 @@ def main():
             "logged": logs.seen,
             "losses": model.losses,
             "strict_load": strict,
+            "carried": None if isinstance(strategy, str) else loaded,
+            "extra": sorted(checkpoint.keys() & {"magi_compression"}) if strict else None,
         }
         if getattr(fit.strategy, "runtime", None) is not None:  # spawned: in the children
             report = fit.strategy.report
