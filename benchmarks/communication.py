@@ -335,7 +335,7 @@ def main() -> None:
     )
     parser.add_argument("--rates", nargs="+", default=["1gbit", "200mbit"])
     parser.add_argument("--methods", default=METHODS)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--loss-steps", type=int, default=0, help="compare losses after so many")
     parser.add_argument("--width", type=int, default=256, help="a multiple of 64")
     parser.add_argument("--layers", type=int, default=4)
