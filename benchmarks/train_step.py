@@ -162,7 +162,7 @@ def setup(
         import magi_train
         from magi_train import CommConfig, Config, FusionConfig
 
-        wire = "bfloat16" if variant == "magi-bf16-wire" else "float32"
+        compression = "bfloat16" if variant == "magi-bf16-wire" else None
         plain = variant.replace("-fp8", "")
         _, word, names = (*plain.split("-", 2), "", "")[:3]
         named = names.split("+") if word in ("with", "without") else ()
@@ -170,7 +170,7 @@ def setup(
         config = Config(
             cuda_graphs=switches.pop("cuda_graphs", "auto"),
             fusion=FusionConfig(**switches),
-            comm=CommConfig(wire_dtype=wire),
+            comm=CommConfig(compression=compression),
             precision="autocast" if plain == variant else "fp8",
             memory_budget_gib=float(word.removesuffix("gib")) if word.endswith("gib") else None,
         )

@@ -11,11 +11,13 @@ backward does, in order:
 
 1. `begin` (at the forward) notes whether this backward synchronises, as DDP does.
 2. `launch` packs the gradients of a bucket, adds what earlier unsynchronised backwards left in
-   `.grad`, divides, and starts the all-reduce. Without sync it only packs.
+   `.grad`, and starts the all-reduce, or the exchange of the bucket's codec (`comm.codecs`): once a
+   step, after local accumulation. Without sync it only packs.
 3. `wait` ends it. `.grad` then is a view into the bucket (as DDP's gradient_as_bucket_view).
 4. `_finish`, a callback at the end of the backward: launches what no gradient came for, gives
    parameters that only other ranks used their average, leaves parameters that no rank used alone,
-   takes rank 0's buffers, and checks that every gradient was reduced exactly once.
+   takes rank 0's buffers, and checks that every gradient was reduced exactly once. What codecs
+   keep for the next step counts from here, if every gradient is finite.
 
 The check at 4: after an in-graph reduction `.grad` must be the very memory of the bucket. If not,
 the parameter has another contribution, outside of the captured graph. On the first synchronised
@@ -34,6 +36,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from magi_train.comm.codecs import Scale
+from magi_train.comm.codecs.compressor import Compressor, Handle
 from magi_train.comm.plan import Bucket, CommPlan, plan_buckets
 from magi_train.core import compat
 from magi_train.core.config import CommConfig
@@ -71,7 +75,7 @@ class _Backward:
     ready: set[str] = field(default_factory=set)
     next_bucket: int = 0
     flats: list[tuple[int, Tensor, list[str], set[str]]] = field(default_factory=list)
-    works: dict[int, tuple["dist.Work", Tensor]] = field(default_factory=dict)
+    works: dict[int, Handle] = field(default_factory=dict)
     folded: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -84,6 +88,9 @@ class Reducer:
         config: Buckets and wire format.
         timeout_seconds: For agreements between ranks.
         report: Gets the plan.
+
+    Attributes:
+        loss_scale: Returns what the loss is multiplied with before a backward.
     """
 
     def __init__(
@@ -103,6 +110,9 @@ class Reducer:
         self.hooks_only = False
         self._timeout_seconds = timeout_seconds
         self._plans: dict[tuple[bool, ...], CommPlan] = {}
+        self.loss_scale: Callable[[], Scale] = lambda: 1.0
+        self.compressor: Compressor | None = None
+        self._autocast = (False, "")
         self._armed = (True, False)
         self._backward: _Backward | None = None
         self._proven = False
@@ -131,10 +141,20 @@ class Reducer:
             self._plans[signature] = plan
             self.report.add(PassRow("communication_plan", "run_time", _summary(plan), 0.0))
         self._signature, self.plan = signature, self._plans[signature]
+        self._make_compressor()
         self.planned = frozenset(s.name for b in self.plan.buckets for s in b.slots)
         for name in self.planned - self._hooks.keys() if self.world.size > 1 else ():
             parameter = self.parameters[name]
             self._hooks[name] = parameter.register_post_accumulate_grad_hook(self._hook_for(name))
+
+    def _make_compressor(self) -> None:
+        """Make the codecs of the plan; what those of another plan kept goes on in them."""
+        before = self.compressor
+        if self.world.size == 1 or (before is not None and before.plan is self.plan):
+            return
+        self.compressor = Compressor(self.plan, self.world, self._device())
+        if before is not None and before.stateful:
+            self.compressor.load(before.state())
 
     def _trainable(self) -> tuple[bool, ...]:
         return tuple(p.requires_grad for p in self.parameters.values())
@@ -181,6 +201,9 @@ class Reducer:
         if self._trainable() != self._signature:
             self.refresh()
         self._armed = (self.sync, in_graph and not self.hooks_only)
+        device = self._device().type
+        enabled = self.config.compression == "safe" and torch.is_autocast_enabled(device)
+        self._autocast = (enabled, str(torch.get_autocast_dtype(device)) if enabled else "")
         if self._backward is not None:  # the last backward raised before its end
             self._backward = None
 
@@ -198,13 +221,15 @@ class Reducer:
         """
         state = self._state()
         bucket = self.plan.buckets[index]
-        flat = torch.empty(bucket.numel, dtype=bucket.torch_dtype(), device=self._device())
+        flat = self._new_flat(bucket)
         reduce_now = state.sync and state.in_graph
+        for name, grad in zip(names, grads, strict=True) if state.in_graph else ():
+            self._see(name, grad)
         with torch.no_grad():
             gradients = dict(zip(names, grads, strict=True))
             used = self._pack(flat, bucket, gradients, state.folded if reduce_now else None)
         if reduce_now:
-            self._start(state, index, flat)
+            self._start(state, index, flat, used)
         state.flats.append((index, flat, list(names), used))
         return flat
 
@@ -212,11 +237,7 @@ class Reducer:
         """Wait until `flat`, which `launch` returned, holds the averages."""
         if self._backward is None or flat.data_ptr() not in self._backward.works:
             return
-        work, wire = self._backward.works.pop(flat.data_ptr())
-        names = [s.name for s in self.plan.buckets[index].slots]
-        self.world.wait(work, flat.device, f"bucket {index} ({names[0]} .. {names[-1]})")
-        if wire is not flat:
-            flat.copy_(wire)
+        self._backward.works.pop(flat.data_ptr()).wait()
 
     def _state(self) -> _Backward:
         if self._backward is None:
@@ -269,15 +290,20 @@ class Reducer:
             )
         return self._flag_cache[key]
 
-    def _start(self, state: _Backward, index: int, flat: Tensor) -> None:
-        bucket = self.plan.buckets[index]
-        op = dist.ReduceOp.AVG
-        if not self.world.uses_nccl(flat.device):  # gloo knows sums only
-            op = dist.ReduceOp.SUM
-            flat.div_(self.world.size)
-        wire = flat.to(getattr(torch, bucket.wire_dtype))  # itself where the dtype is the same
-        work = dist.all_reduce(wire, op, async_op=True)
-        state.works[flat.data_ptr()] = (work, wire)
+    def _new_flat(self, bucket: Bucket) -> Tensor:
+        """Return memory for a bucket: zeros where a codec also sees what lies between slots."""
+        make = torch.empty if self.config.compression is None else torch.zeros
+        return make(bucket.numel, dtype=bucket.torch_dtype(), device=self._device())
+
+    def _see(self, name: str, gradient: Tensor) -> None:
+        if self.compressor is not None and self.compressor.exact.undecided(self._autocast):
+            self.compressor.exact.see(self._autocast, name, gradient)
+
+    def _start(self, state: _Backward, index: int, flat: Tensor, used: set[str]) -> None:
+        assert self.compressor is not None, "nothing is reduced on one rank"
+        scale = self.loss_scale() if self.compressor.stateful else 1.0
+        handle = self.compressor.start(index, flat, used, scale, self._autocast)
+        state.works[flat.data_ptr()] = handle
 
     def _device(self) -> torch.device:
         return next(iter(self.parameters.values())).device
@@ -298,6 +324,9 @@ class Reducer:
         state = self._state()
         state.ready.add(name)
         state.folded.pop(name, None)  # it is in the bucket, and will not be needed again
+        grad = self.parameters[name].grad
+        if grad is not None and not state.in_graph:
+            self._see(name, grad)
         if not state.sync or state.in_graph or name not in self.planned:
             return
         buckets = self.plan.buckets
@@ -317,10 +346,10 @@ class Reducer:
                     f"the gradient of {name} is sparse; magi-train reduces dense gradients only: "
                     "use Embedding(sparse=False)"
                 )
-        flat = torch.empty(bucket.numel, dtype=bucket.torch_dtype(), device=self._device())
+        flat = self._new_flat(bucket)
         with torch.no_grad():
             used = self._pack(flat, bucket, grads, None)
-        self._start(state, index, flat)
+        self._start(state, index, flat, used)
         state.flats.append((index, flat, list(grads), used))
 
     def _finish(self) -> None:
@@ -343,8 +372,10 @@ class Reducer:
                 )
             self._complete(state)
             if not self._proven and self._prove(irregular):
-                self._backward = _Backward(sync=True, in_graph=False)
-                self._complete(self._backward)
+                self._settle()
+                self._backward = state = _Backward(sync=True, in_graph=False)
+                self._complete(state)
+            self._settle()
             if self.config.broadcast_buffers:
                 self._broadcast(self._buffers())
         except BaseException as error:
@@ -357,6 +388,8 @@ class Reducer:
         """After torch.autograd.grad, which accumulates nothing: leave every `.grad` as it was."""
         for index, flat, *_ in state.flats:
             self.wait(index, flat)
+        if self.compressor is not None:
+            self.compressor.forget()
         for name, grad in state.folded.items():
             self.parameters[name].grad = grad
 
@@ -365,6 +398,29 @@ class Reducer:
         while not state.in_graph and state.next_bucket < len(self.plan.buckets):
             self._launch_from_grads(state)
         self._collect(state)
+
+    def _settle(self) -> None:
+        """Let what the codecs kept count, and agree on what is safe to shorten, if that is due."""
+        if self.compressor is None:
+            return
+        self.compressor.settle()
+        exact, autocast = self.compressor.exact, self._autocast
+        if exact.undecided(autocast):
+            question = "gradients that bfloat16 holds exactly"
+            mine = exact.mine(autocast)
+            answers = self.world.gather(question, mine, self._timeout_seconds)
+            chosen = exact.choose(autocast, answers)
+            row = {"autocast": autocast[1] or "off", "bfloat16_buckets": chosen}
+            self.report.add(PassRow("safe_compression", "run_time", row, 0.0))
+
+    def compression_state(self) -> dict[str, dict[str, Tensor]]:
+        """Return what codecs keep, by parameter; see Compressor.state."""
+        return {} if self.compressor is None else self.compressor.state()
+
+    def load_compression_state(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Go on from what `compression_state` returned."""
+        if self.compressor is not None:
+            self.compressor.load(state)
 
     def _prove(self, irregular: str | None) -> str | None:
         """Agree, once, whether in-graph reduction covers everything; return why it does not."""
@@ -417,7 +473,7 @@ def _summary(plan: CommPlan) -> dict[str, object]:
     return {
         "buckets": len(plan.buckets),
         "wire_bytes": plan.wire_bytes(),
-        "wire_dtype": sorted({b.wire_dtype for b in plan.buckets}),
+        "parameters_by_codec": plan.codecs(),
         "world_size": plan.world_size,
         "fingerprint": plan.fingerprint(),
     }

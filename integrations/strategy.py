@@ -23,6 +23,9 @@ from magi_train.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINT_KEY = "magi_compression"
+"""Of a checkpoint: what gradient compression carries on; absent where it carries nothing."""
+
 _WITHOUT_EFFECT = {"find_unused_parameters", "gradient_as_bucket_view", "static_graph"}
 _COMM = {"bucket_cap_mb": "bucket_mib", "broadcast_buffers": "broadcast_buffers"}
 
@@ -83,7 +86,7 @@ class MagiStrategyMixin:
             if options.pop(name) is not None:
                 raise ValueError(
                     f"MagiStrategy does not take {name}; the wire format is "
-                    "Config(comm=CommConfig(wire_dtype=...))"
+                    "Config(comm=CommConfig(compression=...))"
                 )
         super().__init__(*args, **options)
         unknown = getattr(self, "_ddp_kwargs", {})
@@ -97,6 +100,7 @@ class MagiStrategyMixin:
         self.runtime: Runtime | None = None
         self._region: Region | None = None
         self._recorder: Recorder | None = None
+        self._compression_state: dict[str, dict[str, Tensor]] = {}
 
     @property
     def report(self) -> Report:
@@ -113,6 +117,10 @@ class MagiStrategyMixin:
         """Set up ranks, plan and captured region; the model stays unwrapped."""
         module: Any = self.model  # type: ignore[attr-defined]
         self.runtime = Runtime(module, self.magi_config)
+        self.runtime.scale_by(getattr(self.precision_plugin, "scaler", None))  # type: ignore[attr-defined]
+        if self._compression_state:
+            self.runtime.reducer.load_compression_state(self._compression_state)
+            self._compression_state = {}
         if module.automatic_optimization:
             self._recorder = Recorder()
             self._region = Region(self.runtime, module.training_step, "training_step")
@@ -174,6 +182,19 @@ class MagiStrategyMixin:
         else:
             with self.runtime.no_sync():
                 yield
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Save as Lightning does, with what gradient compression carries on, if it does."""
+        state = {} if self.runtime is None else self.runtime.reducer.compression_state()
+        if state:
+            checkpoint = {**checkpoint, CHECKPOINT_KEY: state}
+        super().save_checkpoint(checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load as Lightning does, and what gradient compression carried on."""
+        checkpoint: dict[str, Any] = super().load_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        self._compression_state = checkpoint.get(CHECKPOINT_KEY, {})  # configure_ddp comes later
+        return checkpoint
 
     def on_exception(self, exception: BaseException) -> None:
         """Tell the other ranks why this one ends."""

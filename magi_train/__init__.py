@@ -8,7 +8,15 @@ import importlib
 import typing
 
 if typing.TYPE_CHECKING:
-    from magi_train.api import DataParallel, PreparedModule, prepare, prepare_step, report
+    from magi_train.api import (
+        DataParallel,
+        PreparedModule,
+        compression_state,
+        load_compression_state,
+        prepare,
+        prepare_step,
+        report,
+    )
     from magi_train.core.config import CommConfig, Config, FusionConfig
     from magi_train.core.errors import MagiError
     from magi_train.core.facts import to_device
@@ -35,8 +43,10 @@ __all__ = [
     "PreparedModule",
     "Report",
     "Stage",
+    "compression_state",
     "export",
     "load",
+    "load_compression_state",
     "prepare",
     "prepare_step",
     "register_pass",
@@ -46,7 +56,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api": ("DataParallel", "PreparedModule", "prepare", "prepare_step", "report"),
+    "api": (
+        "DataParallel",
+        "PreparedModule",
+        "compression_state",
+        "load_compression_state",
+        "prepare",
+        "prepare_step",
+        "report",
+    ),
     "core.config": ("CommConfig", "Config", "FusionConfig"),
     "core.errors": ("MagiError",),
     "core.facts": ("to_device",),

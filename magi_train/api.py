@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from magi_train.capture import Region
@@ -167,7 +167,7 @@ class DataParallel(nn.Module):
         """
         raise ValueError(
             f"DataParallel has no communication hooks (got {getattr(hook, '__name__', hook)}); for "
-            "bf16_compress_hook use Config(comm=CommConfig(wire_dtype='bfloat16'))"
+            "bf16_compress_hook use Config(comm=CommConfig(compression='bfloat16'))"
         )
 
     @contextlib.contextmanager
@@ -188,13 +188,26 @@ class DataParallel(nn.Module):
 
 
 @overload
-def prepare(model: nn.Module, *, config: Config | None = None) -> PreparedModule: ...
+def prepare(
+    model: nn.Module,
+    *,
+    config: Config | None = None,
+    grad_scaler: torch.amp.GradScaler | None = None,
+) -> PreparedModule: ...
 @overload
 def prepare(
-    model: nn.Module, optimizer: Optimizer, *, config: Config | None = None
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    config: Config | None = None,
+    grad_scaler: torch.amp.GradScaler | None = None,
 ) -> tuple[PreparedModule, Optimizer]: ...
 def prepare(
-    model: nn.Module, optimizer: Optimizer | None = None, *, config: Config | None = None
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    config: Config | None = None,
+    grad_scaler: torch.amp.GradScaler | None = None,
 ) -> Any:
     """Make a model train on all ranks, captured and optimized.
 
@@ -206,6 +219,8 @@ def prepare(
         optimizer: Over the model's parameters. The same object is returned; its step may run in a
             kernel of ours, see `FusionConfig.optimizer`.
         config: What to do; `Config()` by default.
+        grad_scaler: What scales the loss, if anything. Gradient compression with error feedback
+            (`CommConfig.compression`) keeps its residuals in the loss's own units by it.
 
     Returns:
         The prepared module, or module and optimizer if one was given.
@@ -228,6 +243,7 @@ def prepare(
             "Config.shard_optimizer needs the optimizer: prepare(model, optimizer, config=...)"
         )
     runtime = Runtime(model, config or Config())
+    runtime.scale_by(grad_scaler)
     prepared = PreparedModule(model, runtime)
     if optimizer is None:
         return prepared
@@ -253,6 +269,29 @@ def prepare_step(function: F, module: PreparedModule) -> F:
 def report(module: nn.Module) -> Report:
     """Return the report of a module that `prepare` or `DataParallel` made."""
     return _runtime_of(module).report
+
+
+def compression_state(module: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Return what gradient compression carries from step to step, for a checkpoint.
+
+    Call it on all ranks, between steps; all get the same. Empty without error feedback.
+
+    Returns:
+        For each parameter's name: "residual", what was not sent yet, shaped as the parameter, the
+        mean over ranks; for powersgd also "basis", `[columns, low_rank]`. On the CPU.
+    """
+    return _runtime_of(module).reducer.compression_state()
+
+
+def load_compression_state(module: nn.Module, state: dict[str, dict[str, Tensor]]) -> None:
+    """Go on from what `compression_state` returned, on any number of ranks and in any codec.
+
+    Call it on all ranks, between steps. Parameters that `state` does not name start afresh.
+
+    Raises:
+        ValueError: A residual does not have its parameter's shape; names it.
+    """
+    _runtime_of(module).reducer.load_compression_state(state)
 
 
 def _runtime_of(module: nn.Module) -> Runtime:

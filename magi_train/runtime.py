@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from magi_train.comm.codecs.compressor import STATEFUL
 from magi_train.comm.reducer import Reducer
 from magi_train.core import compat, hardware, settings
 from magi_train.core.config import Config
@@ -129,6 +130,11 @@ class Runtime:
                 logger.warning("magi-train: %s", text)
         return not why
 
+    def scale_by(self, scaler: torch.amp.GradScaler | None) -> None:
+        """Let residuals of gradient compression be kept without `scaler`'s loss scale."""
+        if scaler is not None:
+            self.reducer.loss_scale = lambda: compat.loss_scale(scaler)
+
     def take_over(self, optimizers: Sequence[Optimizer]) -> None:
         """Shard the state of `optimizers`, and let one kernel take their steps, as asked for.
 
@@ -199,12 +205,10 @@ class Runtime:
             return
         buckets = self.reducer.plan.buckets if self.world.size > 1 else ()
         sizes = [b.numel * b.torch_dtype().itemsize for b in buckets]
-        rounded = [
-            b.numel * getattr(torch, b.wire_dtype).itemsize
-            for b in buckets
-            if b.wire_dtype != b.dtype
-        ]
-        extra = max(sizes, default=0) + sum(rounded)  # one is packed while its gradients live
+        encoded = [b for b in buckets if b.codec != b.dtype]
+        residuals = [b.numel * b.torch_dtype().itemsize for b in encoded if b.codec in STATEFUL]
+        # one is packed while its gradients live
+        extra = max(sizes, default=0) + sum(b.wire_bytes() for b in encoded) + sum(residuals)
         self.memory.begin(batch, self.shadows.num_bytes, extra)
 
     def close(self) -> None:

@@ -31,7 +31,8 @@ def test_public_names():
         (lambda: Config(comm=None), "Config.comm must be a CommConfig, got NoneType"),
         (lambda: Config(timeout_seconds=0), "timeout_seconds must be positive, got 0"),
         (lambda: CommConfig(bucket_mib=-1), "bucket_mib must be positive, got -1"),
-        (lambda: CommConfig(wire_dtype="int8"), "wire_dtype must be one of"),
+        (lambda: CommConfig(compression="int4"), "compression must be one of"),
+        (lambda: CommConfig(low_rank=0), "low_rank must be positive, got 0"),
         (lambda: Config(memory_budget_gib=0), "memory_budget_gib must be positive, got 0"),
         (lambda: Config(memory_budget_gib="all"), "must be a number of GiB, 'auto' or None"),
         (lambda: Config(tier="eager", memory_budget_gib=1), "needs a captured graph"),
@@ -121,7 +122,7 @@ def test_data_parallel_looks_like_ddp():
     assert all(key.startswith("module.") for key in model.state_dict())
     loss_of(model(**MODELS["used_twice"][1](0))).backward()
     assert model.module.head.weight.grad is not None
-    with pytest.raises(ValueError, match="wire_dtype='bfloat16'"):
+    with pytest.raises(ValueError, match="compression='bfloat16'"):
         model.register_comm_hook(None, print)
     with pytest.raises(ValueError, match="same number of batches"):
         model.join().__enter__()

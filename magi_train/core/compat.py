@@ -39,6 +39,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch.ops.aten._scaled_mm | fp8 matrix products |
 | torch._ops.HigherOrderOperator | operators that take graphs |
 | torch._C._distributed_c10d._dump_fr_trace_json, _dump_nccl_trace_json | the last collective |
+| GradScaler._get_scale_async | the loss scale, without waiting for the device |
 | SymInt.node.expr, .hint | symbols of a dynamic size, and its size while compiling |
 """
 
@@ -453,6 +454,12 @@ graph_is_retained: Callable[[], bool] = _lookup(
 _saved_tensors_hooks: Callable[[bool], Any] = _lookup(
     "torch._C._autograd", "_top_saved_tensors_default_hooks"
 )
+
+
+def loss_scale(scaler: torch.amp.GradScaler) -> float | torch.Tensor:
+    """Return what `scaler` multiplies losses with: a tensor `[]` on its device once it has one."""
+    scale = scaler._get_scale_async() if scaler.is_enabled() else None
+    return scaler.get_scale() if scale is None else scale
 
 
 def storage_uses(storage: torch.UntypedStorage) -> int:

@@ -2,7 +2,7 @@
 
 All are frozen and keyword-only; a part that is None is left as PyTorch does it. `Config()` keeps
 the function that is trained: no rounding coarser than what autocast does already; `precision` and
-`CommConfig.wire_dtype` are the settings that do.
+`CommConfig.compression` are the settings that do.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 Tier = Literal["graph", "region", "eager"]
-WireDtype = Literal["float32", "bfloat16"]
+Compression = Literal["safe", "balanced", "aggressive", "bfloat16", "int8", "fp8", "powersgd"]
 Lowering = Literal["inductor", "aot_eager"]
 CudaGraphs = Literal["auto", "on", "off"]
 Precision = Literal["autocast", "fp8"]
@@ -83,9 +83,17 @@ class CommConfig:
     """Size at which a bucket is full. None: a sixteenth of the gradients, 8 to 128 MiB. Larger
     hides latency, smaller starts earlier."""
 
-    wire_dtype: WireDtype = "float32"
-    """What a float32 gradient is rounded to for the all-reduce. "bfloat16" halves the traffic and
-    changes the numbers; local accumulation stays in float32."""
+    compression: Compression | None = None
+    """How float32 gradients travel; they add up in float32 on each rank in any case. None: as they
+    are. "safe": weights whose gradients bfloat16 holds exactly, because autocast's backward made
+    them so, in bfloat16; all others as they are. "bfloat16": all in half the bytes. "balanced" is
+    "int8": a quarter of the bytes, with error feedback. "fp8": the same in e4m3. "aggressive" is
+    "powersgd": matrices as factors of `low_rank` columns with error feedback, for links under
+    1 Gbit/s; compare losses. int8, fp8 and powersgd leave parameters of one dimension in float32
+    and small ends of the model in bfloat16, and keep residuals: up to 12 bytes a weight."""
+
+    low_rank: int = 4
+    """Columns of the factors for "powersgd". More: more bytes, smaller error."""
 
     in_graph: bool = True
     """Put the all-reduces into a captured backward graph, where they overlap with it by plan.
@@ -96,7 +104,8 @@ class CommConfig:
 
     def __post_init__(self) -> None:
         _check_positive("CommConfig", "bucket_mib", self.bucket_mib)
-        _check_choice("CommConfig", "wire_dtype", self.wire_dtype, get_args(WireDtype))
+        _check_positive("CommConfig", "low_rank", self.low_rank)
+        _check_choice("CommConfig", "compression", self.compression, (None, *get_args(Compression)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +134,7 @@ class Config:
     statistics once, in the second step."""
 
     comm: CommConfig = field(default_factory=CommConfig)
-    """Buckets and wire format of the gradient all-reduce."""
+    """Buckets and wire format of gradients."""
 
     shard_optimizer: bool = False
     """Keep the optimizer's state (moments, momentum) on each rank for its own part of the weights

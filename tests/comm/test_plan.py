@@ -46,9 +46,9 @@ def test_slots_are_aligned_and_disjoint():
 def test_one_dtype_a_bucket_and_frozen_left_out():
     mixed = parameters((4,)) + [("half", nn.Parameter(torch.zeros(4, dtype=torch.bfloat16)))]
     mixed[0][1].requires_grad_(False)
-    plan = plan_buckets(mixed + parameters((4,))[:1], CommConfig(wire_dtype="bfloat16"), 2)
+    plan = plan_buckets(mixed + parameters((4,))[:1], CommConfig(compression="bfloat16"), 2)
     assert names(plan) == [["p0"], ["half"]]
-    assert [b.wire_dtype for b in plan.buckets] == ["bfloat16", "bfloat16"]
+    assert [b.codec for b in plan.buckets] == ["bfloat16", "bfloat16"]
     assert [b.dtype for b in plan.buckets] == ["float32", "bfloat16"]
 
 
@@ -56,10 +56,51 @@ def test_one_dtype_a_bucket_and_frozen_left_out():
 def test_the_fingerprint_notices(change):
     base = plan_buckets(parameters((4,), (8,)), CommConfig(), 2).fingerprint()
     shapes = {"shape": ((4,), (9,)), "order": ((8,), (4,))}.get(change, ((4,), (8,)))
-    config = CommConfig(wire_dtype="bfloat16") if change == "config" else CommConfig()
+    config = CommConfig(compression="bfloat16") if change == "config" else CommConfig()
     world = 4 if change == "world" else 2
     assert plan_buckets(parameters(*shapes), config, world).fingerprint() != base
 
 
 def test_no_parameters_no_buckets():
     assert plan_buckets([], CommConfig(), 2).buckets == ()
+
+
+def codecs(compression, *shapes, **options):
+    config = CommConfig(compression=compression, **options)
+    plan = plan_buckets(parameters(*shapes), config, 2)
+    return {s.name: b.codec for b in plan.buckets for s in b.slots}
+
+
+MODEL = ((64, 8), (64,), (64, 64), (64, 64), (64, 64), (64,), (8, 64))
+
+
+def test_vectors_and_small_ends_are_exempt():
+    found = codecs("balanced", *MODEL)
+    assert found == {
+        "p0": "bfloat16",
+        "p1": "float32",
+        "p2": "int8",
+        "p3": "int8",
+        "p4": "int8",
+        "p5": "float32",
+        "p6": "bfloat16",
+    }
+
+
+def test_large_ends_are_not():
+    found = codecs("int8", (64, 64), *MODEL[1:])
+    assert found["p0"] == found["p6"] == "int8"
+
+
+def test_low_rank_only_where_factors_are_small():
+    found = codecs("aggressive", *MODEL, (9, 40), (8, 64), low_rank=4)
+    assert found["p2"] == "powersgd"
+    assert found["p7"] == "bfloat16"
+
+
+def test_exempt_buckets_leave_when_they_are_complete():
+    config = CommConfig(compression="int8", bucket_mib=64 * 64 * 4 / MIB)
+    plan = plan_buckets(parameters(*MODEL), config, 2)
+    last = [min(int(s.name[1:]) for s in b.slots) for b in plan.buckets]
+    assert last == sorted(last, reverse=True)
+    assert sum(b.codec == "float32" for b in plan.buckets) == 1

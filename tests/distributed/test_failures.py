@@ -20,14 +20,14 @@ def end_times(outcomes):
 
 
 def different_config(rank, world_size):
-    comm = CommConfig(wire_dtype="float32" if rank == 0 else "bfloat16")
+    comm = CommConfig(compression=None if rank == 0 else "bfloat16")
     magi_train.prepare(Small(), config=Config(comm=comm))
 
 
 def test_a_different_config_names_rank_and_setting():
     for outcome in run_ranks(different_config):
         assert outcome.error.startswith("PlanMismatchError")
-        assert "rank 1: comm.wire_dtype is 'bfloat16', not 'float32'" in outcome.error
+        assert "rank 1: comm.compression is 'bfloat16', not None" in outcome.error
 
 
 def different_model(rank, world_size):
@@ -85,8 +85,9 @@ def test_and_is_an_error_where_graph_is_forced():
         assert "on rank 1" in outcome.error
 
 
-def raises_in_step_three(rank, world_size, tier):
-    model = magi_train.prepare(Small(), config=Config(tier=tier, lowering="aot_eager"))
+def raises_in_step_three(rank, world_size, tier, compression):
+    comm = CommConfig(compression=compression)
+    model = magi_train.prepare(Small(), config=Config(tier=tier, lowering="aot_eager", comm=comm))
     for step in range(6):
         if rank == 1 and step == 2:
             error = ValueError("the data of rank 1 is broken")
@@ -96,9 +97,9 @@ def raises_in_step_three(rank, world_size, tier):
         model.zero_grad()
 
 
-@pytest.mark.parametrize("tier", ["graph", "eager"])
-def test_a_rank_that_raises_ends_the_other(tier):
-    first, second = run_ranks(raises_in_step_three, tier)
+@pytest.mark.parametrize(("tier", "compression"), [("graph", None), ("eager", "int8")])
+def test_a_rank_that_raises_ends_the_other(tier, compression):
+    first, second = run_ranks(raises_in_step_three, tier, compression)
     assert "the data of rank 1 is broken" in second.error
     assert first.error.startswith("RemoteRankError: rank 1 failed: ValueError: the data of rank 1")
     assert abs(first.ended_at - second.ended_at) < SECONDS

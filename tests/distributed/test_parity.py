@@ -96,11 +96,11 @@ def test_forced_graph_names_the_line(name):
 
 
 def test_bf16_on_the_wire(two_ranks):
-    config = Config(tier="graph", lowering="aot_eager", comm=CommConfig(wire_dtype="bfloat16"))
+    config = Config(tier="graph", lowering="aot_eager", comm=CommConfig(compression="bfloat16"))
     for result in values(two_ranks(many, ("llama",), config, False, 4)):
         got = result["llama"]
         plan = next(p for n, p in got["rows"] if n == "communication_plan")
-        assert plan["wire_dtype"] == ["bfloat16"]
+        assert list(plan["parameters_by_codec"]) == ["bfloat16"]
         # each rank's sum is rounded once, the sum of two once more
         eps = torch.finfo(torch.bfloat16).eps
         assert 0 < got["gradient"] <= 2 * eps

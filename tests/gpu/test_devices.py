@@ -128,7 +128,7 @@ def accumulate(rank):
     model = MODELS["llama"][0]().cuda().train()
     twin = copy.deepcopy(model)
     theirs = torch.nn.parallel.DistributedDataParallel(model, device_ids=[rank])
-    ours = magi_train.prepare(twin, config=Config(comm=CommConfig(wire_dtype="bfloat16")))
+    ours = magi_train.prepare(twin, config=Config(comm=CommConfig(compression="bfloat16")))
     for m in (theirs, ours):
         with m.no_sync():
             backward(m, on_device(MODELS["llama"][1](rank)), False)

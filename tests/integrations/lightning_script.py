@@ -3,7 +3,7 @@
 Usage: lightning_script.py NAMESPACE STRATEGY MODE DEVICES OUTPUT
 
 With "A+B" as the strategy, mode "resume" trains the first half under A and the second under B.
-"sharded" is magi with a setting, so it has to import magi_train.
+"sharded" and "int8" are magi with a setting, so they have to import magi_train.
 """
 
 import importlib
@@ -21,6 +21,7 @@ warnings.simplefilter("ignore")
 
 
 namespace, strategy, mode, devices, output = sys.argv[1:]
+loaded = []  # for which parameters a checkpoint gave residuals
 pl = importlib.import_module(namespace)
 
 
@@ -89,12 +90,22 @@ class Losses(pl.Callback):
 
 
 def chosen(name):
-    if name != "sharded":
+    if name not in ("sharded", "int8"):
         return name
-    from magi_train import Config
+    from magi_train import CommConfig, Config
+    from magi_train.comm.reducer import Reducer
     from magi_train.integrations.lightning import strategy_class
 
-    return strategy_class(namespace)(config=Config(shard_optimizer=True))
+    if name == "sharded":
+        return strategy_class(namespace)(config=Config(shard_optimizer=True))
+    load = Reducer.load_compression_state
+
+    def load_and_note(self, state):
+        loaded.append(sorted(n for n, s in state.items() if s["residual"].any()))
+        load(self, state)
+
+    Reducer.load_compression_state = load_and_note
+    return strategy_class(namespace)(config=Config(comm=CommConfig(compression="int8")))
 
 
 def main():
@@ -126,7 +137,8 @@ def main():
         path = Path(output).with_suffix(".ckpt")
         fit.save_checkpoint(path)
         plain = Model()
-        state = torch.load(path, weights_only=False)["state_dict"]
+        checkpoint = torch.load(path, weights_only=False)
+        state = checkpoint["state_dict"]
         strict = not any(plain.load_state_dict(state, strict=True))
         model = Model()
         fit = trainer(4, logs, halves[-1])
@@ -139,6 +151,8 @@ def main():
             "logged": logs.seen,
             "losses": model.losses,
             "strict_load": strict,
+            "carried": loaded,
+            "extra": sorted(checkpoint.keys() & {"magi_compression"}) if strict else None,
         }
         if getattr(fit.strategy, "runtime", None) is not None:  # spawned: in the children
             report = fit.strategy.report

@@ -101,6 +101,16 @@ def test_resuming_and_plain_checkpoints(tmp_path):
     assert_same(halves, whole, logs=False)
     assert halves["losses"] == pytest.approx(whole["losses"][len(whole["losses"]) // 2 :], rel=1e-6)
     assert halves["strict_load"] is True
+    assert halves["extra"] == [], "nothing of ours is in a checkpoint without need"
+
+
+@pytest.mark.full
+def test_resuming_with_compressed_gradients(tmp_path):
+    """Residuals go into the checkpoint, beside the state, and out of it again, once."""
+    halves = run(tmp_path, "lightning.pytorch", "int8", "resume")
+    assert halves["extra"] == ["magi_compression"]
+    assert halves["carried"] == [["a.weight", "b.weight"]]
+    assert halves["strict_load"] is True
 
 
 @pytest.mark.full

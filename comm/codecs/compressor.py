@@ -1,0 +1,211 @@
+"""The compressor: the codecs of a plan's buckets, what they leave behind, and when it counts.
+
+A step counts for the codecs if every number that came out of it is finite, in all buckets: a
+GradScaler, or a user's check, skips a step with infinities or NaNs, so what its exchanges left in
+residuals and bases is forgotten, and training goes on as if the step had not been. All ranks decode
+the same bytes, hence decide alike without asking each other.
+
+On a GPU the decision is a bool that is copied to the host at the end of the backward and read at
+the start of the next one: nothing waits for it.
+
+A state that a checkpoint may hold is by parameter name: what was not sent yet, as the mean over
+ranks, and each basis. It loads on any number of ranks, buckets or other codecs.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from magi_train.comm.codecs import Codec, Scale
+from magi_train.comm.codecs.exact import Autocast, ExactBuckets
+from magi_train.comm.codecs.lanes import Lanes, StreamExchange, ThreadExchange, run
+from magi_train.comm.codecs.low_rank import LowRank
+from magi_train.comm.codecs.two_shot import FORMATS, TwoShot
+from magi_train.comm.plan import CommPlan
+from magi_train.core.errors import MagiError
+from magi_train.core.world import World
+
+STATEFUL = ("int8", "fp8", "powersgd")
+RESIDUAL, BASIS = "residual", "basis"
+
+
+class Handle(Protocol):
+    """Something that is on its way."""
+
+    def wait(self) -> None:
+        """Return, or order the current stream, after its end."""
+
+
+@dataclass
+class AllReduce:
+    """An all-reduce that is on its way, perhaps of a copy in another format."""
+
+    work: "dist.Work"
+    wire: Tensor
+    flat: Tensor
+    world: World
+    what: str
+
+    def wait(self) -> None:
+        """Wait for the end; see World.wait."""
+        self.world.wait(self.work, self.flat.device, self.what)
+        if self.wire is not self.flat:
+            self.flat.copy_(self.wire)
+
+
+class Compressor:
+    """Sends the buckets of one plan, each in its codec.
+
+    Args:
+        plan: The agreed buckets.
+        world: The ranks.
+        device: Of the gradients.
+
+    Attributes:
+        exact: Which "safe" buckets travel in bfloat16.
+        stateful: Whether a codec keeps anything from step to step.
+
+    Raises:
+        MagiError: The process group cannot carry the codec on this device.
+    """
+
+    def __init__(self, plan: CommPlan, world: World, device: torch.device) -> None:
+        self.plan, self.world, self.device = plan, world, device
+        encoded = {b.codec for b in plan.buckets} & {*FORMATS, "powersgd", "safe"}
+        self.stateful = any(b.codec in STATEFUL for b in plan.buckets)
+        self.on_stream = world.uses_nccl(device)
+        if encoded and device.type != "cpu" and not self.on_stream:
+            raise MagiError(
+                f"CommConfig.compression needs NCCL for gradients on {device.type}, got the "
+                f"{world.backend} backend; use init_process_group('nccl')"
+            )
+        self.exact = ExactBuckets(plan)
+        self._codecs: dict[tuple[int, str], Codec] = {}
+        self._lanes = Lanes.of(world) if encoded and not self.on_stream else None
+        self._verdict: tuple[Tensor, Any] | None = None
+        self._plain: list[Tensor] = []
+
+    def codec(self, index: int, name: str) -> Codec:
+        """Return bucket `index`'s codec called `name`."""
+        if (index, name) not in self._codecs:
+            kind = LowRank if name == "powersgd" else TwoShot
+            bucket = replace(self.plan.buckets[index], codec=name)  # "safe" was decided
+            self._codecs[index, name] = kind(bucket, self.world.rank, self.world.size)
+        return self._codecs[index, name]
+
+    def start(
+        self, index: int, flat: Tensor, used: set[str], scale: Scale, autocast: Autocast
+    ) -> Handle:
+        """Send bucket `index` on its way, as it is or encoded.
+
+        Args:
+            index: Bucket in the plan.
+            flat: Its gradients `[numel]`; the averages once the result was waited for.
+            used: Parameters that have a gradient on this rank.
+            scale: What the loss was multiplied with.
+            autocast: State of autocast in the forward, for `exact`.
+        """
+        self._decide()
+        bucket = self.plan.buckets[index]
+        name = self.exact.codec(autocast, index)
+        what = f"bucket {index} ({bucket.slots[0].name} .. {bucket.slots[-1].name}) in {name}"
+        if name == bucket.dtype or (self.on_stream and name == "bfloat16"):
+            self._plain.append(flat)
+            return self._all_reduce(flat, name, what)
+        exchange = self.codec(index, name).exchange(flat, used, scale)
+        if self._lanes is None:
+            return StreamExchange(exchange, flat, self.world)
+        handle = ThreadExchange(exchange, self.world, what)
+        self._lanes.start(handle)
+        return handle
+
+    def _all_reduce(self, flat: Tensor, name: str, what: str) -> Handle:
+        op = dist.ReduceOp.AVG  # NCCL's own kernels are faster than two shots of halves
+        if not self.on_stream:  # gloo knows sums only
+            op = dist.ReduceOp.SUM
+            flat.div_(self.world.size)
+        wire = flat.to(getattr(torch, name))  # itself where the dtype is the same
+        return AllReduce(dist.all_reduce(wire, op, async_op=True), wire, flat, self.world, what)
+
+    def settle(self) -> None:
+        """End a backward: keep what its exchanges left, if all gradients are finite."""
+        plain, self._plain = self._plain, []
+        if not self.stateful:
+            return
+        found = [c.finite for c in self._codecs.values() if c.finite is not None]
+        found += [flat.isfinite().all() for flat in plain]
+        finite = torch.stack(found).all()
+        if finite.is_cuda:
+            copy = torch.empty((), dtype=torch.bool, pin_memory=True)
+            copy.copy_(finite, non_blocking=True)
+            self._verdict = (copy, torch.cuda.current_stream(finite.device).record_event())
+        else:
+            self._verdict = (finite, None)
+
+    def forget(self) -> None:
+        """Drop what the exchanges of a backward left that counts for nothing."""
+        self._verdict, self._plain = None, []
+        for codec in self._codecs.values():
+            codec.discard()
+
+    def _decide(self) -> None:
+        if self._verdict is None:
+            return
+        finite, event = self._verdict
+        self._verdict = None
+        if event is not None:
+            event.synchronize()
+        for codec in self._codecs.values():
+            if finite:
+                codec.commit()
+            else:
+                codec.discard()
+
+    # -- checkpoints ---------------------------------------------------------------------------
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Return residuals and bases by parameter, on the CPU; a collective where there are any."""
+        self._decide()
+        found: dict[str, dict[str, Tensor]] = {}
+        for (index, _), codec in sorted(self._codecs.items()):
+            mean = run(codec.mean_residual(), self.world, self.device)
+            if mean is not None:
+                for slot in self.plan.buckets[index].slots:
+                    part = slot.view(mean).cpu().clone(memory_format=torch.contiguous_format)
+                    found.setdefault(slot.name, {})[RESIDUAL] = part
+            for name, basis in codec.bases():
+                found.setdefault(name, {})[BASIS] = basis.detach().cpu().clone()
+        return found
+
+    def load(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Go on from what `state` returned; parameters it does not name start afresh.
+
+        Raises:
+            ValueError: A residual does not have its parameter's shape; names it.
+        """
+        self.forget()
+        for index, bucket in enumerate(self.plan.buckets):
+            if bucket.codec not in STATEFUL:
+                continue
+            codec = self.codec(index, bucket.codec)
+            mean = torch.zeros(bucket.flags_offset, device=self.device)
+            for slot in bucket.slots:
+                mine = state.get(slot.name, {})
+                _fill(slot.view(mean), mine.get(RESIDUAL), slot.name)
+                if BASIS in mine:
+                    codec.load_basis(slot.name, mine[BASIS].to(self.device))
+            codec.load_residual(mean)
+
+
+def _fill(view: Tensor, residual: Tensor | None, name: str) -> None:
+    if residual is None:
+        return
+    if residual.shape != view.shape:
+        raise ValueError(
+            f"the compression state of {name} has shape {list(residual.shape)}, the parameter "
+            f"{list(view.shape)}; load a state that was saved for this model"
+        )
+    view.copy_(residual)

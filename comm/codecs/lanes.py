@@ -1,0 +1,163 @@
+"""Lanes: where exchanges run while the backward computes.
+
+Beside gloo, a collective blocks whoever waits for it. An exchange with two of them passes through
+three lanes: the caller encodes and starts the first collective; thread 1 waits for it, combines,
+and starts the second; thread 2 waits for that and decodes. So one bucket can be combined and
+another decoded while a third is on the wire. All collectives of a lane belong to a process group of
+that lane, and exchanges go through each lane in the order of their start: every rank starts the
+same sequence in every group, whatever the threads' timing, and whatever the caller's own
+collectives do in the default group.
+
+Beside NCCL nothing blocks the host: the whole exchange is enqueued at once on a stream of its own,
+with the default group, and `wait` makes the caller's stream wait for its end.
+"""
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from magi_train.comm.codecs import Collective
+from magi_train.core.world import World
+
+LANES = 2
+"""Collectives that an exchange may have."""
+
+T = TypeVar("T")
+_lanes: "weakref.WeakKeyDictionary[World, Lanes]" = weakref.WeakKeyDictionary()
+
+
+def begin(request: Collective, world_size: int, group: Any) -> tuple[Tensor, "dist.Work"]:
+    """Start a collective; return where its result will be, and its handle."""
+    tensor = request.tensor
+    if request.kind == "all_reduce":
+        return tensor, dist.all_reduce(tensor, group=group, async_op=True)
+    if request.kind == "all_to_all":
+        result = torch.empty_like(tensor)
+        return result, dist.all_to_all_single(result, tensor, group=group, async_op=True)
+    result = tensor.new_empty(world_size * tensor.numel())
+    gather = getattr(dist, "all_gather_single", None)  # the name since torch 2.13
+    gather = gather or dist.all_gather_into_tensor
+    return result, gather(result, tensor, group=group, async_op=True)
+
+
+def run(exchange: Generator[Collective, Tensor, T], world: World, device: torch.device) -> T:
+    """Run an exchange from start to end in the caller, in the default group; return its result."""
+    value: Any = None
+    with torch.no_grad():
+        while True:
+            try:
+                request = exchange.send(value)
+            except StopIteration as stop:
+                return stop.value  # type: ignore[no-any-return]
+            value, work = begin(request, world.size, None)
+            world.wait(work, device, "an exchange of gradients' residuals")
+
+
+class StreamExchange:
+    """An exchange that was enqueued on a stream of its own."""
+
+    def __init__(
+        self, exchange: Generator[Collective, Tensor, None], flat: Tensor, world: World
+    ) -> None:
+        stream = _side_stream(flat.device)
+        stream.wait_stream(torch.cuda.current_stream(flat.device))
+        with torch.cuda.stream(stream):
+            run(exchange, world, flat.device)
+            self._end = stream.record_event()
+        flat.record_stream(stream)
+
+    def wait(self) -> None:
+        """Make the current stream wait for the exchange."""
+        self._end.wait()
+
+
+_streams: dict[torch.device, Any] = {}
+
+
+def _side_stream(device: torch.device) -> Any:
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
+
+
+class ThreadExchange:
+    """An exchange that is on its way through the lanes."""
+
+    def __init__(
+        self, exchange: Generator[Collective, Tensor, None], world: World, what: str
+    ) -> None:
+        self.exchange, self.world, self.what = exchange, world, what
+        self.done: Future[None] = Future()
+
+    def wait(self) -> None:
+        """Wait for the end; raise what went wrong in a lane, or that another rank failed."""
+        while True:
+            try:
+                return self.done.result(timeout=1)
+            except TimeoutError:
+                if self.done.done():
+                    raise
+                self.world.check()
+
+
+class Lanes:
+    """The process groups and threads of one job's ranks; made once, by all ranks together."""
+
+    def __init__(self, world: World) -> None:
+        long = timedelta(days=1)  # World.wait decides when it has been too long
+        self._groups = [dist.new_group(backend="gloo", timeout=long) for _ in range(LANES)]
+        self._queues: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in range(LANES)]
+        for lane, each in enumerate(self._queues):
+            name = f"magi-lane-{lane + 1}"
+            threading.Thread(target=_serve, args=(each,), name=name, daemon=True).start()
+            weakref.finalize(world, each.put, None)
+
+    @staticmethod
+    def of(world: World) -> "Lanes":
+        """Return the lanes of `world`; the first call is a collective."""
+        if world not in _lanes:
+            _lanes[world] = Lanes(world)
+        return _lanes[world]
+
+    def start(self, each: ThreadExchange) -> None:
+        """Encode, and send an exchange on its way."""
+        self._advance(0, each, None)
+        if each.done.done():
+            each.done.result()  # an error in the caller's own part is raised where it is
+
+    def _advance(self, lane: int, each: ThreadExchange, value: Tensor | None) -> None:
+        try:
+            with torch.no_grad():
+                request = each.exchange.send(value)  # type: ignore[arg-type]
+            result, work = begin(request, each.world.size, self._groups[lane])
+        except StopIteration:
+            each.done.set_result(None)
+        except BaseException as error:  # noqa: BLE001  (whoever waits gets it)
+            each.done.set_exception(error)
+        else:
+            after = self._advance
+            self._queues[lane].put((each, work, lambda: after(lane + 1, each, result)))
+
+
+def _serve(incoming: "queue.SimpleQueue[Any]") -> None:
+    """Wait for the collectives of one lane, in order, until None comes."""
+    while (item := incoming.get()) is not None:
+        _finish(*item)
+        del item  # an idle thread keeps no World alive
+
+
+def _finish(each: ThreadExchange, work: "dist.Work", go_on: Callable[[], None]) -> None:
+    try:
+        each.world.wait(work, torch.device("cpu"), each.what)
+    except BaseException as error:  # noqa: BLE001
+        each.done.set_exception(error)
+    else:
+        go_on()

@@ -1,0 +1,266 @@
+"""Codecs in one process: N of them are driven side by side, and the collectives are played."""
+
+import pytest
+import torch
+from torch import nn
+
+from magi_train.comm.codecs.low_rank import LowRank, orthonormal
+from magi_train.comm.codecs.two_shot import TwoShot
+from magi_train.comm.plan import BLOCK, plan_buckets
+from magi_train.core.config import CommConfig
+from tests.close import tolerance
+
+LOSSY = ("bfloat16", "int8", "fp8", "powersgd")
+WITH_FEEDBACK = ("int8", "fp8", "powersgd")
+SHAPES = ((3, 5), (48, 40), (40, 48, 1), (64, 96))
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+RANKS = 3
+
+
+def make(codec, ranks=RANKS):
+    """Return the codecs of all ranks for one bucket of matrices."""
+    kept = [s for s in SHAPES if codec != "powersgd" or s != (3, 5)]
+    named = [(f"p{i}", nn.Parameter(torch.zeros(s))) for i, s in enumerate(kept)]
+    plan = plan_buckets(named, CommConfig(compression=codec, bucket_mib=1, low_rank=4), ranks)
+    (bucket,) = [b for b in plan.buckets if b.codec == codec]
+    kind = LowRank if codec == "powersgd" else TwoShot
+    return [kind(bucket, rank, ranks) for rank in range(ranks)]
+
+
+def play(generators):
+    """Run the exchanges of all ranks; return what each returned."""
+    values, results = [None] * len(generators), []
+    while not results:
+        requests = []
+        for generator, value in zip(generators, values, strict=True):
+            try:
+                requests.append(generator.send(value))
+            except StopIteration as stop:
+                results.append(stop.value)
+        assert not (requests and results), "ranks want different numbers of collectives"
+        if requests:
+            (kind,) = {r.kind for r in requests}
+            sent = [r.tensor for r in requests]
+            assert all(t.is_contiguous() for t in sent)
+            if kind == "all_to_all":
+                values = [torch.stack([t[r] for t in sent]) for r in range(len(sent))]
+            elif kind == "all_gather":
+                values = [torch.cat(sent) for _ in sent]
+            else:
+                values = [torch.stack(sent).sum(0) for _ in sent]
+    return results
+
+
+def names(codec):
+    return {s.name for s in codec.bucket.slots}
+
+
+def exchange(codecs, gradients, scale=1.0, used=None):
+    """Exchange `gradients` (one dict a rank); return each rank's flat tensor."""
+    flats = []
+    for codec, mine in zip(codecs, gradients, strict=True):
+        flat = torch.zeros(codec.bucket.numel)
+        for slot in codec.bucket.slots:
+            if slot.name in mine:
+                slot.view(flat).copy_(mine[slot.name] * scale)
+        flats.append(flat)
+    parts = zip(codecs, flats, gradients, strict=True)
+    play([c.exchange(f, set(g), scale) for c, f, g in parts])
+    return flats
+
+
+def random_gradients(codecs, step=0):
+    """Return different gradients for each rank, some parameters much larger than others."""
+    result = []
+    for rank, codec in enumerate(codecs):
+        generator = torch.Generator().manual_seed(100 * step + rank)
+        result.append(
+            {
+                s.name: torch.randn(s.shape, generator=generator) * 10 ** (-2 * i)
+                for i, s in enumerate(codec.bucket.slots)
+            }
+        )
+    return result
+
+
+def mean_of(gradients, name):
+    return torch.stack([g[name].double() for g in gradients]).mean(0)
+
+
+def cut(codec, flat):
+    return {s.name: s.view(flat).clone() for s in codec.bucket.slots}
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+def test_all_ranks_decode_the_same_bits(codec):
+    codecs = make(codec)
+    first, *others = exchange(codecs, random_gradients(codecs))
+    assert all(torch.equal(first, other) for other in others)
+    assert torch.equal(
+        first[codecs[0].bucket.flags_offset :] > 0, torch.ones(len(names(codecs[0]))) > 0
+    )
+
+
+@pytest.mark.parametrize("codec", ["bfloat16", "int8", "fp8"])
+def test_each_shot_rounds_once(codec):
+    codecs = make(codec)
+    gradients = random_gradients(codecs)
+    got = cut(codecs[0], exchange(codecs, gradients)[0])
+    for name, value in got.items():
+        want = mean_of(gradients, name)
+        largest = max(float(g[name].abs().max()) for g in gradients)
+        step = {
+            "bfloat16": torch.finfo(torch.bfloat16).eps / 2,
+            "int8": 0.5 / 127,
+            "fp8": torch.finfo(torch.float8_e4m3fn).eps / 2,
+        }[codec]
+        worst = float((value.double() - want).abs().max())
+        assert 0 < worst <= 2 * step * largest * (1 + tolerance(torch.float32, RANKS)), name
+
+
+def test_low_rank_is_exact_where_the_gradient_is():
+    codecs = make("powersgd")
+    gradients = []
+    for rank, codec in enumerate(codecs):
+        g = torch.Generator().manual_seed(rank)
+        thin = {s.name: (s.shape, s.shape[0], s.numel() // s.shape[0]) for s in codec.bucket.slots}
+        gradients.append(
+            {
+                name: (torch.randn(n, 1, generator=g) @ torch.randn(1, m, generator=g)).view(shape)
+                for name, (shape, n, m) in thin.items()
+            }
+        )
+    got = cut(codecs[0], exchange(codecs, gradients)[0])
+    for name, value in got.items():  # the mean of three matrices of rank 1, with 4 columns
+        want = mean_of(gradients, name)
+        worst = float((value.double() - want).abs().max() / want.abs().max())
+        assert worst <= tolerance(torch.float32)
+
+
+@pytest.mark.parametrize("codec", WITH_FEEDBACK)
+def test_nothing_is_lost_but_delayed_while_the_loss_scale_changes(codec):
+    """What ranks got in all steps, and the residual, add up to the exact sum."""
+    codecs = make(codec)
+    total = {n: torch.zeros(()).double() for n in names(codecs[0])}
+    want = dict(total)
+    for step, scale in enumerate((65536.0, 65536.0, 1.0, 2.0, 2.0)):
+        gradients = random_gradients(codecs, step)
+        got = cut(codecs[0], exchange(codecs, gradients, scale)[0])
+        for c in codecs:
+            assert c.finite
+            c.commit()
+        for n in total:
+            total[n] = total[n] + got[n].double() / scale
+            want[n] = want[n] + mean_of(gradients, n)
+    rest = cut(codecs[0], play([c.mean_residual() for c in codecs])[0])
+    for n in total:
+        assert rest[n].abs().max() > 0
+        off = (total[n] + rest[n] - want[n]).abs().max() / want[n].abs().max()
+        assert off <= tolerance(torch.float32), n
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("codec", WITH_FEEDBACK)
+def test_a_step_that_is_not_finite_leaves_no_trace(codec, bad):
+    ours, twins = make(codec), make(codec)
+    for step in range(4):
+        gradients = random_gradients(ours, step)
+        if step == 2:
+            gradients[1][f"p{len(SHAPES) - 2}"].view(-1)[7] = bad
+        flats = exchange(ours, gradients)
+        if step == 2:
+            assert not any(f.isfinite().all() for f in flats)
+            assert not any(c.finite for c in ours)
+            for c in ours:
+                c.discard()
+            continue
+        assert torch.equal(flats[0], exchange(twins, gradients)[0])
+        for c in (*ours, *twins):
+            c.commit()
+
+
+@pytest.mark.parametrize("codec", WITH_FEEDBACK)
+def test_a_parameter_without_gradient_keeps_its_residual(codec):
+    codecs = make(codec)
+    exchange(codecs, random_gradients(codecs))
+    for c in codecs:
+        c.commit()
+    before = cut(codecs[0], play([c.mean_residual() for c in codecs])[0])
+    gradients = random_gradients(codecs, 1)
+    slots = codecs[0].bucket.slots
+    nobody, somebody = slots[0].name, slots[1].name
+    for g in gradients:
+        del g[nobody]
+    del gradients[1][somebody]
+    flat = exchange(codecs, gradients)[0]
+    for c in codecs:
+        c.commit()
+    after = cut(codecs[0], play([c.mean_residual() for c in codecs])[0])
+    assert (flat[codecs[0].bucket.flags_offset :] > 0).tolist() == [s.name != nobody for s in slots]
+    assert torch.equal(before[nobody], after[nobody])
+    want = sum(g[somebody].double() for g in gradients if somebody in g) / RANKS + before[somebody]
+    got = cut(codecs[0], flat)[somebody] + after[somebody].double()
+    assert (got - want).abs().max() / want.abs().max() <= tolerance(torch.float32)
+
+
+@pytest.mark.parametrize("codec", WITH_FEEDBACK)
+def test_state_goes_to_another_number_of_ranks(codec):
+    three, two = make(codec), make(codec, ranks=2)
+    exchange(three, random_gradients(three))
+    for c in three:
+        c.commit()
+    rest = cut(three[0], play([c.mean_residual() for c in three])[0])
+    for c in two:
+        mean = torch.zeros(c.bucket.flags_offset)
+        for slot in c.bucket.slots:
+            slot.view(mean).copy_(rest[slot.name])
+        for name, basis in three[0].bases():
+            c.load_basis(name, basis)
+        c.load_residual(mean)
+    again = cut(two[0], play([c.mean_residual() for c in two])[0])
+    bases = [dict(c.bases()) for c in (three[0], two[0])]
+    assert bases[0].keys() == bases[1].keys()
+    for name in rest:
+        worst = (again[name] - rest[name]).abs().max() / rest[name].abs().max()
+        assert worst <= tolerance(torch.float32, 2)
+        if codec == "powersgd":
+            assert torch.equal(bases[0][name], bases[1][name])
+
+
+@pytest.mark.parametrize("codec", WITH_FEEDBACK)
+def test_zeros_and_denormals_are_harmless(codec):
+    codecs = make(codec)
+    for fill in (0.0, 1e-42, 1e-35):
+        gradients = [
+            {n: torch.full_like(v, fill) for n, v in g.items()} for g in random_gradients(codecs)
+        ]
+        flats = exchange(codecs, gradients)
+        assert all(f.isfinite().all() for f in flats)
+        assert all(c.finite for c in codecs)
+        for c in codecs:
+            c.commit()
+    gradients = random_gradients(codecs, 1)
+    flat = exchange(codecs, gradients)[0]
+    assert all(v.abs().max() > 0 for v in cut(codecs[0], flat).values()), "the way back is open"
+
+
+def test_gram_schmidt_with_columns_that_are_nearly_parallel():
+    g = torch.Generator().manual_seed(0)
+    p = torch.randn(2, 50, 4, generator=g)
+    p[:, :, 1] = p[:, :, 0] + 1e-4 * p[:, :, 1]
+    p[1, :, 2] = 0
+    product = orthonormal(p).mT @ orthonormal(p)
+    want = torch.eye(4).repeat(2, 1, 1)
+    want[1, 2, 2] = 0
+    assert (product - want).abs().max() <= tolerance(torch.float32, 50)
+
+
+def test_blocks_do_not_mix_parameters():
+    (codec, *_), gradients = make("int8"), random_gradients(make("int8"))
+    assert all(s.offset % BLOCK == 0 for s in codec.bucket.slots)
+    assert codec.bucket.flags_offset % (BLOCK * RANKS) == 0
+    codecs = make("int8")
+    got = cut(codecs[0], exchange(codecs, gradients)[0])
+    smallest = codecs[0].bucket.slots[-1].name  # a millionth of the largest
+    want = mean_of(gradients, smallest)
+    assert (got[smallest] - want).abs().max() < 0.05 * want.abs().max()

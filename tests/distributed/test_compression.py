@@ -1,0 +1,219 @@
+"""Compressed gradients on two gloo ranks with data of their own: the rules, end to end."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import magi_train
+from magi_train import CommConfig, Config
+from magi_train.comm.codecs.compressor import Compressor
+from tests.close import difference, relative_error, tolerance
+from tests.models import Small, tokens
+from tests.ranks import values
+
+LOSSY = ("int8", "powersgd")
+
+
+def config(compression, tier="auto", **options):
+    comm = CommConfig(compression=compression, bucket_mib=0.005, **options)
+    return Config(tier=tier, lowering="aot_eager", comm=comm)
+
+
+class Tied(Small):
+    """Embedding and head are one parameter, a layer is never used, rank 1 skips another."""
+
+    def __init__(self):
+        super().__init__()
+        self.head.weight = self.embedding.weight
+        self.never = nn.Linear(64, 64)
+        self.sometimes = nn.Linear(32, 32)
+        self.skip = False
+
+    def hidden(self, x):
+        h = super().hidden(x)
+        return h if self.skip else self.sometimes(h)
+
+
+def gradients(model):
+    named = [(n.removeprefix("module."), p.grad) for n, p in model.named_parameters()]
+    return {n: None if g is None else g.clone() for n, g in named}
+
+
+def train(rank, world_size, compression, tier):
+    """Three steps of two micro-batches; count exchanges; compare the first with DDP's gradients."""
+    torch.manual_seed(0)
+    model = Tied().train()
+    theirs = DistributedDataParallel(copy.deepcopy(model), find_unused_parameters=True)
+    ours = magi_train.prepare(model, config=config(compression, tier))
+    model.skip = theirs.module.skip = rank == 1
+    starts, start = [], Compressor.start
+
+    def counted(self, index, *args):
+        starts.append(index)
+        return start(self, index, *args)
+
+    Compressor.start = counted
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.1, momentum=0.9)
+    error, norms = 0.0, []
+    try:
+        for step in range(3):
+            for micro in range(2):
+                for each in (ours, theirs)[: 2 if step == 0 else 1]:
+                    with each.no_sync() if micro == 0 else contextlib.nullcontext():
+                        each(tokens(10 * step + 2 * micro + rank), tokens(1)).backward()
+            if step == 0:
+                error = relative_error(gradients(ours), gradients(theirs))
+                none = ours.never.weight.grad is None
+            norms.append(float(nn.utils.clip_grad_norm_(ours.parameters(), 0.5)))
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        Compressor.start = start
+    weights = {n: p.detach().clone() for n, p in ours.named_parameters()}
+    plan = ours._magi_runtime.reducer.plan
+    return weights, norms, error, none, (starts, len(plan.buckets), plan.codecs())
+
+
+@pytest.mark.parametrize(
+    ("compression", "tier"),
+    [("int8", "auto"), ("int8", "eager"), ("powersgd", "auto"), ("bfloat16", "eager")],
+)
+def test_replicas_stay_equal_and_each_step_sends_once(compression, tier, two_ranks):
+    (weights, norms, error, none, sent), other = values(two_ranks(train, compression, tier))
+    assert all(torch.equal(w, other[0][n]) for n, w in weights.items())
+    assert norms == other[1], "clipping sees the same averaged gradient on all ranks"
+    starts, buckets, codecs = sent
+    assert codecs[compression] >= 2
+    assert starts == list(range(buckets)) * 3, "once a step, after accumulation, in plan order"
+    assert none, "a parameter that no rank used has no gradient"
+    # int8: a rounding is at most 1/254 of a block's largest element, and elements are not all small
+    limit = {"int8": 0.05, "bfloat16": 2 * torch.finfo(torch.bfloat16).eps, "powersgd": 1.0}
+    assert 0 < error < limit[compression]
+
+
+def scaled(rank, world_size, compression, tier, where):
+    """Train under a GradScaler; with `where`, rank 1 has an infinity there in a step of its own."""
+    torch.manual_seed(0)
+    model = Small().train()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=100)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ours, _ = magi_train.prepare(
+        model, optimizer, config=config(compression, tier), grad_scaler=scaler
+    )
+    for step in (0, 1, "bad", 2, 3) if where else (0, 1, 2, 3):
+        seed = 5 if step == "bad" else 10 * step
+        loss = ours(tokens(seed + rank), tokens(1))
+        bad = step == "bad" and rank == 1
+        if bad and where == "loss":
+            loss = loss * torch.tensor(1e38) * 1e10
+        handle = ours.a.bias.register_hook(
+            lambda g, bad=bad: torch.full_like(g, float("inf")) if bad and where == "bias" else g
+        )
+        scaler.scale(loss).backward()
+        handle.remove()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    state = magi_train.compression_state(ours)
+    kept = {n: s["residual"] for n, s in state.items()}
+    weights = {n: p.detach().clone() for n, p in ours.named_parameters()}
+    return weights, kept, scaler.get_scale()
+
+
+@pytest.mark.parametrize(
+    ("compression", "tier", "where"),
+    [("int8", "auto", "loss"), ("powersgd", "eager", "loss"), ("int8", "eager", "bias")],
+)
+def test_an_infinity_skips_the_step_on_all_ranks_and_leaves_nothing(
+    compression, tier, where, two_ranks
+):
+    """Scales are powers of two, so the other steps must be the same bit for bit."""
+    (plain, kept, scale), _ = values(two_ranks(scaled, compression, tier, ""))
+    first, second = values(two_ranks(scaled, compression, tier, where))
+    assert scale == 1024.0
+    for weights, residuals, after in (first, second):
+        assert after == 512.0, "the step was not skipped"
+        assert all(torch.equal(w, plain[n]) for n, w in weights.items())
+        assert residuals.keys() == kept.keys()
+        assert all(torch.equal(r, kept[n]) for n, r in residuals.items())
+    assert all(r.abs().max() > 0 for r in kept.values())
+
+
+def resumed(rank, world_size, compression):
+    """Save after two steps, go on in a new model, and freeze a layer, which makes a new plan."""
+    torch.manual_seed(0)
+    model = Small().train()
+    first = magi_train.prepare(model, config=config(compression))
+    for step in range(2):
+        first(tokens(10 * step + rank), tokens(1)).backward()
+        first.zero_grad()
+    saved = magi_train.compression_state(first)
+    second = magi_train.prepare(copy.deepcopy(model), config=config(compression, "eager"))
+    magi_train.load_compression_state(second, saved)
+    loaded = magi_train.compression_state(second)
+    second.a.requires_grad_(False)
+    second(tokens(rank), tokens(1))
+    frozen = magi_train.compression_state(second)
+    named = [n for n, p in second.named_parameters() if p.requires_grad]
+    try:
+        magi_train.load_compression_state(second, {"b.weight": {"residual": torch.zeros(3)}})
+        said = ""
+    except ValueError as error:
+        said = str(error)
+    return saved, loaded, frozen, named, said
+
+
+@pytest.mark.parametrize("compression", LOSSY)
+def test_state_by_parameter_name(compression, two_ranks):
+    (saved, loaded, frozen, named, said), other = values(two_ranks(resumed, compression))
+    kinds = {"int8": {"residual"}, "powersgd": {"residual", "basis"}}[compression]
+    assert {"a.weight", "b.weight"} <= saved.keys()
+    limit = tolerance(torch.float32, 2)
+    for name, state in saved.items():
+        assert state.keys() == kinds
+        for kind, value in state.items():
+            assert torch.equal(value, other[0][name][kind])
+        assert state["residual"].abs().max() > 0
+        off = difference({name: loaded[name]["residual"]}, {name: state["residual"]})
+        assert off <= limit
+    assert frozen.keys() == saved.keys() & set(named)
+    assert "a.weight" not in frozen
+    for name, state in frozen.items():
+        assert difference({name: state["residual"]}, {name: saved[name]["residual"]}) <= limit
+    assert "compression state of b.weight has shape [3]" in said
+
+
+def safely(rank, world_size, tier, autocast):
+    torch.manual_seed(0)
+    model = Small().train()
+    theirs = DistributedDataParallel(copy.deepcopy(model))
+    ours = magi_train.prepare(model, config=config("safe", tier))
+    errors = []
+    for step in range(2):
+        for each in (ours, theirs):
+            each.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = each(tokens(10 * step + rank), tokens(1))
+            loss.backward()
+        errors.append(difference(gradients(ours), gradients(theirs)))
+    plan = ours._magi_runtime.reducer.plan
+    (row,) = [r.plan for r in magi_train.report(ours).rows if r.name == "safe_compression"]
+    halves = {s.name for i in row["bfloat16_buckets"] for s in plan.buckets[i].slots}
+    return halves, errors
+
+
+@pytest.mark.parametrize("tier", ["auto", "eager"])
+def test_safe_shortens_only_what_autocast_made_short(tier, two_ranks):
+    for halves, errors in values(two_ranks(safely, tier, True)):
+        assert {"a.weight", "b.weight"} <= halves
+        assert "embedding.weight" not in halves
+        assert not {n for n in halves if n.endswith("bias")}
+        # one rounding of the mean of two ranks; the gradients themselves need none
+        assert errors[1] <= torch.finfo(torch.bfloat16).eps
+    for halves, errors in values(two_ranks(safely, tier, False)):
+        assert not halves
+        assert max(errors) <= tolerance(torch.float32, 64)
