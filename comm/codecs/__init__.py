@@ -20,7 +20,7 @@ all ranks; the state (residuals, bases) of an exchange counts only once it is co
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -64,6 +64,8 @@ class Codec(ABC):
     def __init__(self, bucket: Bucket, rank: int, world_size: int) -> None:
         self.bucket, self.rank, self.world_size = bucket, rank, world_size
         self.finite: Tensor | None = None
+        self._kept: Any = None  # what counts, and what the last exchange would leave
+        self._pending: Any = None
         self._flag_cache: dict[tuple[bool, ...], Tensor] = {}
 
     @abstractmethod
@@ -78,11 +80,14 @@ class Codec(ABC):
             scale: What the loss was multiplied with, so that residuals can be kept without it.
         """
 
-    def commit(self) -> None:  # noqa: B027  (most codecs keep nothing)
+    def commit(self) -> None:
         """Keep the state of the last exchange; without it the state before counts."""
+        if self._pending is not None:
+            self._kept, self._pending = self._pending, None
 
-    def discard(self) -> None:  # noqa: B027
+    def discard(self) -> None:
         """Forget the state of the last exchange."""
+        self._pending = None
 
     def mean_residual(self) -> Generator[Collective, Tensor, Tensor | None]:
         """Return what was not sent yet, as the mean over ranks `[flags_offset]`; None if nothing.

@@ -120,15 +120,6 @@ class LowRank(Codec):
                     new[i] = old[i]
         self._pending = (rest, fresh)
 
-    def commit(self) -> None:
-        """See Codec.commit."""
-        if self._pending is not None:
-            self._kept, self._pending = self._pending, None
-
-    def discard(self) -> None:
-        """See Codec.discard."""
-        self._pending = None
-
     def mean_residual(self) -> Generator[Collective, Tensor, Tensor | None]:
         """See Codec.mean_residual."""
         if self._kept is None:

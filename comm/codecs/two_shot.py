@@ -174,15 +174,6 @@ class TwoShot(Codec):
         for low, high in self._in_part(unused):
             mean[:, low:high] = 0.0 if self._kept is None else self._kept[1][:, low:high]
 
-    def commit(self) -> None:
-        """See Codec.commit."""
-        if self._pending is not None:
-            self._kept, self._pending = self._pending, None
-
-    def discard(self) -> None:
-        """See Codec.discard."""
-        self._pending = None
-
     def mean_residual(self) -> Generator[Collective, Tensor, Tensor | None]:
         """See Codec.mean_residual."""
         if not self.feedback or self._kept is None:  # alike on all ranks: they commit together
