@@ -16,15 +16,13 @@ import torch
 from torch import Tensor
 
 from magi_train.capture import Region
-from magi_train.core.config import CommConfig, Config
+from magi_train.core.config import Config
 from magi_train.core.facts import recording
 from magi_train.core.report import Report
+from magi_train.integrations import options as opt
 from magi_train.runtime import Runtime
 
 logger = logging.getLogger(__name__)
-
-_WITHOUT_EFFECT = {"find_unused_parameters", "gradient_as_bucket_view", "static_graph"}
-_COMM = {"bucket_cap_mb": "bucket_mib", "broadcast_buffers": "broadcast_buffers"}
 
 
 class Recorder:
@@ -73,30 +71,15 @@ class MagiStrategyMixin:
         report_path: str | None = "magi_report.json",
         **options: Any,
     ) -> None:
-        comm = {ours: options.pop(theirs) for theirs, ours in _COMM.items() if theirs in options}
-        if comm and config is not None:
-            raise ValueError(f"give MagiStrategy either config or {sorted(comm)}, not both")
-        for name in _WITHOUT_EFFECT & options.keys():
-            del options[name]
-        hooks = {"ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period"}
-        for name in hooks & options.keys():
-            if options.pop(name) is not None:
-                raise ValueError(
-                    f"MagiStrategy does not take {name}; the wire format is "
-                    "Config(comm=CommConfig(wire_dtype=...))"
-                )
+        self.magi_config = opt.take_options(config, options)
         super().__init__(*args, **options)
-        unknown = getattr(self, "_ddp_kwargs", {})
-        if unknown:
-            raise ValueError(
-                f"MagiStrategy does not take {sorted(unknown)}: these are arguments of "
-                "DistributedDataParallel; use config=magi_train.Config(...)"
-            )
-        self.magi_config = config or Config(comm=CommConfig(**comm))
+        opt.refuse_unknown(self)
         self.report_path = report_path
         self.runtime: Runtime | None = None
         self._region: Region | None = None
         self._recorder: Recorder | None = None
+
+    _base_module: Any
 
     @property
     def report(self) -> Report:
@@ -109,17 +92,37 @@ class MagiStrategyMixin:
             raise RuntimeError("MagiStrategy has a report once trainer.fit() has begun")
         return self.runtime.report
 
+    def setup_distributed(self) -> None:
+        """Join the process group; one process alone needs none."""
+        if opt.is_alone(self):
+            self._base_module.reset_seed()
+            self.set_world_ranks()  # type: ignore[attr-defined]
+        else:
+            super().setup_distributed()  # type: ignore[misc]
+
+    def setup(self, trainer: Any) -> None:
+        """Set up as Lightning does; without a group there are no states to make equal."""
+        if trainer.state.fn == "fit" or torch.distributed.is_initialized():
+            super().setup(trainer)  # type: ignore[misc]
+            return
+        strategy: Any = self
+        strategy.accelerator.setup(trainer)
+        strategy.precision_plugin.convert_module(strategy.model)
+        strategy.model_to_device()
+        strategy.setup_precision_plugin()
+
     def configure_ddp(self) -> None:
         """Set up ranks, plan and captured region; the model stays unwrapped."""
         module: Any = self.model  # type: ignore[attr-defined]
         self.runtime = Runtime(module, self.magi_config)
         if module.automatic_optimization:
             self._recorder = Recorder()
-            self._region = Region(self.runtime, module.training_step, "training_step")
+            step = _uncompiled(module, "training_step")
+            self._region = Region(self.runtime, step, "training_step")
         else:
             self._region = Region(
                 self.runtime,
-                module.forward,
+                _uncompiled(module, "forward"),
                 "forward",
                 hooks_because="optimization is manual: the user decides how often backward runs",
             )
@@ -175,6 +178,12 @@ class MagiStrategyMixin:
             with self.runtime.no_sync():
                 yield
 
+    def on_validation_end(self) -> None:
+        """Cast the weights anew: averaging callbacks swap them through `.data` meanwhile."""
+        super().on_validation_end()  # type: ignore[misc]
+        if self.runtime is not None:
+            self.runtime.shadows.invalidate()
+
     def on_exception(self, exception: BaseException) -> None:
         """Tell the other ranks why this one ends."""
         if self.runtime is not None:
@@ -203,3 +212,9 @@ class MagiStrategyMixin:
             path = Path(trainer.default_root_dir) / self.report_path
             self.report.save(path)
             logger.info("magi-train: report in %s; `magi explain %s` shows it", path, path)
+
+
+def _uncompiled(module: Any, name: str) -> Any:
+    """Return a method as it was before `torch.compile(module)`: the region compiles it instead."""
+    compiled = getattr(module, "_compiler_ctx", None)
+    return getattr(module, name) if compiled is None else compiled[f"original_{name}"]
