@@ -46,7 +46,7 @@ def attach(owner: T, config: Config | None = None) -> T:
 
     Raises:
         TypeError: It is neither of the two.
-        ValueError: It has prepared a model already, or another engine or torch.compile is asked for.
+        ValueError: It has prepared a model already; another engine or torch.compile is asked for.
     """
     trainer: Any = owner if hasattr(owner, "accelerator") else None
     accelerator: Any = owner if trainer is None else trainer.accelerator
@@ -86,8 +86,9 @@ class _Attached:
         accelerator.prepare_optimizer = self.prepare_optimizer
         if trainer is not None:
             self._compute_loss = trainer.compute_loss
-            functools.update_wrapper(self.compute_loss.__func__, type(trainer).compute_loss)
-            trainer.compute_loss = self.compute_loss
+            trainer.compute_loss = functools.wraps(self._compute_loss)(
+                lambda *args, **kwargs: self.compute_loss(*args, **kwargs)
+            )
 
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
