@@ -117,12 +117,11 @@ class MagiStrategyMixin:
         self.runtime = Runtime(module, self.magi_config)
         if module.automatic_optimization:
             self._recorder = Recorder()
-            step = _uncompiled(module, "training_step")
-            self._region = Region(self.runtime, step, "training_step")
+            self._region = Region(self.runtime, module.training_step, "training_step")
         else:
             self._region = Region(
                 self.runtime,
-                _uncompiled(module, "forward"),
+                module.forward,
                 "forward",
                 hooks_because="optimization is manual: the user decides how often backward runs",
             )
@@ -212,9 +211,3 @@ class MagiStrategyMixin:
             path = Path(trainer.default_root_dir) / self.report_path
             self.report.save(path)
             logger.info("magi-train: report in %s; `magi explain %s` shows it", path, path)
-
-
-def _uncompiled(module: Any, name: str) -> Any:
-    """Return a method as it was before `torch.compile(module)`: the region compiles it instead."""
-    compiled = getattr(module, "_compiler_ctx", None)
-    return getattr(module, name) if compiled is None else compiled[f"original_{name}"]
