@@ -19,6 +19,8 @@ from typing import Any
 TARGETS = {
     "pytorch_lightning.strategies": "pytorch_lightning",
     "lightning.pytorch.strategies": "lightning.pytorch",
+    "lightning_fabric.strategies": "lightning_fabric",
+    "lightning.fabric.strategies": "lightning.fabric",
 }
 
 

@@ -1,8 +1,8 @@
 """One strategy class for each Lightning namespace, made on demand, and its names in the registry.
 
 `pytorch_lightning` and `lightning.pytorch` are two copies with separate base classes, so each needs
-a class of its own. A spawned process unpickles the strategy before it looks up any name: the module
-`__getattr__` makes the class then.
+a class of its own; so do `lightning.fabric` and `lightning_fabric`. A spawned process unpickles the
+strategy before it looks up any name: the module `__getattr__` makes the class then.
 """
 
 import functools
@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
+FABRICS = ("lightning.fabric", "lightning_fabric")
 VARIANTS: dict[str, dict[str, Any]] = {
     "magi": {},
     "magi_spawn": {"start_method": "spawn"},
@@ -22,17 +23,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def _class_name(namespace: str) -> str:
-    return "MagiStrategy_" + namespace.replace(".", "__")
+    return "MagiStrategy_" + namespace.replace(".", "__")  # "_" would let two names collide
 
 
 @functools.cache
 def strategy_class(namespace: str) -> type:
-    """Return MagiStrategy for one of `NAMESPACES`."""
-    from magi_train.integrations.strategy import MagiStrategyMixin
-
-    base = importlib.import_module(namespace + ".strategies.ddp").DDPStrategy
-    body = {"__module__": __name__, "__doc__": MagiStrategyMixin.__doc__}
-    return type(_class_name(namespace), (MagiStrategyMixin, base), body)
+    """Return MagiStrategy for one of `NAMESPACES` or `FABRICS`."""
+    mixin: type
+    if namespace in FABRICS:
+        from magi_train.integrations.fabric import MagiFabricMixin as mixin
+    else:
+        from magi_train.integrations.strategy import MagiStrategyMixin as mixin
+    module = importlib.import_module(namespace + ".strategies.ddp")
+    body = {"__module__": __name__, "__doc__": mixin.__doc__, "_base_module": module}
+    return type(_class_name(namespace), (mixin, module.DDPStrategy), body)
 
 
 def create(namespace: str, **options: Any) -> Any:
@@ -42,7 +46,8 @@ def create(namespace: str, **options: Any) -> Any:
 
 def register_into(namespace: str, strategies: ModuleType) -> None:
     """Add our names to the registry of a Lightning's `strategies` module."""
-    registry = strategies.StrategyRegistry
+    name = "STRATEGY_REGISTRY" if namespace in FABRICS else "StrategyRegistry"
+    registry = getattr(strategies, name)
     for name, options in VARIANTS.items():
         if name not in registry:
             registry.register(
@@ -54,7 +59,7 @@ def register_into(namespace: str, strategies: ModuleType) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    for namespace in NAMESPACES:
+    for namespace in (*NAMESPACES, *FABRICS):
         if name == _class_name(namespace):
             return strategy_class(namespace)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,9 @@
-"""MagiStrategy for Lightning's Trainer, and the registration for where autoload is switched off.
+"""The strategies of Lightning's Trainer and Fabric; registration where autoload is switched off.
 
 `from magi_train.integrations.lightning import MagiStrategy` gives the class for the Lightning that
-the script uses: `lightning.pytorch` if it is loaded or installed, else `pytorch_lightning`. Where
-both are loaded, `strategy_class("pytorch_lightning")` names one.
+the script uses: `lightning.pytorch` if it is loaded or installed, else `pytorch_lightning`;
+`MagiFabricStrategy` likewise. Where both are loaded, `strategy_class("pytorch_lightning")` names
+one.
 """
 
 import importlib.util
@@ -10,9 +11,9 @@ import sys
 from typing import Any
 
 from magi_train.integrations import _autoload
-from magi_train.integrations._register import NAMESPACES, strategy_class
+from magi_train.integrations._register import FABRICS, NAMESPACES, strategy_class
 
-__all__ = ["MagiStrategy", "strategy_class"]  # noqa: F822  made by __getattr__
+__all__ = ["MagiFabricStrategy", "MagiStrategy", "strategy_class"]  # noqa: F822  made by __getattr__
 
 _autoload.register()
 
@@ -25,10 +26,11 @@ def _installed(namespace: str) -> bool:
 
 
 def __getattr__(name: str) -> Any:
-    if name != "MagiStrategy":
+    kinds = {"MagiStrategy": NAMESPACES, "MagiFabricStrategy": FABRICS}
+    if name not in kinds:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    loaded = [n for n in NAMESPACES if n in sys.modules]
-    usable = loaded or [n for n in NAMESPACES if _installed(n)]
+    loaded = [n for n in kinds[name] if n in sys.modules]
+    usable = loaded or [n for n in kinds[name] if _installed(n)]
     if not usable:
-        raise ImportError("MagiStrategy needs Lightning: pip install 'magi-train[lightning]'")
+        raise ImportError(f"{name} needs Lightning: pip install 'magi-train[lightning]'")
     return strategy_class(usable[0])

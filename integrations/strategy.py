@@ -16,18 +16,16 @@ import torch
 from torch import Tensor
 
 from magi_train.capture import Region
-from magi_train.core.config import CommConfig, Config
+from magi_train.core.config import Config
 from magi_train.core.facts import recording
 from magi_train.core.report import Report
+from magi_train.integrations import options as opt
 from magi_train.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "magi_compression"
 """Of a checkpoint: what gradient compression carries on; absent where it carries nothing."""
-
-_WITHOUT_EFFECT = {"find_unused_parameters", "gradient_as_bucket_view", "static_graph"}
-_COMM = {"bucket_cap_mb": "bucket_mib", "broadcast_buffers": "broadcast_buffers"}
 
 
 class Recorder:
@@ -76,31 +74,16 @@ class MagiStrategyMixin:
         report_path: str | None = "magi_report.json",
         **options: Any,
     ) -> None:
-        comm = {ours: options.pop(theirs) for theirs, ours in _COMM.items() if theirs in options}
-        if comm and config is not None:
-            raise ValueError(f"give MagiStrategy either config or {sorted(comm)}, not both")
-        for name in _WITHOUT_EFFECT & options.keys():
-            del options[name]
-        hooks = {"ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period"}
-        for name in hooks & options.keys():
-            if options.pop(name) is not None:
-                raise ValueError(
-                    f"MagiStrategy does not take {name}; the wire format is "
-                    "Config(comm=CommConfig(compression=...))"
-                )
+        self.magi_config = opt.take_options(config, options)
         super().__init__(*args, **options)
-        unknown = getattr(self, "_ddp_kwargs", {})
-        if unknown:
-            raise ValueError(
-                f"MagiStrategy does not take {sorted(unknown)}: these are arguments of "
-                "DistributedDataParallel; use config=magi_train.Config(...)"
-            )
-        self.magi_config = config or Config(comm=CommConfig(**comm))
+        opt.refuse_unknown(self)
         self.report_path = report_path
         self.runtime: Runtime | None = None
         self._region: Region | None = None
         self._recorder: Recorder | None = None
         self._compression_state: dict[str, dict[str, Tensor]] = {}
+
+    _base_module: Any
 
     @property
     def report(self) -> Report:
@@ -112,6 +95,25 @@ class MagiStrategyMixin:
         if self.runtime is None:
             raise RuntimeError("MagiStrategy has a report once trainer.fit() has begun")
         return self.runtime.report
+
+    def setup_distributed(self) -> None:
+        """Join the process group; one process alone needs none."""
+        if opt.is_alone(self):
+            self._base_module.reset_seed()
+            self.set_world_ranks()  # type: ignore[attr-defined]
+        else:
+            super().setup_distributed()  # type: ignore[misc]
+
+    def setup(self, trainer: Any) -> None:
+        """Set up as Lightning does; without a group there are no states to make equal."""
+        if trainer.state.fn == "fit" or torch.distributed.is_initialized():
+            super().setup(trainer)  # type: ignore[misc]
+            return
+        strategy: Any = self
+        strategy.accelerator.setup(trainer)
+        strategy.precision_plugin.convert_module(strategy.model)
+        strategy.model_to_device()
+        strategy.setup_precision_plugin()
 
     def configure_ddp(self) -> None:
         """Set up ranks, plan and captured region; the model stays unwrapped."""
@@ -195,6 +197,12 @@ class MagiStrategyMixin:
         checkpoint: dict[str, Any] = super().load_checkpoint(*args, **kwargs)  # type: ignore[misc]
         self._compression_state = checkpoint.get(CHECKPOINT_KEY, {})  # configure_ddp comes later
         return checkpoint
+
+    def on_validation_end(self) -> None:
+        """Cast the weights anew: averaging callbacks swap them through `.data` meanwhile."""
+        super().on_validation_end()  # type: ignore[misc]
+        if self.runtime is not None:
+            self.runtime.shadows.invalidate()
 
     def on_exception(self, exception: BaseException) -> None:
         """Tell the other ranks why this one ends."""

@@ -1,0 +1,168 @@
+"""`attach`: train with transformers' Trainer or with Accelerate as before, captured and optimized.
+
+    trainer = attach(Trainer(...))          # or SFTTrainer, or a Trainer of your own
+    accelerator = attach(Accelerator(...))
+
+Accelerate has no entry point for back ends: its distributed types are an enum, its handlers are
+looked up by exact class. What has stayed the same since its first version is that every model goes
+through `Accelerator.prepare_model` and every optimizer through `prepare_optimizer`. `attach` stands
+in for these two on one object. The model comes back as the same object, not wrapped in a
+DistributedDataParallel, so saving, unwrapping and resuming never meet a class of ours; only its
+`forward` is the captured region, and `no_sync` is there for accumulation.
+
+A Trainer computes its loss in `compute_loss`, whatever the user has overridden there. That method
+is the region then: only the loss leaves the graph, and the logits need not be kept. Where it cannot
+be captured, less is compiled, as everywhere.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from magi_train.capture import Region
+from magi_train.core.config import Config
+from magi_train.core.report import Report
+from magi_train.runtime import Runtime
+
+T = TypeVar("T")
+
+_ENGINES = {"FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA", "TP"}
+
+
+def attach(owner: T, config: Config | None = None) -> T:
+    """Let a Trainer or an Accelerator train captured models. Call it before training begins.
+
+    Args:
+        owner: A `transformers.Trainer` (or what derives from it), or an `accelerate.Accelerator`.
+        config: What to do; `magi_train.Config()` by default.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: It is neither of the two.
+        ValueError: It has prepared a model already; another engine or torch.compile is asked for.
+    """
+    trainer: Any = owner if hasattr(owner, "accelerator") else None
+    accelerator: Any = owner if trainer is None else trainer.accelerator
+    if not all(hasattr(accelerator, n) for n in ("prepare_model", "prepare_optimizer")):
+        raise TypeError(f"attach() takes a Trainer or an Accelerator, got {type(owner).__name__}")
+    _Attached(accelerator, config or Config(), trainer)
+    return owner
+
+
+def report(owner: Any) -> Report:
+    """Return the report of the model that was prepared last.
+
+    Raises:
+        RuntimeError: None has been prepared, or `attach` was not called.
+    """
+    accelerator = getattr(owner, "accelerator", owner)
+    attached = accelerator.__dict__.get("_magi")
+    if attached is None or attached.runtime is None:
+        raise RuntimeError("there is a report once attach() was called and a model is prepared")
+    return attached.runtime.report  # type: ignore[no-any-return]
+
+
+class _Attached:
+    """Stands in for two methods of an Accelerator, and one of a Trainer."""
+
+    def __init__(self, accelerator: Any, config: Config, trainer: Any) -> None:
+        _refuse(accelerator, trainer)
+        self.accelerator, self.config = accelerator, config
+        self.trainer = None if trainer is None else weakref.ref(trainer)
+        self.runtime: Runtime | None = None
+        self._loss: Region | None = None
+        self._waiting: list[Optimizer] = []
+        self._prepare_model = accelerator.prepare_model
+        self._prepare_optimizer = accelerator.prepare_optimizer
+        accelerator._magi = self
+        accelerator.prepare_model = self.prepare_model
+        accelerator.prepare_optimizer = self.prepare_optimizer
+        if trainer is not None:
+            self._compute_loss = trainer.compute_loss
+            trainer.compute_loss = functools.wraps(self._compute_loss)(
+                lambda *args, **kwargs: self.compute_loss(*args, **kwargs)
+            )
+
+    def prepare_model(
+        self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> nn.Module:
+        """Prepare as Accelerate does, up to the wrapper; then capture instead of wrapping."""
+        prepared_before = getattr(model, "_is_accelerate_prepared", False)
+        result: nn.Module = self._prepare_model(model, device_placement, evaluation_mode=True)
+        if evaluation_mode or prepared_before:
+            return result
+        if not any(p.requires_grad for p in result.parameters()):
+            return result
+        self.runtime = runtime = Runtime(result, self.config)
+        self._loss = None
+        forward = _Forward(Region(runtime, result.forward, type(result).__name__), result.forward)
+        result.__dict__["forward"] = forward
+        result.__dict__["no_sync"] = runtime.no_sync
+        self._take_over()
+        return result
+
+    def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Any:
+        """Prepare as Accelerate does, and let one kernel take the steps."""
+        self._waiting.append(optimizer)
+        self._take_over()
+        return self._prepare_optimizer(optimizer, device_placement)
+
+    def _take_over(self) -> None:
+        if self.runtime is None:
+            return
+        ours = {id(p) for p in self.runtime.module.parameters()}
+        of = [o for o in self._waiting if any(id(p) in ours for p in o.param_groups[0]["params"])]
+        self.runtime.take_over(of)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the Trainer's own method, captured while it trains."""
+        runtime = self.runtime
+        if runtime is None or model is not runtime.module or not torch.is_grad_enabled():
+            return self._compute_loss(model, inputs, *args, **kwargs)
+        if self._loss is None:
+            self._loss = Region(runtime, self._compute_loss, "compute_loss")
+        return self._loss(model, inputs, *args, **kwargs)
+
+
+class _Forward:
+    """A model's `forward`: the region, unless it runs inside another region of the model."""
+
+    def __init__(self, region: Region, function: Callable[..., Any]) -> None:
+        self.region, self.function = region, function
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or self.region.runtime.inside:
+            return self.function(*args, **kwargs)
+        return self.region(*args, **kwargs)
+
+
+def _refuse(accelerator: Any, trainer: Any) -> None:
+    """Raise where another engine has the model."""
+    kind = getattr(accelerator.distributed_type, "name", str(accelerator.distributed_type))
+    if kind in _ENGINES:
+        raise ValueError(
+            f"attach() replicates the model, but this Accelerator is set up for {kind}; leave that "
+            "setting out, or do not attach"
+        )
+    if "_magi" in accelerator.__dict__:
+        raise ValueError("attach() was called for this object already; call it once")
+    if getattr(accelerator, "_models", None):
+        raise ValueError("a model is prepared already; call attach() before prepare() or train()")
+    if accelerator.state.dynamo_plugin.backend.name != "NO":
+        raise ValueError(
+            "attach() compiles the model itself; set torch_compile=False (Trainer) or leave "
+            "dynamo_backend out (Accelerator)"
+        )
+    if trainer is not None and trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"this Trainer would split each batch over {trainer.args.n_gpu} GPUs in one process; "
+            "start one process a GPU: magi run train.py"
+        )

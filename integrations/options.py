@@ -1,0 +1,49 @@
+"""What both strategies of Lightning share: the options they take, and no group for one process."""
+
+from typing import Any
+
+from magi_train.core.config import CommConfig, Config
+
+_WITHOUT_EFFECT = {"find_unused_parameters", "gradient_as_bucket_view", "static_graph"}
+_COMM = {"bucket_cap_mb": "bucket_mib", "broadcast_buffers": "broadcast_buffers"}
+_HOOKS = {"ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period"}
+
+
+def take_options(config: Config | None, options: dict[str, Any]) -> Config:
+    """Take DDP's own options out of `options`; return the settings that they and `config` make.
+
+    Raises:
+        ValueError: An option that only a DistributedDataParallel could honour, or a setting given
+            twice.
+    """
+    comm = {ours: options.pop(theirs) for theirs, ours in _COMM.items() if theirs in options}
+    if comm and config is not None:
+        raise ValueError(f"give MagiStrategy either config or {sorted(comm)}, not both")
+    for name in _WITHOUT_EFFECT & options.keys():
+        del options[name]
+    for name in _HOOKS & options.keys():
+        if options.pop(name) is not None:
+            raise ValueError(
+                f"MagiStrategy does not take {name}; the wire format is "
+                "Config(comm=CommConfig(compression=...))"
+            )
+    return config or Config(comm=CommConfig(**comm))
+
+
+def refuse_unknown(strategy: Any) -> None:
+    """Refuse what Lightning kept for a DistributedDataParallel.
+
+    Raises:
+        ValueError: There is any; names it.
+    """
+    unknown = getattr(strategy, "_ddp_kwargs", {})
+    if unknown:
+        raise ValueError(
+            f"MagiStrategy does not take {sorted(unknown)}: these are arguments of "
+            "DistributedDataParallel; use config=magi_train.Config(...)"
+        )
+
+
+def is_alone(strategy: Any) -> bool:
+    """Return whether the job is this one process, which then needs no process group."""
+    return bool(strategy.num_nodes * strategy.num_processes == 1)
