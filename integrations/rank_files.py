@@ -77,6 +77,7 @@ class RankFiles:
     def __init__(self, folder: Path, rank: int) -> None:
         self.folder, self.rank = folder, rank
         self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
         for kind in ("error", "stacks"):  # of an attempt before a restart
             self._path(kind).unlink(missing_ok=True)
 
@@ -90,11 +91,16 @@ class RankFiles:
         faulthandler.register(signal.SIGUSR1, self._fault)  # a script may take the signal over
         write_atomically(self._path("alive"), str(os.getpid()))
         main = threading.get_ident()
-        threading.Thread(target=self._tell, args=(main,), name="magi-tell", daemon=True).start()
+        self._thread = threading.Thread(
+            target=self._tell, args=(main,), name="magi-tell", daemon=True
+        )
+        self._thread.start()
 
     def close(self) -> None:
         """Leave cleanly: from now on this rank is not waited for."""
         self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
         self._path("alive").unlink(missing_ok=True)
 
     def record(self, error: BaseException) -> None:
@@ -115,8 +121,9 @@ class RankFiles:
         before: Any = None
         told = False
         while not self._stop.wait(LOOK_SECONDS):
-            frame = sys._current_frames().get(main)
-            now = _position(frame)
+            # A frame keeps its locals: autograd copies gradients that somebody else holds, and
+            # process groups must be gone when Python ends. So none is held for longer than a look.
+            now = _position(sys._current_frames().get(main))
             if now != before and not self._stop.is_set():
                 before = now
                 try:
@@ -125,7 +132,7 @@ class RankFiles:
                     return
             asked = ask_file(self.folder).exists()
             if asked and not told:
-                write_atomically(self._path("stacks"), _stacks(frame))
+                write_atomically(self._path("stacks"), _stacks(sys._current_frames().get(main)))
             told = asked
 
 

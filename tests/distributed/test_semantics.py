@@ -62,9 +62,22 @@ def accumulate_by_hand(model, rank):
         model(tokens(rank + step), tokens(1)).backward()
 
 
+def held_by_somebody(model, rank):
+    """Autograd copies gradients that somebody else holds, and does not hand over the view."""
+    kept = []
+    nodes = [torch.autograd.graph.get_gradient_edge(p).node for p in model.parameters()]
+    for node in nodes:
+        node.register_prehook(kept.append)
+    for step in range(2):
+        model.zero_grad()
+        model(tokens(rank + step), tokens(1)).backward()
+    assert len(kept) == 2 * len(nodes)
+
+
 @pytest.mark.parametrize("tier", ["auto", "eager"])
 @pytest.mark.parametrize(
-    "backward", [two_forwards, outside_contribution, keep_zeros, accumulate_by_hand]
+    "backward",
+    [two_forwards, outside_contribution, keep_zeros, accumulate_by_hand, held_by_somebody],
 )
 def test_one_backward(backward, tier, two_ranks):
     config = Config(lowering="aot_eager", tier=tier)
