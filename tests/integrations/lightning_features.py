@@ -110,6 +110,10 @@ def clipping(f, how):
     return f.fit(gradient_clip_val=0.01, gradient_clip_algorithm=how)
 
 
+def accumulation(f):
+    return f.fit(accumulate_grad_batches=2)
+
+
 def schedulers(f):
     class Model(f.Model):
         def configure_optimizers(self):
