@@ -3,13 +3,11 @@
 Fabric puts the strategy's wrapper around the user's module and calls its `forward`. Other methods
 that count as a forward (a LightningModule's `training_step`, whatever `mark_forward_method` names)
 come in through the same door: Fabric replaces the `forward` of the user's module for the length of
-one call. Each such method is a region of its own here, so a `training_step` has its loss in the
-graph, as under Trainer.
+one call. Dynamo looks through that and guards on it, so one region holds a graph for each method; a
+`training_step` has its loss in the graph, as under Trainer.
 """
 
 import contextlib
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,37 +34,18 @@ class FabricModule(nn.Module):
         self.module = module
         runtime = Runtime(module, config)
         self.__dict__["runtime"] = runtime
-        self.__dict__["_regions"] = {"forward": Region(runtime, module, type(module).__name__)}
+        self.__dict__["_region"] = Region(runtime, module, type(module).__name__)
         self.__dict__["optimizers"] = []
 
     # a torch.compile that Fabric puts around us again shall compile nothing
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the captured form of the method that Fabric asks for."""
-        replaced = self.module.__dict__.get("forward")
-        method = None if replaced is None else _redirected(replaced)
-        if method is None:
-            return self._region("forward", self.module)(*args, **kwargs)
-        self.module.__dict__.pop("forward")
-        return self._region(method, getattr(self.module, method))(*args, **kwargs)
-
-    def _region(self, method: str, function: Callable[..., Any]) -> Region:
-        regions: dict[str, Region] = self.__dict__["_regions"]
-        if method not in regions:
-            regions[method] = Region(self.__dict__["runtime"], function, method)
-        return regions[method]
+        return self.__dict__["_region"](*args, **kwargs)
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which forwards accumulate gradients without sending anything."""
         return self.__dict__["runtime"].no_sync()  # type: ignore[no-any-return]
-
-
-def _redirected(forward: Any) -> str | None:
-    """Return the method that Fabric put in place of a forward, None if it put none."""
-    if not inspect.isfunction(forward):
-        return None
-    name = inspect.getclosurevars(forward).nonlocals.get("method_name")
-    return name if isinstance(name, str) else None
 
 
 class _BackwardSync:

@@ -66,14 +66,8 @@ def test_the_name_alone_trains_as_ddp(tmp_path, namespace, plain_ddp):
     assert row["plan"]["left_alone"] == ["6 parameters: it lies on cpu; the kernel runs on cuda"]
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [
-        "accumulate",
-        pytest.param("manual", marks=pytest.mark.full),
-        pytest.param("breaks", marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.full  # the default run has these features in test_lightning_features.py
+@pytest.mark.parametrize("mode", ["accumulate", "manual", "breaks"])
 def test_modes(tmp_path, mode):
     ours = run(tmp_path, "lightning.pytorch", "magi", mode)
     assert_same(ours, run(tmp_path, "lightning.pytorch", DDP, mode))
