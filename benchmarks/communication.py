@@ -50,6 +50,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 import magi_train
+from benchmarks import records
 from examples import corpus
 from magi_train import CommConfig, Config
 
@@ -220,7 +221,7 @@ def worker(options: argparse.Namespace) -> None:
     for each in rows:
         each["speedup_over_ddp"] = base and round(base / each["median_seconds"], 2)
     if dist.get_rank() == 0:
-        Path(options.output).write_text(json.dumps(rows))
+        options.output.write_text(json.dumps(rows))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -330,9 +331,7 @@ def measure(rate: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure at each rate, print the rows, and write them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = records.parser_of(__doc__)
     parser.add_argument("--rates", nargs="+", default=["1gbit", "200mbit"])
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--steps", type=int, default=9)
@@ -341,7 +340,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tier", default="eager", help="of ours")
     parser.add_argument("--gpus", type=int, default=0, help="through sockets, instead of the CPU")
-    parser.add_argument("--output", default="")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -354,10 +352,8 @@ def main() -> None:
         for each in measure(rate, options):
             rows.append(each)
             print(json.dumps(each), flush=True)
-    if options.output:
-        load = round(os.getloadavg()[0], 1)
-        result = {"torch": torch.__version__, "load": load, "options": options.rest, "rows": rows}
-        Path(options.output).write_text(json.dumps(result, indent=1))
+    load = round(os.getloadavg()[0], 1)
+    records.save("communication", options, load=load, settings=options.rest, rows=rows)
 
 
 if __name__ == "__main__":

@@ -446,11 +446,12 @@ class Reducer:
                 return f"{outside[0]} got a gradient from outside the captured graph"
             slots = {s.name: s for s in self.plan.buckets[index].slots}
             for name in names:
-                grad, ours = self.parameters[name].grad, slots[name].view(flat)
-                if grad is None or grad.data_ptr() == ours.data_ptr():
+                grad, slot = self.parameters[name].grad, slots[name]
+                want = flat.data_ptr() + slot.offset * flat.element_size()
+                if grad is None or grad.data_ptr() == want:
                     continue
                 # autograd copies a gradient that somebody else holds: a debugger, a profiler
-                if not torch.allclose(grad, ours, rtol=0, atol=0, equal_nan=True):
+                if not torch.allclose(grad, slot.view(flat), rtol=0, atol=0, equal_nan=True):
                     return f"{name} got a gradient from outside the captured graph"
         return None
 

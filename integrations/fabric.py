@@ -32,20 +32,19 @@ class FabricModule(nn.Module):
     def __init__(self, module: nn.Module, config: Config) -> None:
         super().__init__()
         self.module = module
-        runtime = Runtime(module, config)
-        self.__dict__["runtime"] = runtime
-        self.__dict__["_region"] = Region(runtime, module, type(module).__name__)
-        self.__dict__["optimizers"] = []
+        self.runtime = Runtime(module, config)
+        self._region = Region(self.runtime, module, type(module).__name__)
+        self.optimizers: list[Optimizer] = []
 
     # a torch.compile that Fabric puts around us again shall compile nothing
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the captured form of the method that Fabric asks for."""
-        return self.__dict__["_region"](*args, **kwargs)
+        return self._region(*args, **kwargs)
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which forwards accumulate gradients without sending anything."""
-        return self.__dict__["runtime"].no_sync()  # type: ignore[no-any-return]
+        return self.runtime.no_sync()
 
 
 class _BackwardSync:
@@ -77,8 +76,6 @@ class MagiFabricMixin:
         ValueError: An option that only a DistributedDataParallel could honour.
     """
 
-    _base_module: Any
-
     def __init__(self, *args: Any, config: Config | None = None, **options: Any) -> None:
         self.magi_config = opt.take_options(config, options)
         super().__init__(*args, **options)
@@ -89,7 +86,7 @@ class MagiFabricMixin:
     @property
     def reports(self) -> list[Report]:
         """What was done, for each module that was set up."""
-        return [module.__dict__["runtime"].report for module in self._modules_set_up]
+        return [module.runtime.report for module in self._modules_set_up]
 
     def _setup_distributed(self) -> None:
         if opt.is_alone(self):
@@ -108,8 +105,8 @@ class MagiFabricMixin:
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for wrapped in self._modules_set_up:
             if any(id(p) in mine for p in wrapped.parameters()):
-                wrapped.__dict__["optimizers"].append(optimizer)
-                wrapped.__dict__["runtime"].take_over(wrapped.__dict__["optimizers"])
+                wrapped.optimizers.append(optimizer)
+                wrapped.runtime.take_over(wrapped.optimizers)
         return super().setup_optimizer(optimizer)  # type: ignore[misc]
 
     def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:

@@ -106,8 +106,8 @@ class Runtime:
     def _agree(self, parameters: dict[str, nn.Parameter]) -> None:
         ask, seconds = self.world.agree, self.config.timeout_seconds
         passes = [f"{each.name} ({each.stage}): {each.uuid()}" for each in registered_passes()]
-        settings = {"torch": torch.__version__, "registered passes": passes}
-        ask("settings", {**self.config.as_dict(), **settings}, seconds)
+        more = {"torch": torch.__version__, "registered passes": passes}
+        ask("settings", {**self.config.as_dict(), **more}, seconds)
         shapes = {n: [list(p.shape), str(p.dtype), p.requires_grad] for n, p in parameters.items()}
         buffers = {n: [list(b.shape), str(b.dtype)] for n, b in self.module.named_buffers()}
         ask("model", {"parameters": shapes, "buffers": buffers}, seconds)
@@ -115,19 +115,19 @@ class Runtime:
     def _tell_outside(self, words: str, overruled: Sequence[str]) -> None:
         self.report.note(f"{settings.VARIABLE}: {words}")
         for sentence in overruled:
-            self.report.note(sentence)
-            if self.world.rank == 0:
-                logger.warning("magi-train: %s", sentence)
+            self._warn(sentence)
+
+    def _warn(self, sentence: str) -> None:
+        self.report.note(sentence)
+        if self.world.rank == 0:
+            logger.warning("magi-train: %s", sentence)
 
     def _fp8_everywhere(self) -> bool:
         mine = hardware.no_fp8_because(self.device_type)
         reasons = self.world.gather("fp8", mine, self.config.timeout_seconds)
         why = next(filter(None, reasons), "")
         if why:
-            text = f"Config.precision is 'fp8', but linears stay as they are: {why}"
-            self.report.note(text)
-            if self.world.rank == 0:
-                logger.warning("magi-train: %s", text)
+            self._warn(f"Config.precision is 'fp8', but linears stay as they are: {why}")
         return not why
 
     def scale_by(self, scaler: torch.amp.GradScaler | None) -> None:
@@ -176,14 +176,15 @@ class Runtime:
             return
         shadows = self.shadows
         shadows.manage(taken)
-        drift = shadows.drift
-        for optimizer in optimizers if drift is not None else ():
+        if shadows.drift is None:
+            return
+        for optimizer in optimizers:
             take_over(
                 optimizer,
                 self.report,
                 shadows.before_step,
                 on_written=shadows.after_step,
-                drift=None if drift is None else drift.flag,
+                drift=shadows.drift.flag,
             )
 
     def _keep_shadows(self, optimizer: Optimizer, shards: Shards) -> None:

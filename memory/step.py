@@ -120,8 +120,8 @@ class StepMemory:
         self._calls, self._done = 0, False
 
     def know(self, optimizers: Iterable[Optimizer]) -> None:
-        """Take note of the optimizers of the model."""
-        self._optimizers += [weakref.ref(each) for each in optimizers]
+        """Take note of the optimizers of the model, all of them; those before are forgotten."""
+        self._optimizers = [weakref.ref(each) for each in optimizers]
 
     def begin(self, batch: Any, shadow_bytes: int, bucket_bytes: int) -> None:
         """Look at what is there when the first step begins; all ranks take the largest sum.
