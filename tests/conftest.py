@@ -1,4 +1,4 @@
-"""Seeds, fresh compiler state, and one thread: what every test starts from."""
+"""Seeds, fresh compiler state, and the environment as it was: what every test starts from."""
 
 import logging
 import os
@@ -23,6 +23,12 @@ def two_ranks() -> Iterator[RankPool]:
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> None:
+def _fresh() -> Iterator[None]:
     torch.manual_seed(0)
     torch._dynamo.reset()
+    before = dict(os.environ)
+    yield
+    # a Trainer leaves LOCAL_RANK behind, and the next one would wait for ranks it does not start
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
