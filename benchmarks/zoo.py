@@ -13,6 +13,7 @@ Nothing here or in the passes knows a model by name but for sizes (`zoo_models.M
 """
 
 import argparse
+import logging
 import multiprocessing
 import re
 import time
@@ -218,6 +219,7 @@ def main() -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     rows = []
     for name in names(options.cases):
         rows.append(isolated(name, options))
