@@ -173,6 +173,18 @@ def written_inputs(gm: GraphModule) -> set[Node]:
     return {n for write in writes for n in aliased(write) if n.op == "placeholder"}
 
 
+def is_read(node: Node) -> bool:
+    """Return whether the value of `node` reaches the output, or an op that changes something."""
+    todo, seen = [node], {node}
+    while todo:
+        for user in todo.pop().users:
+            if user.op == "output" or mutated(user) or compat.is_higher_order(user.target):
+                return True
+            todo += {user} - seen
+            seen.add(user)
+    return False
+
+
 def erase_unused(gm: GraphModule, nodes: set[Node]) -> None:
     """Erase `nodes` and what only they needed, as far as nothing reads it.
 
