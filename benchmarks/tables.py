@@ -18,13 +18,13 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
-OURS = "magi"
+OURS, RATIO = "magi", "to the best peer"
 HEAD = """# Results
 
 Made by `python -m benchmarks.tables` from the files in [benchmarks/results](../benchmarks/results);
-negative results included. "to the best peer" is the speed beside the fastest row of the same case and
-call that is not ours, by the tenth percentile of steps; above 1 is faster. Each section names its
-command; figures of different sections come from different calls and do not compare.
+negative results included. "to the best peer" is the speed beside the fastest row of the same case
+and call that is not ours, by the tenth percentile of steps; above 1 is faster. Each section names
+its command; figures of different sections come from different calls and do not compare.
 """
 COMMANDS = {
     "demo": "python -m examples.demo",
@@ -45,12 +45,12 @@ def section(record: dict[str, Any], name: str) -> str:
     """Return one record as Markdown."""
     question = record["question"].split(",")[0]
     command = record.get("command") or COMMANDS.get(question, f"python -m benchmarks.{question}")
-    versions = ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items() if k != "gpu")
+    gpu = record["versions"].get("gpu", "CPU")
+    versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items() if k != "gpu")
     lines = [
         f"## {record['question']} ({name.removesuffix('.json')})",
         "",
-        f"{record['date'][:10]}, commit {record['commit']}, {record['versions'].get('gpu', 'CPU')}, "
-        f"{versions}. `{command}`",
+        f"{record['date'][:10]}, commit {record['commit']}, {gpu}, {versions}. `{command}`",
         "",
     ]
     notes = [*record.get("notes", []), *filter(None, [record.get("note")])]
@@ -92,7 +92,7 @@ def compared(rows: list[Row]) -> list[Row]:
         if _step(row) and not str(row["variant"]).startswith(OURS):
             best[_which(row)] = min(_step(row), best.get(_which(row), float("inf")))
     return [
-        row | {"to the best peer": round(best[_which(row)] / _step(row), 2)}
+        row | {RATIO: round(best[_which(row)] / _step(row), 2)}
         if _step(row) and _which(row) in best
         else row
         for row in rows
@@ -109,7 +109,8 @@ def _which(row: Row) -> tuple[Any, Any]:
 
 def table(rows: list[Row]) -> list[str]:
     """Return rows as the lines of a Markdown table, of the columns that hold plain values."""
-    columns = [c for c in dict.fromkeys(k for row in rows for k in row) if c != "log"]
+    columns = list(dict.fromkeys(k for row in rows for k in row if k not in ("log", RATIO)))
+    columns.append(RATIO)
     columns = [c for c in columns if all(_is_plain(row.get(c)) for row in rows)]
     columns = [c for c in columns if any(row.get(c) is not None for row in rows)]
     numbers = [all(not isinstance(row.get(c), str) for row in rows) for c in columns]

@@ -18,8 +18,9 @@ Batch = dict[str, Tensor]
 
 SIZES: dict[str, Any] = {
     "attention_head_dim": 8, "attention_head_size": 8, "char_ngrams": 2,
-    "attention_hidden_size": 32, "attention_heads": 4, "bos_token_id": 1, "use_cache": False, "classifier_proj_size": 32,
-    "cls_token_id": 1, "conv_dim": (32, 32, 32), "conv_kernel": (10, 3, 3), "conv_stride": (5, 2, 2),
+    "attention_hidden_size": 32, "attention_heads": 4, "bos_token_id": 1,
+    "classifier_proj_size": 32, "cls_token_id": 1, "conv_dim": (32, 32, 32),
+    "conv_kernel": (10, 3, 3), "conv_stride": (5, 2, 2), "use_cache": False,
     "d_ff": 64, "d_inner": 64, "d_kv": 8, "d_model": 32, "decoder_attention_heads": 4,
     "decoder_ffn_dim": 64, "decoder_layers": 2, "decoder_start_token_id": 2, "depths": [1, 1],
     "dim": 32, "dim_ff": 64, "embed_dim": 32, "embedding_size": 32, "emb_dim": 32,
@@ -80,7 +81,7 @@ def _small(kind: Any, more: dict[str, Any]) -> Any:
     for name, value in known.items():
         if isinstance(value, float) and any(r in name for r in RANDOM):
             words[name] = 0.0
-    for name, part in getattr(kind, "sub_configs", {}).items():
+    for name in getattr(kind, "sub_configs", {}):
         inner = type(getattr(default, name, None))
         if hasattr(inner, "to_dict"):
             words[name] = _small(inner, more.get(name, {})).to_dict()
