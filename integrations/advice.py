@@ -12,8 +12,14 @@ EXPOSED_SHARE, STATE_SHARE, LONG_STEP = 0.05, 0.2, 3.0
 """Of a step, of the memory, and times a typical step: what is worth a sentence."""
 SLOW_START_SECONDS = 30.0
 ON_NOTES = (
-    ("nothing is known about its values", "move batches with `magi_train.to_device(batch, device)`"),
-    ("ran uncompiled", "change the line that the note names, or `Config(dynamic=True)` if shapes vary"),
+    (
+        "known about its values",
+        "move batches with `magi_train.to_device(batch, device)`",
+    ),
+    (
+        "ran uncompiled",
+        "change the line named here, or try `Config(dynamic=True)` if shapes vary",
+    ),
     ("was planned anew", "raise `Config(memory_budget_gib=...)` a little to spare the second plan"),
     ("no optimizer was given", "give the optimizer to `prepare` so that the plan counts its state"),
 )
@@ -61,9 +67,7 @@ def _memory(report: Report) -> list[str]:
     if ranks < 2 or sharded or state < STATE_SHARE * whole:
         return []
     saved = state * (1 - 1 / ranks)
-    return [
-        f"`Config(shard_optimizer=True)` takes {saved:.4g} MiB of optimizer state off each rank."
-    ]
+    return [f"`Config(shard_optimizer=True)` takes {size(saved)} of optimizer state off each rank."]
 
 
 def _refusals(row: PassRow) -> list[str]:
@@ -91,8 +95,8 @@ def _time(report: Report) -> list[str]:
     compiled = any(not row.cached and row.stage == "joint" for row in report.rows)
     if steps.first_seconds > SLOW_START_SECONDS and compiled:
         acts.append(
-            f"The first step took {steps.first_seconds:.3g} s: keep PyTorch's compile cache between "
-            "jobs (TORCHINDUCTOR_CACHE_DIR on a disk that stays), and the next start is shorter."
+            f"The first step took {steps.first_seconds:.3g} s: keep PyTorch's compile cache "
+            "between jobs, in TORCHINDUCTOR_CACHE_DIR on a disk that stays; the next start is shorter."
         )
     on_gpu = "gpus" in report.versions
     if on_gpu and report.tier == "graph" and not report.settings.get("tune"):
@@ -111,15 +115,22 @@ def memory_advice(plan: dict[str, Any], planned_mib: float) -> str:
     for each in plan["largest"]:
         by_line[each["line"]] = by_line.get(each["line"], 0.0) + each["mib"]
     if not by_line:
-        return "The captured graph holds no tensors of its own at its peak."
+        return "The captured graph holds nothing of its own at its peak."
     line = max(by_line, key=lambda key: by_line[key])
     share = by_line[line] / plan["peak_mib"] if plan["peak_mib"] else 0.0
     where = short_line(line) if line else "what the compiler made without a line of yours"
-    start = f"{where} holds {by_line[line]:.4g} MiB, {share:.0%} of the graph's own peak"
+    start = f"{where} holds {size(by_line[line])}, {share:.0%} of the graph's own peak"
     if plan["peak_mib"] < 0.3 * planned_mib:
-        return f"{start}, but most of the memory is resident: fewer or smaller weights and states help more."
+        more = "fewer or smaller weights and optimizer states help more"
+        return f"{start}, but most of the memory is resident: {more}."
     goal = (planned_mib - 0.25 * plan["peak_mib"]) / 1024
-    return f"{start}; `Config(memory_budget_gib={goal:.3g})` recomputes a quarter of that, a smaller batch shrinks it."
+    budget = f"`Config(memory_budget_gib={goal:.3g})`"
+    return f"{start}; a smaller batch shrinks it, {budget} recomputes a quarter of that peak."
+
+
+def size(mib: float) -> str:
+    """Return a size in the unit that suits it."""
+    return f"{mib / 1024:.4g} GiB" if mib >= 1024 else f"{mib:.4g} MiB"
 
 
 def short_line(line: str) -> str:

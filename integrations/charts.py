@@ -44,8 +44,8 @@ def lines(
     for kind, _, each in series:
         parts.append(plot.path(kind, [p for p in each if all(map(math.isfinite, p))]))
     parts += [
-        _text(LEFT, HEIGHT - 14, f"{left:g}", "start"),
-        _text(WIDTH - RIGHT, HEIGHT - 14, f"{right:g}", "end"),
+        _text(LEFT, HEIGHT - 14, f"{left:,.10g}", "start"),
+        _text(WIDTH - RIGHT, HEIGHT - 14, f"{right:,.10g}", "end"),
         _text((LEFT + WIDTH) / 2, HEIGHT - 14, across, "middle"),
     ]
     told = [_told(label, each, unit) for _, label, each in series if each]
@@ -75,9 +75,8 @@ def lanes(
         for start, stop in each:
             width = max((stop - start) * scale, 1.0)
             x = left + start * scale
-            parts.append(
-                f'<rect class="{kind}" x="{x:.1f}" y="{y + 5:.1f}" width="{width:.1f}" height="12"/>'
-            )
+            box = f'x="{x:.1f}" y="{y + 5:.1f}" width="{width:.1f}" height="12"'
+            parts.append(f'<rect class="{kind}" {box}/>')
     parts.append(_text(left, height - 6, "0", "start"))
     parts.append(_text(WIDTH - RIGHT, height - 6, f"{end:.4g} {unit}", "end"))
     told = [f"{label}: {sum(b - a for a, b in each):.4g} {unit}" for _, label, each in rows]
@@ -127,9 +126,11 @@ def _grid(plot: _Plot, ticks: Sequence[float], unit: str) -> str:
     parts = [_text(2, TOP - 2, unit, "start")]
     for tick in ticks:
         y = plot.y(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(
+            f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
         if tick != ticks[-1]:  # there the unit stands
-            parts.append(_text(LEFT - 5, y + 4, f"{tick:.4g}", "end"))
+            parts.append(_text(LEFT - 5, y + 4, f"{tick:,.6g}", "end"))
     return "".join(parts)
 
 

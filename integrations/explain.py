@@ -12,7 +12,7 @@ from pathlib import Path
 from magi_train.core.errors import MagiError
 from magi_train.core.report import FILE_NAME, Report, write_atomically
 from magi_train.integrations import page
-from magi_train.integrations.advice import short_line
+from magi_train.integrations.advice import short_line, size
 from magi_train.integrations.story import Story, duration, rates, tell
 from magi_train.integrations.trace import find_trace, total
 
@@ -53,7 +53,9 @@ def explain(where: str, html: str | None, *, as_json: bool) -> int:
 def sparkline(values: Sequence[float]) -> str:
     """Return values as a row of bars from 0 to the highest, at most LINE_POINTS of them."""
     step = -(-len(values) // LINE_POINTS) or 1
-    means = [sum(values[i : i + step]) / len(values[i : i + step]) for i in range(0, len(values), step)]
+    means = [
+        sum(values[i : i + step]) / len(values[i : i + step]) for i in range(0, len(values), step)
+    ]
     top, low = max(means, default=0.0), min(0.0, *means) if means else 0.0
     span = (top - low) or 1.0
     return "".join(BARS[min(7, max(0, int((v - low) / span * 7.999)))] for v in means)
@@ -92,11 +94,11 @@ def _memory(story: Story) -> list[list[str]]:
     if memory is None:
         return []
     rows = [["course", sparkline(memory.course_mib)]]
-    rows += [[name, f"{mib:.4g} MiB"] for name, mib in memory.resident_mib.items()]
-    rows.append(["planned peak", f"{memory.planned_mib:.4g} MiB"])
+    rows += [[name, size(mib)] for name, mib in memory.resident_mib.items()]
+    rows.append(["planned peak", size(memory.planned_mib)])
     if memory.measured_mib is not None:
-        rows.append(["measured peak", f"{memory.measured_mib:.4g} MiB"])
-    rows += [[f"{t['mib']:.4g} MiB", t["node"], short_line(t["line"])] for t in memory.largest]
+        rows.append(["measured peak", size(memory.measured_mib)])
+    rows += [[size(t["mib"]), t["node"], short_line(t["line"])] for t in memory.largest]
     return [*rows, ["", memory.advice]]
 
 

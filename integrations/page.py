@@ -10,36 +10,38 @@ from html import escape
 
 from magi_train.core.report import Report
 from magi_train.integrations import charts
-from magi_train.integrations.advice import short_line
+from magi_train.integrations.advice import short_line, size
 from magi_train.integrations.story import Memory, Story, duration, rates
 
 STYLE = """
-:root{color-scheme:light dark;--back:#fbfbfa;--card:#fff;--text:#1d2125;--soft:#586069;--rule:#dcdfe3;
---one:#1f5fbf;--two:#b34700;--bad:#c0243c;--fill:#1f5fbf33}
+:root{color-scheme:light dark;--back:#fbfbfa;--card:#fff;--text:#1d2125;--soft:#586069;
+--rule:#dcdfe3;--one:#1f5fbf;--two:#b34700;--bad:#c0243c;--fill:#1f5fbf33}
 @media(prefers-color-scheme:dark){:root{--back:#15181c;--card:#1d2126;--text:#e8eaed;--soft:#a4adb8;
 --rule:#39414a;--one:#79b0ff;--two:#ffab6b;--bad:#ff8494;--fill:#79b0ff33}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--back);color:var(--text);font:16px/1.55 system-ui,sans-serif}
+body{margin:0;background:var(--back);color:var(--text);overflow-wrap:anywhere;
+font:16px/1.55 system-ui,sans-serif}
 main{max-width:1080px;margin:0 auto;padding:24px 16px 64px}
 h1{font-size:1.5rem;line-height:1.25;margin:0 0 4px}h2{font-size:1.15rem;margin:40px 0 10px}
 h3{font-size:1rem;margin:0 0 6px}p{margin:0 0 10px;max-width:75ch}
 .soft,figcaption,th{color:var(--soft)}.lead{font-size:1.1rem}
 .grid{display:grid;gap:16px;grid-template-columns:minmax(0,1fr)}
 @media(min-width:800px){.grid{grid-template-columns:repeat(2,minmax(0,1fr))}}
-.card,figure{background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:14px;margin:0;
-min-width:0}
-.facts{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(130px,1fr));margin:20px 0 0}
+.card,figure{background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:14px;
+margin:0;min-width:0}
+.facts{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(130px,1fr));
+margin:20px 0 0}
 .facts div{border-top:2px solid var(--one);padding-top:6px}dl,dt,dd{margin:0}dt{color:var(--soft);
 font-size:.85rem}dd{font-size:1.25rem;font-variant-numeric:tabular-nums}
 .wide{overflow-x:auto;margin:10px 0}table{border-collapse:collapse;width:100%;font-size:.92rem}
 th,td{text-align:left;vertical-align:top;padding:7px 12px 7px 0;border-bottom:1px solid var(--rule);
-overflow-wrap:anywhere}th{font-weight:600}td:first-child,.key2{white-space:nowrap}
+overflow-wrap:anywhere}th{font-weight:600}td:first-child,td:nth-child(2){white-space:nowrap}
 td.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 code,.code{font:0.88em/1.5 ui-monospace,monospace;overflow-wrap:anywhere}
 ol,ul{padding-left:1.3em;margin:0}li{margin:0 0 8px;overflow-wrap:anywhere}
 .left{color:var(--soft);font-size:.9em;margin-top:4px}
 svg{display:block;width:100%;height:auto}svg text{fill:var(--soft);font:12px system-ui,sans-serif}
-.grid line,line.grid{stroke:var(--rule)}.line{fill:none;stroke:var(--one);stroke-width:2}
+.rule{stroke:var(--rule)}.line{fill:none;stroke:var(--one);stroke-width:2}
 .other{fill:none;stroke:var(--two);stroke-width:2}
 .limit{fill:none;stroke:var(--bad);stroke-width:2;stroke-dasharray:6 4}
 .area{fill:var(--fill);stroke:var(--one);stroke-width:1.5}.dot{fill:var(--one)}
@@ -50,9 +52,12 @@ vertical-align:middle;margin-right:6px}
 details{margin-top:10px}summary{cursor:pointer}
 @media(max-width:640px){table.stack,table.stack tbody,table.stack tr,table.stack td{display:block}
 table.stack thead{position:absolute;left:-9999px}table.stack td{border:0;padding:1px 0}
-table.stack tr{border-bottom:1px solid var(--rule);padding:9px 0}table.stack td.number{text-align:left}
+table.stack tr{border-bottom:1px solid var(--rule);padding:9px 0}
+table.stack td.number{text-align:left}
 table.stack td[data-h]:not(:empty)::before{content:attr(data-h)": ";color:var(--soft)}
-td:first-child{white-space:normal;font-weight:600}}
+td:nth-child(n){white-space:normal}td:first-child{font-weight:600}
+svg text{font-size:14px}}
+@media(min-width:800px){#timeline figure{max-width:640px}}
 """
 
 
@@ -69,14 +74,16 @@ def render(story: Story, report: Report) -> str:
         ("settings", "Plan and settings", _settings(story, report)),
     ]
     body = "".join(
-        f'<section id="{name}"><h2>{title}</h2>{inside}</section>' for name, title, inside in sections
+        f'<section id="{name}"><h2>{title}</h2>{inside}</section>'
+        for name, title, inside in sections
     )
     versions = ", ".join(f"{name} {value}" for name, value in report.versions.items())
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>magi-train: report of a run</title><style>{STYLE}</style></head><body><main>"
-        f'<header><h1>Report of a run</h1><p class="soft">magi-train; {escape(versions)}</p></header>'
+        f'<header><h1>Report of a run</h1><p class="soft">magi-train; {escape(versions)}</p>'
+        "</header>"
         f'<section id="summary"><p class="lead">{escape(" ".join(story.summary))}</p>'
         f"{_facts(story)}</section>{body}</main></body></html>\n"
     )
@@ -103,18 +110,13 @@ def _facts(story: Story) -> str:
     return f'<dl class="facts">{items}</dl>' if items else ""
 
 
-def size(mib: float) -> str:
-    """Return a size in the unit that suits it."""
-    return f"{mib / 1024:.4g} GiB" if mib >= 1024 else f"{mib:.4g} MiB"
-
-
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
     """Return a table of cells that are HTML already; on a phone a row is a block."""
     lines = []
     for row in rows:
         cells = "".join(
-            f'<td{" class=number" if i in numbers else ""}'
-            f'{f" data-h={chr(34)}{escape(heads[i])}{chr(34)}" if i else ""}>{cell}</td>'
+            f"<td{' class=number' if i in numbers else ''}"
+            f"{f' data-h={chr(34)}{escape(heads[i])}{chr(34)}' if i else ''}>{cell}</td>"
             for i, cell in enumerate(row)
         )
         lines.append(f"<tr>{cells}</tr>")
@@ -133,12 +135,15 @@ def _passes(story: Story) -> str:
         left = "".join(f'<div class="left">left alone: {escape(text)}</div>' for text in each.left)
         gain = escape(each.gain) or '<span class="soft">not measured</span>'
         rows.append((escape(each.name), escape(each.stage), f"{escape(each.did)}{left}", gain))
-    hint = "<p class=soft>Gains are measured where <code>Config(tune=True)</code> or a pass does so.</p>"
+    hint = _coded("Gains are measured where a pass or `Config(tune=True)` does so.")
+    hint = f'<p class="soft">{hint}</p>'
     return _table(("pass", "stage", "what it did", "measured gain"), rows) + hint
 
 
 def _figure(picture: str, caption: str) -> str:
-    return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>" if picture else ""
+    return (
+        f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>" if picture else ""
+    )
 
 
 def _timeline(story: Story) -> str:
@@ -156,24 +161,26 @@ def _memory(memory: Memory | None) -> str:
         return "<p>No graph was captured, so there is no plan of the step's memory.</p>"
     resident = sum(memory.resident_mib.values())
     last = max(1, len(memory.course_mib) - 1)
-    share = [(100 * i / last, resident + mib) for i, mib in enumerate(memory.course_mib)]
+    unit, scale = ("GiB", 1 / 1024) if memory.planned_mib >= 1024 else ("MiB", 1.0)
+    course = enumerate(memory.course_mib)
+    share = [(100 * i / last, scale * (resident + mib)) for i, mib in course]
     series: list[tuple[str, str, charts.Points]] = [("area", "planned", share)]
     if resident:
-        series.append(("other", "resident", [(0, resident), (100, resident)]))
+        series.append(("other", "resident", [(0, scale * resident), (100, scale * resident)]))
     if memory.measured_mib is not None:
-        top = memory.measured_mib
+        top = scale * memory.measured_mib
         series.append(("limit", "measured peak", [(0, top), (100, top)]))
     turn = f"the backward begins at {memory.forward_part:.0%}"
-    picture = charts.lines("Memory over one step", series, unit="MiB", across=f"% of nodes; {turn}")
+    picture = charts.lines("Memory over one step", series, unit=unit, across=f"% of nodes; {turn}")
     held = ", ".join(f"{name} {size(mib)}" for name, mib in memory.resident_mib.items())
     caption = f"Planned peak {size(memory.planned_mib)}"
     caption += f", measured {size(memory.measured_mib)}" if memory.measured_mib else ""
     caption += f". Resident: {held}." if held else ". What is resident besides is not on record."
     rows = [
-        (f"{each['mib']:.4g}", escape(str(each["node"])), _line(str(each["line"])))
+        (size(float(each["mib"])), escape(str(each["node"])), _line(str(each["line"])))
         for each in memory.largest
     ]
-    table = _table(("MiB", "node", "made by"), rows)
+    table = _table(("size", "node", "made by"), rows)
     return (
         f'<div class="grid">{_figure(picture, caption)}<div class="card"><h3>What to change</h3>'
         f"<p>{_coded(memory.advice)}</p></div></div><h3 style='margin-top:18px'>Largest tensors at "
@@ -202,7 +209,7 @@ def _over_time(story: Story) -> str:
         picture = charts.lines("Time of a step", series, unit=unit, across="step", limit=top)
         over = sum(each > 3 * typical for each in steps.seconds)
         caption = f"Typical {duration(typical)}, longest {duration(max(steps.longest))}"
-        cut = f"; {over} points lie above the axis" if over else ""
+        cut = f"; the axis ends below {over} point{'s' * (over > 1)}" if over else ""
         figures.append(_figure(picture, f"{caption}{cut}. The first step is left out."))
         samples, tokens = rates(steps)
         if samples:
@@ -225,7 +232,8 @@ def _over_time(story: Story) -> str:
 
 def _energy(story: Story) -> str:
     if story.joules_per_1000 is None:
-        return "<p>Unknown: no GPU of this run counts its energy (NVML), or the run was too short.</p>"
+        why = "no GPU of this run counts its energy (NVML), or the run was too short"
+        return f"<p>Unknown: {why}.</p>"
     return (
         f"<p>{story.joules_per_1000 / 1e3:.4g} kJ for 1,000 samples, on rank 0's own GPU; "
         f"{story.steps.joules_samples} samples took {(story.steps.joules or 0) / 1e3:.4g} kJ.</p>"

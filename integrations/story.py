@@ -12,7 +12,7 @@ from typing import Any
 from magi_train.core import settings
 from magi_train.core.record import Steps
 from magi_train.core.report import PassRow, Report
-from magi_train.integrations.advice import memory_advice, next_steps
+from magi_train.integrations.advice import memory_advice, next_steps, size
 from magi_train.integrations.trace import Span, StepTrace, total
 
 MEANING = {
@@ -27,6 +27,9 @@ SWITCH_OF = {
     "merge_projections": "projections",
 }
 """Passes that `Config(tune=True)` measures, and the names it knows them by."""
+
+OBSERVED = ("step_memory", "saved_activations")
+"""Rows that tell of a graph, and change nothing."""
 
 
 @dataclass
@@ -151,10 +154,11 @@ def duration(seconds: float) -> str:
 
 
 def _done(report: Report) -> str:
-    did = list(dict.fromkeys(row.name for row in report.rows if did_something(row)))
+    rows = [row for row in report.rows if row.name not in OBSERVED]
+    did = list(dict.fromkeys(row.name for row in rows if did_something(row)))
     names = f": {', '.join(did[:5])}{' and others' if len(did) > 5 else ''}" if did else ""
     tier = report.tier.upper() or "undecided"
-    every = len({row.name for row in report.rows})
+    every = len({row.name for row in rows})
     return f"Tier {tier}; {len(did)} of {every} passes and plans found something to do{names}."
 
 
@@ -164,7 +168,7 @@ def _cost(report: Report, memory: Memory | None, joules: float | None) -> str:
         peak = f"the peak of memory {steps.memory_of} was {steps.memory_gib[-1][1]:.3g} GiB"
         parts.append(peak)
     if memory is not None:
-        parts.append(f"the plan of the step's memory peaks at {memory.planned_mib:.4g} MiB")
+        parts.append(f"the plan of the step's memory peaks at {size(memory.planned_mib)}")
     if len(steps.loss) > 1:
         parts.append(f"the loss went from {steps.loss[0][1]:.4g} to {steps.loss[-1][1]:.4g}")
     if joules is not None:
@@ -186,7 +190,9 @@ def _pass(row: PassRow, report: Report) -> PassTold:
         did += f" (in {row.graphs} graphs)"
     if row.cached:
         did += " (from the compile cache)"
-    return PassTold(row.name, row.stage, did, _left(row.plan.get("left_alone", [])), _gain(row, report))
+    return PassTold(
+        row.name, row.stage, did, _left(row.plan.get("left_alone", [])), _gain(row, report)
+    )
 
 
 def _left(left_alone: Any) -> list[str]:
@@ -259,7 +265,10 @@ def _timeline(
         found = found[:1]  # other forms of the same step
     ahead = sum(p["forward_ms"] * p["blocks"] for p in found)
     back = sum(p["backward_ms"] * p["blocks"] for p in found)
-    lanes = [("compute", "forward", [(0.0, ahead)]), ("compute", "backward", [(ahead, ahead + back)])]
+    lanes = [
+        ("compute", "forward", [(0.0, ahead)]),
+        ("compute", "backward", [(ahead, ahead + back)]),
+    ]
     plan = next((r.plan for r in report.rows if r.name == "communication_plan"), {})
     count = int(plan.get("buckets", 0))
     if report.world_size > 1 and count:

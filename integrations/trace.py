@@ -47,9 +47,9 @@ def find_trace(folder: Path) -> StepTrace | None:
         if path.stat().st_size > MOST_BYTES or "trace" not in path.name:
             continue
         try:
-            opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-            with opened as file:
-                step = read_step(json.load(file)["traceEvents"], path.name)
+            data = path.read_bytes()
+            data = gzip.decompress(data) if path.suffix == ".gz" else data
+            step = read_step(json.loads(data)["traceEvents"], path.name)
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s cannot be read as a profiler's trace: %s", path, error)
             continue

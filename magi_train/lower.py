@@ -21,11 +21,10 @@ from torch.fx import Graph, GraphModule
 
 from magi_train.comm import in_graph
 from magi_train.comm.in_graph import PlaceCollectives, place
-from magi_train.core import compat, graph
-from magi_train.core import progress
+from magi_train.core import compat, graph, progress
 from magi_train.core.config import Lowering
-from magi_train.core.hardware import speed_of
 from magi_train.core.graph import is_backward, num_bytes, saved_for_backward
+from magi_train.core.hardware import speed_of
 from magi_train.core.passes import (
     CachedPass,
     PassContext,

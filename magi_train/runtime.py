@@ -136,12 +136,12 @@ class Runtime:
         """
         if self.world.rank != 0:
             return
-        taken = {r.record_path for ref in _runtimes.values() if (r := ref()) and r is not self}
+        taken = {r.record_path for ref in _runtimes.values() if (r := ref()) and not r.closed}
         names = (path.with_stem(f"{path.stem}_{i}") for i in itertools.count(2))
         while path in taken:
             path = next(names)
         self.record_path = path
-        self.recorder.write = functools.partial(self.report.save, path)
+        self.recorder.write = functools.partial(_write, self.report, path)
 
     def _agree(self, parameters: dict[str, nn.Parameter]) -> None:
         ask, seconds = self.world.agree, self.config.timeout_seconds
@@ -281,6 +281,11 @@ class Runtime:
             yield
         finally:
             self.inside = before
+
+
+def _write(report: Report, path: Path) -> None:
+    if report.tier:  # else nothing has run
+        report.save(path)
 
 
 def _end_record(recorder: Recorder, progress: Progress) -> None:

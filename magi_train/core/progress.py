@@ -103,7 +103,9 @@ class Progress:
 def compile_line(name: str, graph: int, stage: str, seconds: float) -> str:
     """Return what is shown while a graph is compiled; short enough for one line."""
     at = STAGES.index(stage) + 1
-    return f"magi: compiling {name[:30]}, graph {graph}: {stage} ({at}/{len(STAGES)}), {seconds:.0f} s"
+    return (
+        f"magi: compiling {name[:30]}, graph {graph}: {stage} ({at}/{len(STAGES)}), {seconds:.0f} s"
+    )
 
 
 def title(steps: Steps) -> str:

@@ -8,7 +8,7 @@ already counts. Energy is the counter of rank 0's own GPU, read with the file's 
 
 Bounded: a series that is full is halved, and a point means twice as many steps from then on. The
 first step, which compiles, is kept apart. Every rank keeps a record; rank 0 writes it, with the
-report, every WRITE_SECONDS and at the end, in one rename: a job that is killed leaves its last file.
+report, every WRITE_SECONDS and at the end, in one rename: a killed job leaves its last file.
 """
 
 import logging
@@ -97,7 +97,10 @@ class Recorder:
         tell: Called at most twice a second with the steps: progress.
         joules: Returns the energy counter of this rank's GPU; None without one.
         resident: Returns what is there all the time, in MiB.
+        last_seconds: Of the step that ended last; None before.
     """
+
+    last_seconds: float | None = None
 
     def __init__(
         self, steps: Steps, device_type: str, clock: Callable[[], float] = time.perf_counter
@@ -165,9 +168,19 @@ class Recorder:
             self._losses.put(step, loss)
             self._collect(wait=False)
 
+    def figures(self) -> dict[str, float]:
+        """Return what a logger may show of the step that ended last; {} before."""
+        if self.last_seconds is None:
+            return {}
+        found = {"magi/step_seconds": self.last_seconds}
+        if self.steps.memory_gib:
+            found["magi/peak_memory_gib"] = self.steps.memory_gib[-1][1]
+        return found
+
     def _step_ended(self, seconds: float) -> None:
         steps = self.steps
         steps.count += 1
+        self.last_seconds = seconds
         if steps.count == 1:
             steps.first_seconds = round(seconds, 6)
         else:
