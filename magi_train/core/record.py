@@ -249,7 +249,7 @@ class Recorder:
             joules, samples = self._joules_at
             self.steps.joules = round(self.joules() - joules, 3)
             self.steps.joules_samples = self.steps.samples - samples
-        if self.resident is not None:
+        if self.resident is not None and self.steps.count:
             self.steps.resident_mib |= self.resident()  # what is gone by now was there
         if self.write is not None:
             try:

@@ -16,7 +16,9 @@ def run_report() -> Report:
     report.sources = {"comm.bucket_mib": HOSTILE}
     report.add(PassRow("communication_plan", "run_time", {"buckets": 4, "wire_bytes": 2**22}, 0.0))
     left = [["sdpa", f"its mask is an input {HOSTILE}"]] * 3
-    report.add(PassRow("canonicalize_attention", "pre_grad", {"causal": ["a"], "left_alone": left}, 0))
+    report.add(
+        PassRow("canonicalize_attention", "pre_grad", {"causal": ["a"], "left_alone": left}, 0)
+    )
     times = {"all": 10.0, "without attention": 12.5}
     report.add(PassRow("tune", "run_time", {"dropped": [], "milliseconds": times}, 0.0))
     largest = [{"mib": 96.0 - i, "node": HOSTILE, "line": LINE if i % 2 else ""} for i in range(10)]

@@ -150,7 +150,9 @@ def test_ticks_hold_the_values(low, high):
     assert ticks[0] <= low
     assert ticks[-1] >= high
     assert 2 <= len(ticks) <= 7
-    assert "nan" not in charts.lines("t", [("line", "l", [(1, low), (2, high)])], unit="", across="")
+    assert "nan" not in charts.lines(
+        "t", [("line", "l", [(1, low), (2, high)])], unit="", across=""
+    )
 
 
 def test_values_that_are_no_numbers_are_left_out():
@@ -205,7 +207,9 @@ def test_colours_can_be_read_in_light_and_dark():
     assert len(blocks) == 2
     for block in blocks:
         colors = dict(re.findall(r"--(\w+):(#\w{3,6})\b", block))
-        full = {k: "#" + "".join(2 * c for c in v[1:]) if len(v) == 4 else v for k, v in colors.items()}
+        full = {
+            k: "#" + "".join(2 * c for c in v[1:]) if len(v) == 4 else v for k, v in colors.items()
+        }
         for text in ("text", "soft", "one", "two", "bad"):
             for ground in ("back", "card"):
                 assert contrast(full[text], full[ground]) >= 4.5, (text, ground, block)
