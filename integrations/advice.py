@@ -96,7 +96,7 @@ def _time(report: Report) -> list[str]:
     if steps.first_seconds > SLOW_START_SECONDS and compiled:
         acts.append(
             f"The first step took {steps.first_seconds:.3g} s: keep PyTorch's compile cache "
-            "between jobs, in TORCHINDUCTOR_CACHE_DIR on a disk that stays; the next start is shorter."
+            "between jobs (TORCHINDUCTOR_CACHE_DIR on a disk that stays)."
         )
     on_gpu = "gpus" in report.versions
     if on_gpu and report.tier == "graph" and not report.settings.get("tune"):

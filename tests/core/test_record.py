@@ -142,7 +142,7 @@ def test_a_run_folder_holds_the_run(tmp_path):
         optimizer.step()
     told = magi_train.report(prepared)
     assert told.steps.count == 4
-    del prepared, step
+    prepared = step = None  # the end of the run
     gc.collect()
     found = Report.load(tmp_path)
     assert found.tier == "eager"

@@ -1,4 +1,4 @@
-"""A report as a long run would leave it, and its profiler's trace, made up for tests of the page."""
+"""A report as a long run leaves it, and a profiler's trace, made up for tests of the page."""
 
 from magi_train import Report
 from magi_train.core.record import Steps

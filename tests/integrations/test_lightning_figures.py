@@ -1,4 +1,4 @@
-"""Lightning: the run's record beside the trainer's files, and figures for its loggers when asked."""
+"""Lightning: the run's record beside the trainer's files, and figures for its loggers."""
 
 import pytest
 import torch

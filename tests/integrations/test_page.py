@@ -18,7 +18,17 @@ from magi_train.integrations.story import tell
 from magi_train.integrations.trace import difference, find_trace, read_step, total, union
 from tests.integrations.run_report import HOSTILE, LINE, run_report, trace_events
 
-SECTIONS = "summary tier passes timeline memory over-time energy next settings".split()
+SECTIONS = [
+    "summary",
+    "tier",
+    "passes",
+    "timeline",
+    "memory",
+    "over-time",
+    "energy",
+    "next",
+    "settings",
+]
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
@@ -102,7 +112,7 @@ def test_the_account_tells_the_numbers():
     assert story.memory.planned_mib == 600
     assert story.memory.measured_mib == 512
     assert "what the compiler made without a line of yours holds 460 MiB" in story.memory.advice
-    assert ("comm.bucket_mib", "25.0", HOSTILE) == story.settings[0]
+    assert story.settings[0] == ("comm.bucket_mib", "25.0", HOSTILE)
     planned = tell(report)
     assert planned.exposed_ms is None
     assert planned.timeline[1][2] == [(6.0, 18.0)]  # two blocks

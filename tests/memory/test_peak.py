@@ -176,7 +176,7 @@ def test_attention_costs_its_products_with_grouped_heads():
 
 @pytest.mark.parametrize("budget", [None, 1.0])
 def test_the_report_holds_the_picture_with_and_without_a_budget(budget):
-    layers = nn.Sequential(*[Layer(0.0) for _ in range(2)])
+    layers = nn.Sequential(*[Layer(0.0) for _ in range(4)])
     config = Config(lowering="aot_eager", memory_budget_gib=budget)
     prepared = prepare(layers, config=config)
     step = prepare_step(lambda x: prepared(x).square().mean(), prepared)
