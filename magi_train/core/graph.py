@@ -338,7 +338,8 @@ def user_line(node: Node) -> str:
     """Return the last line of the user's code that made `node`, "" if unknown."""
     lines = (node.stack_trace or "").strip().splitlines()
     places = [i for i, line in enumerate(lines) if line.strip().startswith("File ")]
-    return " ".join(line.strip() for line in lines[places[-1] :]) if places else ""
+    mine = [line.strip() for line in lines[places[-1] :]] if places else []
+    return " ".join(line for line in mine if line.strip("^~ "))  # without the marks below it
 
 
 def restore_order(graph: Graph) -> None:
