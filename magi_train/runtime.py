@@ -147,7 +147,9 @@ class Runtime:
         ask, seconds = self.world.agree, self.config.timeout_seconds
         passes = [f"{each.name} ({each.stage}): {each.uuid()}" for each in registered_passes()]
         more = {"torch": torch.__version__, "registered passes": passes}
-        ask("settings", {**self.config.as_dict(), **more}, seconds)
+        own = ("run_folder", "progress")  # what rank 0 writes and shows changes no training
+        shared = {k: v for k, v in self.config.as_dict().items() if k not in own}
+        ask("settings", {**shared, **more}, seconds)
         shapes = {n: [list(p.shape), str(p.dtype), p.requires_grad] for n, p in parameters.items()}
         buffers = {n: [list(b.shape), str(b.dtype)] for n, b in self.module.named_buffers()}
         ask("model", {"parameters": shapes, "buffers": buffers}, seconds)

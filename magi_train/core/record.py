@@ -34,6 +34,8 @@ LOSS_SECONDS = 0.05
 """A loss on a device is copied at most so often."""
 IN_FLIGHT = 64
 """Losses that may be on their way to the host."""
+PATIENCE_SECONDS = 0.5
+"""How long the end of a run waits for the last losses."""
 GIB = 2**30
 
 
@@ -155,6 +157,8 @@ class Recorder:
         """That call returned `output`."""
         if owner != self._owner or self._began is None:
             return
+        if self._cuda and torch.cuda.is_current_stream_capturing():  # no event may be asked then
+            return
         if self._before is not None:
             allocated = self._before, torch.cuda.memory_allocated()
             self.steps.at_forward_gib = [round(each / GIB, 6) for each in allocated]
@@ -166,7 +170,7 @@ class Recorder:
         loss = loss_in(output)
         if loss is not None:
             self._losses.put(step, loss)
-            self._collect(wait=False)
+            self._collect()
 
     def figures(self) -> dict[str, float]:
         """Return what a logger may show of the step that ended last; {} before."""
@@ -231,8 +235,8 @@ class Recorder:
         if len(steps.memory_gib) > MOST_POINTS:
             del steps.memory_gib[1::2]
 
-    def _collect(self, wait: bool) -> None:
-        for step, value in self._losses.take(wait):
+    def _collect(self, patience: float = 0.0) -> None:
+        for step, value in self._losses.take(patience):
             self.steps.loss.append([step, value])
         if len(self.steps.loss) > MOST_POINTS:
             del self.steps.loss[1::2]
@@ -242,7 +246,7 @@ class Recorder:
         """Bring the steps up to date, and write them if they are to be written."""
         if self._closed:
             return
-        self._collect(wait=False)
+        self._collect()
         if self.steps.count:
             self._take_memory()
         if self._joules_at is not None and self.joules is not None:
@@ -261,7 +265,7 @@ class Recorder:
     def close(self) -> None:
         """The run ends: the last step, without a successor to end it, is left out."""
         if not self._closed:
-            self._collect(wait=True)
+            self._collect(PATIENCE_SECONDS)
             self.flush()
         self._closed = True
 
@@ -283,8 +287,6 @@ class _Losses:
             return
         if loss.device.type != "cuda" or len(self._flying) >= IN_FLIGHT:
             return
-        if torch.cuda.is_current_stream_capturing():
-            return
         if self._pinned is None:
             self._pinned = torch.empty(IN_FLIGHT, dtype=torch.float32, pin_memory=True)
         slot, self._next = self._next, (self._next + 1) % IN_FLIGHT
@@ -293,14 +295,28 @@ class _Losses:
         event.record()
         self._flying.append((step, slot, event))
 
-    def take(self, wait: bool) -> list[tuple[int, float]]:
-        """Return the losses that have arrived, in order; wait for the others if asked to."""
+    def take(self, patience: float = 0.0) -> list[tuple[int, float]]:
+        """Return the losses that have arrived, in order, within so many seconds.
+
+        A device that hangs or has failed never delivers: nothing may wait for it for long.
+        """
         found, self._ready = self._ready, []
-        while self._flying and (wait or self._flying[0][2].query()):
-            step, slot, event = self._flying.pop(0)
-            event.synchronize()
-            assert self._pinned is not None, "something flies"
-            found.append((step, float(self._pinned[slot])))
+        until = time.perf_counter() + patience
+        while self._flying:
+            step, slot, event = self._flying[0]
+            try:
+                arrived = event.query()
+            except RuntimeError:  # the device has failed, which others report
+                self._flying.clear()
+                break
+            if arrived:
+                assert self._pinned is not None, "something flies"
+                found.append((step, float(self._pinned[slot])))
+                self._flying.pop(0)
+            elif time.perf_counter() >= until:
+                break
+            else:
+                time.sleep(0.001)
         return found
 
 
