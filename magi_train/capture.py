@@ -239,7 +239,7 @@ class Region:
         )
 
     def _own_code(self) -> Callable[..., Any]:
-        return _own_code(self._function, f"magi_region_{next(_region_ordinals)}")
+        return own_code(self._function, f"magi_region_{next(_region_ordinals)}")
 
     @contextlib.contextmanager
     def _assuming(self, inputs: Inputs, assumed: Facts) -> Iterator[None]:
@@ -280,7 +280,7 @@ class Region:
         if not self._blocks:
             self._compiled = torch.compile(
                 self._own_code(),
-                backend=_RegionBackend(self, 1),
+                backend=RegionBackend(self, 1),
                 dynamic=self.runtime.config.dynamic,
             )
 
@@ -292,8 +292,8 @@ class Region:
                 return compat.uncompiled_call(block, *args, **kwargs)
 
             compiled = torch.compile(
-                _own_code(call, f"magi_{kind.__name__}_{next(_region_ordinals)}"),
-                backend=_RegionBackend(self, len(blocks)),
+                own_code(call, f"magi_{kind.__name__}_{next(_region_ordinals)}"),
+                backend=RegionBackend(self, len(blocks)),
                 dynamic=self.runtime.config.dynamic,
             )
             for block in members:
@@ -504,7 +504,7 @@ class _GraphBackend:
         return compiled
 
 
-class _RegionBackend:
+class RegionBackend:
     """Dynamo backend of the REGION tier: every graph it is given, collectives left to hooks."""
 
     def __init__(self, region: Region, shares: int) -> None:
@@ -527,7 +527,7 @@ class _Bound:
         return self.compiled(self.block, *args, **kwargs)
 
 
-def _own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+def own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """Return a wrapper with a code object of its own: Dynamo's recompile limit counts by code."""
 
     def region(*args: Any, **kwargs: Any) -> Any:
