@@ -42,6 +42,10 @@ from magi_train.core.errors import MagiError
 from magi_train.core.report import PassRow, Report
 from magi_train.core.world import World
 
+# torch < 2.13 knows the older names only, later ones warn of them
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 CONTAINERS = (nn.ModuleList, nn.Sequential)
 
 
@@ -52,19 +56,14 @@ def blocks_to_shard(module: nn.Module) -> list[nn.Module]:
     a shared parameter must gather it for all its users.
     """
     found = list({id(b): b for b in _repeated(module)}.values())
-    users: collections.Counter[int] = collections.Counter()
-    for _, owner in module.named_modules():
-        users.update(id(p) for p in owner.parameters(recurse=False))
-    return [
-        block
-        for block in found
-        if all(
-            users[key] == n
-            for key, n in collections.Counter(
-                id(p) for m in block.modules() for p in m.parameters(recurse=False)
-            ).items()
-        )
-    ]
+    users = _users(module)
+    return [b for b in found if all(users[key] == n for key, n in _users(b).items())]
+
+
+def _users(module: nn.Module) -> collections.Counter[int]:
+    """Return at how many places in `module` each parameter is used, by its id."""
+    slots = module.named_parameters(remove_duplicate=False)
+    return collections.Counter(id(p) for _, p in slots)
 
 
 def _repeated(module: nn.Module) -> Iterator[nn.Module]:
@@ -223,7 +222,7 @@ class FullyShard:
                 "ShardingConfig.gather_dtype is 'bfloat16', but the forward runs without autocast; "
                 "use torch.autocast(..., torch.bfloat16), or gather_dtype=None"
             )
-        if self._config.comm.broadcast_buffers:
+        if self._config.comm.broadcast_buffers and self._synced:  # as DDP, once a step
             broadcast(self.world, [b for b in self._module.buffers() if not isinstance(b, DTensor)])
         if self.sync != self._synced:
             assert isinstance(self._module, FSDPModule)
@@ -312,7 +311,7 @@ class _AllGather(compat.FSDPAllGather):  # type: ignore[misc]
         group: dist.ProcessGroup,
         async_op: bool = False,
     ) -> None:
-        work = dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=True)
+        work = _all_gather(output_tensor, input_tensor, group=group, async_op=True)
         what = f"the weights of a block ({output_tensor.numel()} numbers)"
         self.world.wait(work, output_tensor.device, what)
 
@@ -334,8 +333,6 @@ class _ReduceScatter(compat.FSDPReduceScatter):  # type: ignore[misc]
         op: Any,
         async_op: bool = False,
     ) -> None:
-        work = dist.reduce_scatter_tensor(
-            output_tensor, input_tensor, op=op, group=group, async_op=True
-        )
+        work = _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=True)
         what = f"the gradients of a block ({input_tensor.numel()} numbers)"
         self.world.wait(work, output_tensor.device, what)

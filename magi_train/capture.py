@@ -32,6 +32,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from magi_train.comm.in_graph import PlaceCollectives
+from magi_train.comm.reducer import Reducer
 from magi_train.core import compat
 from magi_train.core.config import Config
 from magi_train.core.errors import CaptureError, MagiError
@@ -85,7 +86,12 @@ class Region:
         name: For messages and the report.
         hooks_because: Why its backward may not reduce by itself, so that REGION is the highest
             tier; "" if it may.
+
+    Raises:
+        MagiError: The model's weights are sharded, which a ShardedRegion is for.
     """
+
+    takes_sharded_weights = False
 
     def __init__(
         self,
@@ -94,6 +100,11 @@ class Region:
         name: str,
         hooks_because: str = "",
     ) -> None:
+        if runtime.sharded and not self.takes_sharded_weights:
+            raise MagiError(
+                f"{name} cannot be captured with engine {runtime.config.engine!r} here; use "
+                "magi_train.prepare() or Lightning's strategy='magi_fsdp', or engine='replicate'"
+            )
         self.runtime, self.name = runtime, name
         self._hooks_because = hooks_because
         self.tier = ""
@@ -379,6 +390,7 @@ class Region:
         collectives = None
         reducer = runtime.reducer
         if in_graph and runtime.config.comm.in_graph and runtime.world.size > 1:
+            assert isinstance(reducer, Reducer), "where weights are sharded, hooks reduce"
             trainable = {i: n for i, n in names.items() if n in reducer.planned}
             collectives = PlaceCollectives(reducer.plan, reducer.ordinal, trainable)
         fusion, shadows, shadowed = settings.fusion, None, None
@@ -511,6 +523,7 @@ class RegionBackend:
         self._region, self.shares = weakref.ref(region), shares  # weak: see _GraphBackend
 
     def __call__(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        """Compile a graph."""
         region = self._region()
         if region is None:  # the blocks have outlived what prepare() returned
             return gm.forward

@@ -16,16 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from magi_train.comm.broadcast import broadcast
 from magi_train.core.errors import MagiError
 from magi_train.core.world import World
 
@@ -37,6 +42,8 @@ def save_checkpoint(
     folder: str | os.PathLike[str], module: nn.Module, optimizer: Optimizer | None = None
 ) -> None:
     """Write weights, buffers and optimizer state; call it on all ranks, between steps.
+
+    Buffers that differ between ranks (BatchNorm statistics) become those of rank 0.
 
     Args:
         folder: Seen by all ranks under this name; an existing checkpoint is replaced at the end.
@@ -50,17 +57,22 @@ def save_checkpoint(
     partial = final.with_name(f".{final.name}.partial")
     if world.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
+    broadcast(world, [b for b in _own(module).buffers() if not isinstance(b, DTensor)])
     state = _state(module, optimizer)
     _together(world, "checkpoint begins", "")
     try:
         with _quiet():
-            dcp.save(state, checkpoint_id=partial)
+            save(state, checkpoint_id=partial)
         why = ""
+    except CheckpointException as error:  # a BaseException
+        why = "; ".join(f"on rank {r}, {_cause(each)}" for r, each in error.failures.items())
     except Exception as error:  # noqa: BLE001  whatever it is, the others must hear of it
         why = f"{type(error).__name__}: {error}"
     reasons = _together(world, "checkpoint is written", why)
     if reasons:
-        raise MagiError(f"{final} could not be written: {reasons[0]}; what was there before is kept")
+        raise MagiError(
+            f"{final} could not be written: {reasons[0]}; what was there before is kept"
+        )
     if world.rank == 0:
         _rename(partial, final)
     _together(world, "checkpoint is in place", "")
@@ -69,7 +81,7 @@ def save_checkpoint(
 def load_checkpoint(
     folder: str | os.PathLike[str], module: nn.Module, optimizer: Optimizer | None = None
 ) -> None:
-    """Read what `save_checkpoint` wrote, on any number of ranks and under any engine but DeepSpeed.
+    """Read what `save_checkpoint` wrote, on any number of ranks and under any engine.
 
     Call it on all ranks, after `prepare`.
 
@@ -80,7 +92,7 @@ def load_checkpoint(
     own = _own(module)
     state = _state(module, optimizer)
     with _quiet():
-        dcp.load(state, checkpoint_id=Path(folder))
+        load(state, checkpoint_id=Path(folder))
         set_model_state_dict(own, state["model"])
         if optimizer is not None:
             set_optimizer_state_dict(own, optimizer, state["optimizer"])
@@ -101,7 +113,7 @@ def plain_state_dict(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
         MagiError: There is no whole checkpoint; names the folder.
     """
     _must_be_whole(folder)
-    reader = dcp.FileSystemReader(Path(folder))
+    reader = FileSystemReader(Path(folder))
     found = reader.read_metadata().state_dict_metadata
     names = [key for key in found if key.startswith("model.")]
     state: dict[str, Any] = {}
@@ -109,7 +121,7 @@ def plain_state_dict(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
         entry: Any = found[key]
         state[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
     with _quiet():
-        dcp.load(state, storage_reader=reader, no_dist=True)
+        load(state, storage_reader=reader, no_dist=True)
     return {key.removeprefix("model."): state[key] for key in names}
 
 
@@ -124,9 +136,8 @@ def _quiet() -> Iterator[None]:
 
 def _own(module: nn.Module) -> nn.Module:
     """Return the module whose names a checkpoint holds."""
-    if "_magi_module" in module.__dict__:
-        return module.__dict__["_magi_module"]
-    return module.module if "_magi_runtime" in module.__dict__ else module
+    runtime = module.__dict__.get("_magi_runtime")
+    return module if runtime is None else runtime.module
 
 
 def _state(module: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
@@ -156,4 +167,10 @@ def _rename(partial: Path, final: Path) -> None:
 
 def _together(world: World, what: str, why: str) -> list[str]:
     answers = world.gather(what, why, TIMEOUT_SECONDS)
-    return [f"on rank {rank}, {text}" for rank, text in enumerate(answers) if text]
+    return [text for text in answers if text]
+
+
+def _cause(failure: Any) -> str:
+    """Return what a rank raised, from DCP's pair of error and stack."""
+    error = failure[0] if isinstance(failure, tuple) else failure
+    return f"{type(error).__name__}: {error}"

@@ -41,6 +41,8 @@ def region_for(
 class ShardedRegion(Region):
     """A function of a model whose weights are sharded; the model's blocks are compiled."""
 
+    takes_sharded_weights = True
+
     def _first(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         problems = compat.problems()
         if problems:
@@ -60,7 +62,7 @@ class ShardedRegion(Region):
         """Give the blocks their own forward back."""
         for block in self._blocks:
             block.__dict__.pop("forward", None)
-        self._blocks = []
+        self._blocks, self.tier = [], ""
 
     def _compile_forwards(self) -> None:
         reducer = self.runtime.reducer

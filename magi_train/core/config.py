@@ -15,7 +15,7 @@ Compression = Literal["safe", "balanced", "aggressive", "bfloat16", "int8", "fp8
 Lowering = Literal["inductor", "aot_eager"]
 CudaGraphs = Literal["auto", "on", "off"]
 Precision = Literal["autocast", "fp8"]
-Engine = Literal["replicate", "fsdp2", "deepspeed", "auto"]
+Engine = Literal["replicate", "fsdp2", "auto"]
 
 
 def _check_choice(owner: str, name: str, value: object, choices: tuple[Any, ...]) -> None:
@@ -123,23 +123,16 @@ class ShardingConfig:
 
     reshard_after_forward: bool = True
     """Free the gathered weights of a block after its forward, and gather them again for its
-    backward. False keeps them: less communication, the memory of all weights. For "fsdp2"."""
+    backward. False keeps them: less communication, the memory of all weights."""
 
     gather_dtype: Literal["bfloat16"] | None = None
     """The dtype in which weights are gathered and used. "bfloat16", half the bytes, is for training
     under autocast to it, where it changes only what autocast leaves in float32 (norms, biases).
-    None: the dtype in which they are kept. For "fsdp2"."""
+    None: the dtype in which they are kept."""
 
     offload: bool = False
     """Keep the sharded weights, their gradients and the optimizer's state in host memory; the
     optimizer's step runs there."""
-
-    zero_stage: int = 3
-    """For "deepspeed": 1 shards the optimizer's state, 2 gradients too, 3 weights too."""
-
-    deepspeed: str | None = None
-    """Path of a JSON file of DeepSpeed's own settings, for "deepspeed"; what else is set here must
-    not contradict it. `prepare(..., deepspeed={...})` takes the same as a dict."""
 
     def __post_init__(self) -> None:
         _check_positive("ShardingConfig", "device_memory_gib", self.device_memory_gib)
@@ -149,7 +142,6 @@ class ShardingConfig:
                 f"{self.activation_share!r}"
             )
         _check_choice("ShardingConfig", "gather_dtype", self.gather_dtype, (None, "bfloat16"))
-        _check_choice("ShardingConfig", "zero_stage", self.zero_stage, (1, 2, 3))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,9 +150,9 @@ class Config:
 
     engine: Engine = "replicate"
     """Where weights live. "replicate": whole on every rank. "fsdp2": sharded over the ranks by
-    torch's `fully_shard`, block by block, for models that do not fit otherwise. "deepspeed":
-    sharded by DeepSpeed's ZeRO. "auto": "replicate" if weights, gradients and optimizer state fit
-    on every rank, else "fsdp2"; the report says which, with the bytes."""
+    torch's `fully_shard`, block by block, for models that do not fit otherwise. "auto": "replicate"
+    if weights, gradients and optimizer state fit on every rank, else "fsdp2"; the report says
+    which, with the bytes."""
 
     tier: Literal["auto"] | Tier = "auto"
     """How much of the model to capture. "auto" takes the highest tier that all ranks reach;
@@ -257,7 +249,7 @@ class Config:
                     "of the two"
                 )
 
-        if self.engine in ("fsdp2", "deepspeed"):
+        if self.engine == "fsdp2":
             self._check_sharded()
 
     def _check_sharded(self) -> None:
