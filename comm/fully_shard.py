@@ -92,6 +92,7 @@ class FullyShard:
     Attributes:
         blocks: What is gathered and freed as one, in order; without the root.
         parameters: The sharded parameters by name.
+        device: Where gathered weights live.
         sync: Whether the backward of the next forward sends gradients.
 
     Raises:
@@ -120,7 +121,7 @@ class FullyShard:
         self._module, self._config, self._synced = module, config, True
         self.loss_scale: Any = None  # of codecs, which this engine has none of
         self.blocks = blocks_to_shard(module)
-        device = _device_for(module, world)
+        self.device = device = _device_for(module, world)
         self._options = self._make_options(device)
         for part in (*self.blocks, module):
             self._shard(part, device, optimizers)
@@ -216,8 +217,8 @@ class FullyShard:
         """
         assert not in_graph
         self.world.check()
-        device = next(iter(self.parameters.values())).device.type
-        if self._config.sharding.gather_dtype and not torch.is_autocast_enabled(device):
+        autocast = torch.is_autocast_enabled(self.device.type)
+        if self._config.sharding.gather_dtype and not autocast:
             raise MagiError(
                 "ShardingConfig.gather_dtype is 'bfloat16', but the forward runs without autocast; "
                 "use torch.autocast(..., torch.bfloat16), or gather_dtype=None"

@@ -12,7 +12,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from magi_train.capture import Region

@@ -215,7 +215,9 @@ def prepare(
     already be on its device. Rank 0's weights and buffers are given to all ranks.
 
     Args:
-        model: Any module. It is not changed; the result shares its parameters.
+        model: Any module. It is not changed; the result shares its parameters. With
+            `Config(engine="fsdp2")` it is: its parameters become DTensors, and it may lie on the
+            host or the meta device (docs/engines.md).
         optimizer: Over the model's parameters. The same object is returned; its step may run in a
             kernel of ours, see `FusionConfig.optimizer`.
         config: What to do; `Config()` by default.

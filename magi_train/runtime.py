@@ -88,7 +88,7 @@ class Runtime:
         self.reducer: Reducer | FullyShard
         if config.engine == "fsdp2":
             self.reducer = FullyShard(module, self.world, config, self.report, optimizers)
-            self.device_type = next(iter(self.reducer.parameters.values())).device.type
+            self.device_type = self.reducer.device.type
         else:
             self.reducer = Reducer(
                 module,
