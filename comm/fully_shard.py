@@ -4,8 +4,7 @@
 runs, and sums gradients onto their owners when its backward has run: Rajbhandari et al., ZeRO
 (arXiv:1910.02054), stage 3, and Zhao et al., PyTorch FSDP (arXiv:2304.11277). What is ours:
 
-* Blocks are found by structure: the children of a ModuleList or Sequential of which at least two
-  have equal parameter shapes. No class is named.
+* Blocks are found by structure (comm/shard_blocks.py).
 * Everything happens block by block: a block is moved to the device, gets rank 0's weights, and is
   cut before the next one is touched. A model larger than a device is sharded from the host, and one
   on the meta device is filled only after the cut, by each module's own `reset_parameters`.
@@ -17,8 +16,9 @@ this rank's part, gradients that `no_sync` adds up stay whole in memory until th
 every rank must use the same parameters in a step.
 """
 
-import collections
-from collections.abc import Iterator, Sequence
+import gc
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from magi_train.comm.broadcast import broadcast
+from magi_train.comm.shard_blocks import blocks_to_shard
 from magi_train.core import compat
 from magi_train.core.config import Config
 from magi_train.core.errors import MagiError
@@ -45,37 +46,6 @@ from magi_train.core.world import World
 # torch < 2.13 knows the older names only, later ones warn of them
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-CONTAINERS = (nn.ModuleList, nn.Sequential)
-
-
-def blocks_to_shard(module: nn.Module) -> list[nn.Module]:
-    """Return the outermost repeated blocks of a model, in order.
-
-    A block that shares a parameter with the rest of the model is left to the root: whoever gathers
-    a shared parameter must gather it for all its users.
-    """
-    found = list({id(b): b for b in _repeated(module)}.values())
-    users = _users(module)
-    return [b for b in found if all(users[key] == n for key, n in _users(b).items())]
-
-
-def _users(module: nn.Module) -> collections.Counter[int]:
-    """Return at how many places in `module` each parameter is used, by its id."""
-    slots = module.named_parameters(remove_duplicate=False)
-    return collections.Counter(id(p) for _, p in slots)
-
-
-def _repeated(module: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(module, CONTAINERS):
-        # a row of plain layers is not worth a gather and a graph each
-        children = [c for c in module.children() if any(c.children()) and _has_parameters(c)]
-        shapes = [tuple(tuple(p.shape) for p in c.parameters()) for c in children]
-        if len(set(shapes)) < len(shapes):
-            yield from children
-            return
-    for child in module.children():
-        yield from _repeated(child)
 
 
 class FullyShard:
@@ -121,6 +91,7 @@ class FullyShard:
         self._module, self._config, self._synced = module, config, True
         self.loss_scale: Any = None  # of codecs, which this engine has none of
         self.blocks = blocks_to_shard(module)
+        self._replaced: list[weakref.ref[nn.Parameter]] = []
         self.device = device = _device_for(module, world)
         self._options = self._make_options(device)
         for part in (*self.blocks, module):
@@ -164,6 +135,7 @@ class FullyShard:
         fully_shard(part, reshard_after_forward=reshard if is_block else None, **self._options)
         after = _slots(part)
         new = {id(old): after[name] for name, old in before.items()}
+        self._replaced += [weakref.ref(p) for n, p in before.items() if after[n] is not p]
         for optimizer in optimizers:
             _exchange(optimizer, new)
 
@@ -213,10 +185,12 @@ class FullyShard:
             in_graph: Must be False: FSDP2's hooks reduce.
 
         Raises:
-            MagiError: Weights are to be gathered in bfloat16, but there is no autocast to it.
+            MagiError: Weights are to be gathered in bfloat16, but there is no autocast to it; or
+                an optimizer was made before the weights were cut.
         """
         assert not in_graph
         self.world.check()
+        self._refuse_old_optimizers()
         autocast = torch.is_autocast_enabled(self.device.type)
         if self._config.sharding.gather_dtype and not autocast:
             raise MagiError(
@@ -230,6 +204,20 @@ class FullyShard:
             self._module.set_requires_gradient_sync(self.sync)
             self._synced = self.sync
 
+    def _refuse_old_optimizers(self) -> None:
+        """Once, look for an optimizer that would update what nobody uses any more."""
+        old = {id(p) for ref in self._replaced if (p := ref()) is not None}
+        self._replaced = []
+        # by type(): isinstance() asks proxies, whose objects may be gone
+        for each in gc.get_objects() if old else ():
+            if issubclass(type(each), Optimizer):
+                if any(id(p) in old for group in each.param_groups for p in group["params"]):
+                    raise MagiError(
+                        f"this {type(each).__name__} was made before the weights were sharded and "
+                        "holds the old ones; make it afterwards, or give it to "
+                        "magi_train.prepare(model, optimizer, config=...)"
+                    )
+
     def broadcast_state(self) -> None:
         """Do nothing: the weights were made equal while they were whole."""
 
@@ -242,10 +230,6 @@ class FullyShard:
 
     def close(self) -> None:
         """Do nothing: what `fully_shard` did to a model cannot be undone."""
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
 
 
 def _slots(part: nn.Module) -> dict[str, nn.Parameter]:

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 from magi_train.comm.broadcast import broadcast
 from magi_train.core.errors import MagiError
 from magi_train.core.world import World
+from magi_train.memory.sharded_optimizer import is_sharded
 
 TIMEOUT_SECONDS = 600.0
 """How long a rank waits for the slowest writer."""
@@ -51,7 +52,8 @@ def save_checkpoint(
         optimizer: Over its parameters.
 
     Raises:
-        MagiError: A rank could not write; the previous checkpoint is left as it was.
+        MagiError: A rank could not write, and the previous checkpoint is left as it was; or the
+            optimizer is one of `Config(shard_optimizer=True)`, which has its own way.
     """
     final, world = Path(folder), World.current()
     partial = final.with_name(f".{final.name}.partial")
@@ -142,6 +144,11 @@ def _own(module: nn.Module) -> nn.Module:
 
 def _state(module: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
     own = _own(module)
+    if optimizer is not None and is_sharded(optimizer):
+        raise MagiError(
+            "with Config(shard_optimizer=True) the optimizer's state is saved by its own "
+            "state_dict(), called on all ranks; leave the optimizer out here"
+        )
     state: dict[str, Any] = {"model": get_model_state_dict(own)}
     if optimizer is not None:
         state["optimizer"] = get_optimizer_state_dict(own, optimizer)

@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import magi_train
 from magi_train import CommConfig, Config, ShardingConfig
-from magi_train.comm.fully_shard import blocks_to_shard
+from magi_train.comm import fully_shard
+from magi_train.comm.shard_blocks import blocks_to_shard
 from tests.close import difference, relative_error, tolerance
 from tests.models import MODELS, VOCABULARY, WIDTH, Small, loss_of, tokens
 from tests.ranks import run_ranks, values
@@ -93,6 +94,19 @@ def train(model, optimizer, name, rank, steps=3, accumulate=1, bf16=False, first
     return losses, gradients, norms
 
 
+@contextlib.contextmanager
+def counted_sums():
+    """Collect the sizes of FSDP2's sums of gradients."""
+    sizes, own = [], fully_shard._reduce_scatter
+    fully_shard._reduce_scatter = lambda out, *args, **more: (
+        sizes.append(out.numel()) or own(out, *args, **more)
+    )
+    try:
+        yield sizes
+    finally:
+        fully_shard._reduce_scatter = own
+
+
 def state_of(model):
     return {n: whole(v).clone() for n, v in model.state_dict().items()}
 
@@ -109,7 +123,8 @@ def against_ddp(rank, _, names, config, accumulate, bf16):
             nn.init.ones_(next(iter(twin.parameters())))
         optimizer = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9)
         model, optimizer = magi_train.prepare(twin, optimizer, config=config)
-        got = train(model, optimizer, name, rank, accumulate=accumulate, bf16=bf16)
+        with counted_sums() as sums:
+            got = train(model, optimizer, name, rank, accumulate=accumulate, bf16=bf16)
         mine, theirs = state_of(model), state_of(ddp.module)
         buffers = {n for n, _ in ddp.module.named_buffers()}
         report = magi_train.report(model)
@@ -120,6 +135,7 @@ def against_ddp(rank, _, names, config, accumulate, bf16):
             "norm": difference({"": torch.tensor(got[2])}, {"": torch.tensor(want[2])}),
             "gradient": difference(got[1], want[1]),
             "state": difference(mine, {n: v for n, v in theirs.items() if n not in buffers}),
+            "sums": len(sums),
             "tier": report.tier,
             "plan": plan,
             "passes": stages,
@@ -145,6 +161,8 @@ def test_gradients_and_weights_are_those_of_ddp(names, accumulate, two_ranks):
             for what in ("loss", "norm", "gradient", "state"):
                 assert got[what] <= tolerance(torch.float32, 64), (name, what, got[what])
             assert got["plan"]["blocks"] == blocks.get(name, got["plan"]["blocks"]), name
+            # one for each block and the root in each of three steps, whatever is accumulated
+            assert got["sums"] == 3 * (got["plan"]["blocks"] + 1), name
             held = got["plan"]["weight_bytes_of_this_rank"] / got["plan"]["weight_bytes"]
             assert held < 0.7, (name, held)
         if "blocks" in results:  # the passes ran inside the blocks
@@ -320,6 +338,22 @@ def test_an_optimizer_that_has_state_keeps_it(two_ranks):
         assert got <= tolerance(torch.float32, 64), got
 
 
+def with_an_old_optimizer(rank, _):
+    model = make("blocks")
+    adam = torch.optim.AdamW(model.parameters())
+    model = magi_train.prepare(model, config=FSDP2)
+    try:
+        loss_and_step(model, adam)
+    except magi_train.MagiError as error:
+        return str(error)
+    return ""
+
+
+def test_an_optimizer_of_the_whole_weights_is_refused(two_ranks):
+    for error in values(two_ranks(with_an_old_optimizer)):
+        assert error.startswith("this AdamW was made before the weights were sharded")
+
+
 # -- checkpoints -------------------------------------------------------------------------------
 
 
@@ -388,6 +422,15 @@ def test_a_checkpoint_loads_on_as_many_ranks_and_on_one(two_ranks, tmp_path):
 
 
 # -- failures ----------------------------------------------------------------------------------
+
+
+def test_a_sharded_optimizer_has_its_own_way(monkeypatch, tmp_path):
+    model, adam = prepared(Config(lowering="aot_eager"))
+    monkeypatch.setattr("magi_train.checkpoint.is_sharded", lambda optimizer: optimizer is adam)
+    for each in (magi_train.save_checkpoint, magi_train.load_checkpoint):
+        (tmp_path / ".metadata").touch()
+        with pytest.raises(magi_train.MagiError, match=r"saved by its own state_dict\(\)"):
+            each(tmp_path, model, adam)
 
 
 def raises_in_step_three(rank, _):
