@@ -421,9 +421,6 @@ def test_a_checkpoint_loads_on_as_many_ranks_and_on_one(two_ranks, tmp_path):
         magi_train.plain_state_dict(tmp_path)
 
 
-# -- failures ----------------------------------------------------------------------------------
-
-
 def test_a_sharded_optimizer_has_its_own_way(monkeypatch, tmp_path):
     model, adam = prepared(Config(lowering="aot_eager"))
     monkeypatch.setattr("magi_train.checkpoint.is_sharded", lambda optimizer: optimizer is adam)
@@ -431,6 +428,9 @@ def test_a_sharded_optimizer_has_its_own_way(monkeypatch, tmp_path):
         (tmp_path / ".metadata").touch()
         with pytest.raises(magi_train.MagiError, match=r"saved by its own state_dict\(\)"):
             each(tmp_path, model, adam)
+
+
+# -- failures ----------------------------------------------------------------------------------
 
 
 def raises_in_step_three(rank, _):
