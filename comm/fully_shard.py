@@ -92,7 +92,7 @@ class FullyShard:
         self.loss_scale: Any = None  # of codecs, which this engine has none of
         self.blocks = blocks_to_shard(module)
         self._replaced: list[weakref.ref[nn.Parameter]] = []
-        self.device = device = _device_for(module, world)
+        self.device = device = device_for(module, world)
         self._options = self._make_options(device)
         for part in (*self.blocks, module):
             self._shard(part, device, optimizers)
@@ -164,7 +164,7 @@ class FullyShard:
 
     def _summary(self) -> dict[str, object]:
         whole = sum(p.numel() * p.element_size() for p in self.parameters.values())
-        mine = sum(_local(p).numel() * p.element_size() for p in self.parameters.values())
+        mine = sum(local_part(p).numel() * p.element_size() for p in self.parameters.values())
         policy = self._options["mp_policy"]
         return {
             "blocks": len(self.blocks),
@@ -241,12 +241,13 @@ def _has_meta(module: nn.Module) -> bool:
     return any(t.is_meta for t in own)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _device_for(module: nn.Module, world: World) -> torch.device:
-    """Return where the gathered weights shall live."""
+def device_for(module: nn.Module, world: World) -> torch.device:
+    """Return where the gathered weights of a model shall live."""
     devices = {p.device for p in module.parameters()} - {torch.device("meta")}
     on_host = devices <= {torch.device("cpu")}
     if on_host and torch.cuda.is_available() and world.backend != "gloo":
