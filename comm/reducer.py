@@ -32,10 +32,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from magi_train.comm.broadcast import broadcast
 from magi_train.comm.codecs import Scale
 from magi_train.comm.codecs.compressor import Compressor, Handle
 from magi_train.comm.plan import Bucket, CommPlan, plan_buckets
@@ -161,27 +161,11 @@ class Reducer:
 
     def broadcast_state(self) -> None:
         """Give every rank the parameters and buffers of rank 0."""
-        self._broadcast([p.detach() for p in self.parameters.values()] + self._buffers())
+        broadcast(self.world, [p.detach() for p in self.parameters.values()] + self._buffers())
 
     def _buffers(self) -> list[Tensor]:
         """Return the buffers as they are now: a forward may assign new ones."""
         return [b for _, b in self._module.named_buffers()]
-
-    def _broadcast(self, tensors: list[Tensor]) -> None:
-        if self.world.size == 1 or not tensors:
-            return
-        with torch.no_grad():
-            by_dtype: dict[torch.dtype, list[Tensor]] = {}
-            for t in tensors:
-                by_dtype.setdefault(t.dtype, []).append(t)
-            for group in by_dtype.values():
-                flat = torch.cat([t.reshape(-1) for t in group])
-                work = dist.broadcast(flat.view(torch.uint8), 0, async_op=True)  # any dtype
-                self.world.wait(work, flat.device, "the broadcast of rank 0's weights and buffers")
-                if self.world.rank == 0:
-                    continue
-                for t, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
-                    t.copy_(part.view_as(t))
 
     # -- one backward --------------------------------------------------------------------------
 
@@ -377,7 +361,7 @@ class Reducer:
                 self._complete(state)
             self._settle()
             if self.config.broadcast_buffers:
-                self._broadcast(self._buffers())
+                broadcast(self.world, self._buffers())
         except BaseException as error:
             self.world.fail(error)
             raise

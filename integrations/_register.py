@@ -20,6 +20,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "magi_find_unused_parameters_true": {"find_unused_parameters": True},
     "magi_find_unused_parameters_false": {"find_unused_parameters": False},
 }
+FULLY_SHARDED = "magi_fsdp"
+"""Of Trainer only: Fabric makes the optimizer before the weights are cut."""
 
 
 def _class_name(namespace: str) -> str:
@@ -39,6 +41,22 @@ def strategy_class(namespace: str) -> type:
     return type(_class_name(namespace), (mixin, module.DDPStrategy), body)
 
 
+@functools.cache
+def fully_sharded_class(namespace: str) -> type:
+    """Return MagiFullyShardedStrategy for one of `NAMESPACES`."""
+    from magi_train.integrations.fully_sharded import MagiFullyShardedMixin
+
+    module = importlib.import_module(namespace + ".strategies.model_parallel")
+    body = {"__module__": __name__, "__doc__": MagiFullyShardedMixin.__doc__}
+    name = _class_name(namespace).replace("Magi", "MagiFullySharded", 1)
+    return type(name, (MagiFullyShardedMixin, module.ModelParallelStrategy), body)
+
+
+def create_fully_sharded(namespace: str, **options: Any) -> Any:
+    """Return a strategy for "magi_fsdp"."""
+    return fully_sharded_class(namespace)(**options)
+
+
 def create(namespace: str, **options: Any) -> Any:
     """Return a strategy; what the registry calls when a name is used."""
     return strategy_class(namespace)(**options)
@@ -56,10 +74,18 @@ def register_into(namespace: str, strategies: ModuleType) -> None:
                 description="data-parallel training through captured graphs (magi-train)",
                 **options,
             )
+    if namespace in NAMESPACES and FULLY_SHARDED not in registry:
+        registry.register(
+            FULLY_SHARDED,
+            functools.partial(create_fully_sharded, namespace),
+            description="training with weights sharded by fully_shard (magi-train)",
+        )
 
 
 def __getattr__(name: str) -> Any:
     for namespace in (*NAMESPACES, *FABRICS):
         if name == _class_name(namespace):
             return strategy_class(namespace)
+        if name == _class_name(namespace).replace("Magi", "MagiFullySharded", 1):
+            return fully_sharded_class(namespace)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

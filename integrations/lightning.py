@@ -11,9 +11,20 @@ import sys
 from typing import Any
 
 from magi_train.integrations import _autoload
-from magi_train.integrations._register import FABRICS, NAMESPACES, strategy_class
+from magi_train.integrations._register import (
+    FABRICS,
+    NAMESPACES,
+    fully_sharded_class,
+    strategy_class,
+)
 
-__all__ = ["MagiFabricStrategy", "MagiStrategy", "strategy_class"]  # noqa: F822  made by __getattr__
+__all__ = [  # noqa: F822  the first three are made by __getattr__
+    "MagiFabricStrategy",
+    "MagiFullyShardedStrategy",
+    "MagiStrategy",
+    "fully_sharded_class",
+    "strategy_class",
+]
 
 _autoload.register()
 
@@ -26,11 +37,16 @@ def _installed(namespace: str) -> bool:
 
 
 def __getattr__(name: str) -> Any:
-    kinds = {"MagiStrategy": NAMESPACES, "MagiFabricStrategy": FABRICS}
+    kinds = {
+        "MagiStrategy": NAMESPACES,
+        "MagiFullyShardedStrategy": NAMESPACES,
+        "MagiFabricStrategy": FABRICS,
+    }
     if name not in kinds:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     loaded = [n for n in kinds[name] if n in sys.modules]
     usable = loaded or [n for n in kinds[name] if _installed(n)]
     if not usable:
         raise ImportError(f"{name} needs Lightning: pip install 'magi-train[lightning]'")
-    return strategy_class(usable[0])
+    make = fully_sharded_class if name == "MagiFullyShardedStrategy" else strategy_class
+    return make(usable[0])

@@ -13,8 +13,8 @@ def take_options(config: Config | None, options: dict[str, Any]) -> Config:
     """Take DDP's own options out of `options`; return the settings that they and `config` make.
 
     Raises:
-        ValueError: An option that only a DistributedDataParallel could honour, or a setting given
-            twice.
+        ValueError: An option that only a DistributedDataParallel could honour, a setting given
+            twice, or an engine that does not replicate.
     """
     comm = {ours: options.pop(theirs) for theirs, ours in _COMM.items() if theirs in options}
     if comm and config is not None:
@@ -27,7 +27,13 @@ def take_options(config: Config | None, options: dict[str, Any]) -> Config:
                 f"MagiStrategy does not take {name}; the wire format is "
                 "Config(comm=CommConfig(compression=...))"
             )
-    return config or Config(comm=CommConfig(**comm))
+    config = config or Config(comm=CommConfig(**comm))
+    if config.engine != "replicate":
+        raise ValueError(
+            f"strategy 'magi' replicates the model, but Config.engine is {config.engine!r}; use "
+            "strategy='magi_fsdp'"
+        )
+    return config
 
 
 def refuse_unknown(strategy: Any) -> None:

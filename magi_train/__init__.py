@@ -17,7 +17,8 @@ if typing.TYPE_CHECKING:
         prepare_step,
         report,
     )
-    from magi_train.core.config import CommConfig, Config, FusionConfig
+    from magi_train.checkpoint import load_checkpoint, plain_state_dict, save_checkpoint
+    from magi_train.core.config import CommConfig, Config, FusionConfig, ShardingConfig
     from magi_train.core.errors import MagiError
     from magi_train.core.facts import to_device
     from magi_train.core.passes import (
@@ -42,15 +43,19 @@ __all__ = [
     "Plan",
     "PreparedModule",
     "Report",
+    "ShardingConfig",
     "Stage",
     "compression_state",
     "export",
     "load",
+    "load_checkpoint",
     "load_compression_state",
+    "plain_state_dict",
     "prepare",
     "prepare_step",
     "register_pass",
     "report",
+    "save_checkpoint",
     "to_device",
     "unregister_pass",
 ]
@@ -65,7 +70,8 @@ _HOMES = {
         "prepare_step",
         "report",
     ),
-    "core.config": ("CommConfig", "Config", "FusionConfig"),
+    "checkpoint": ("load_checkpoint", "plain_state_dict", "save_checkpoint"),
+    "core.config": ("CommConfig", "Config", "FusionConfig", "ShardingConfig"),
     "core.errors": ("MagiError",),
     "core.facts": ("to_device",),
     "core.passes": (

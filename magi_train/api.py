@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from magi_train.capture import Region
 from magi_train.core.config import CommConfig, Config
 from magi_train.core.report import Report
 from magi_train.runtime import Runtime
+from magi_train.sharded_region import region_for
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,7 +32,7 @@ class PreparedModule(nn.Module):
             self.__dict__[name] = module.__dict__[name]
         self.__dict__["_magi_module"] = module
         self.__dict__["_magi_runtime"] = runtime
-        self.__dict__["_magi_region"] = Region(runtime, module, type(module).__name__)
+        self.__dict__["_magi_region"] = region_for(runtime, module, type(module).__name__)
         self.training = module.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -147,7 +147,7 @@ class DataParallel(nn.Module):
         self.module = module
         runtime = Runtime(module, config)
         self.__dict__["_magi_runtime"] = runtime
-        self.__dict__["_magi_region"] = Region(runtime, module, type(module).__name__)
+        self.__dict__["_magi_region"] = region_for(runtime, module, type(module).__name__)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module; with gradients enabled, its captured form."""
@@ -215,7 +215,9 @@ def prepare(
     already be on its device. Rank 0's weights and buffers are given to all ranks.
 
     Args:
-        model: Any module. It is not changed; the result shares its parameters.
+        model: Any module. It is not changed; the result shares its parameters. With
+            `Config(engine="fsdp2")` it is: its parameters become DTensors, and it may lie on the
+            host or the meta device (docs/engines.md).
         optimizer: Over the model's parameters. The same object is returned; its step may run in a
             kernel of ours, see `FusionConfig.optimizer`.
         config: What to do; `Config()` by default.
@@ -242,7 +244,8 @@ def prepare(
         raise ValueError(
             "Config.shard_optimizer needs the optimizer: prepare(model, optimizer, config=...)"
         )
-    runtime = Runtime(model, config or Config())
+    optimizers = [] if optimizer is None else [optimizer]
+    runtime = Runtime(model, config or Config(), optimizers)
     runtime.scale_by(grad_scaler)
     prepared = PreparedModule(model, runtime)
     if optimizer is None:
@@ -263,7 +266,7 @@ def prepare_step(function: F, module: PreparedModule) -> F:
     """
     runtime = _runtime_of(module)
     name = getattr(function, "__name__", "step")
-    return Region(runtime, function, name)  # type: ignore[return-value]
+    return region_for(runtime, function, name)  # type: ignore[return-value]
 
 
 def report(module: nn.Module) -> Report:

@@ -32,6 +32,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from magi_train.comm.in_graph import PlaceCollectives
+from magi_train.comm.reducer import Reducer
 from magi_train.core import compat
 from magi_train.core.config import Config
 from magi_train.core.errors import CaptureError, MagiError
@@ -85,7 +86,12 @@ class Region:
         name: For messages and the report.
         hooks_because: Why its backward may not reduce by itself, so that REGION is the highest
             tier; "" if it may.
+
+    Raises:
+        MagiError: The model's weights are sharded, which a ShardedRegion is for.
     """
+
+    takes_sharded_weights = False
 
     def __init__(
         self,
@@ -94,6 +100,11 @@ class Region:
         name: str,
         hooks_because: str = "",
     ) -> None:
+        if runtime.sharded and not self.takes_sharded_weights:
+            raise MagiError(
+                f"{name} cannot be captured with engine {runtime.config.engine!r} here; use "
+                "magi_train.prepare() or Lightning's strategy='magi_fsdp', or engine='replicate'"
+            )
         self.runtime, self.name = runtime, name
         self._hooks_because = hooks_because
         self.tier = ""
@@ -243,7 +254,7 @@ class Region:
         )
 
     def _own_code(self) -> Callable[..., Any]:
-        return _own_code(self._function, f"magi_region_{next(_region_ordinals)}")
+        return own_code(self._function, f"magi_region_{next(_region_ordinals)}")
 
     @contextlib.contextmanager
     def _assuming(self, inputs: Inputs, assumed: Facts) -> Iterator[None]:
@@ -284,7 +295,7 @@ class Region:
         if not self._blocks:
             self._compiled = torch.compile(
                 self._own_code(),
-                backend=_RegionBackend(self, 1),
+                backend=RegionBackend(self, 1),
                 dynamic=self.runtime.config.dynamic,
             )
 
@@ -296,8 +307,8 @@ class Region:
                 return compat.uncompiled_call(block, *args, **kwargs)
 
             compiled = torch.compile(
-                _own_code(call, f"magi_{kind.__name__}_{next(_region_ordinals)}"),
-                backend=_RegionBackend(self, len(blocks)),
+                own_code(call, f"magi_{kind.__name__}_{next(_region_ordinals)}"),
+                backend=RegionBackend(self, len(blocks)),
                 dynamic=self.runtime.config.dynamic,
             )
             for block in members:
@@ -387,6 +398,7 @@ class Region:
         collectives = None
         reducer = runtime.reducer
         if in_graph and runtime.config.comm.in_graph and runtime.world.size > 1:
+            assert isinstance(reducer, Reducer), "where weights are sharded, hooks reduce"
             trainable = {i: n for i, n in names.items() if n in reducer.planned}
             collectives = PlaceCollectives(reducer.plan, reducer.ordinal, trainable)
         fusion, shadows, shadowed = settings.fusion, None, None
@@ -515,13 +527,14 @@ class _GraphBackend:
         return compiled
 
 
-class _RegionBackend:
+class RegionBackend:
     """Dynamo backend of the REGION tier: every graph it is given, collectives left to hooks."""
 
     def __init__(self, region: Region, shares: int) -> None:
         self._region, self.shares = weakref.ref(region), shares  # weak: see _GraphBackend
 
     def __call__(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        """Compile a graph."""
         region = self._region()
         if region is None:  # the blocks have outlived what prepare() returned
             return gm.forward
@@ -539,7 +552,7 @@ class _Bound:
         return self.compiled(self.block, *args, **kwargs)
 
 
-def _own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+def own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """Return a wrapper with a code object of its own: Dynamo's recompile limit counts by code."""
 
     def region(*args: Any, **kwargs: Any) -> Any:

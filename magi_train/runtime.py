@@ -1,6 +1,7 @@
 """Runtime: what belongs to one model, whatever is captured of it: ranks, reducer, report."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import logging
@@ -15,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from magi_train.comm.codecs.compressor import STATEFUL
+from magi_train.comm.fully_shard import FullyShard, device_for, local_part
 from magi_train.comm.reducer import Reducer
 from magi_train.core import compat, hardware, settings
 from magi_train.core.config import Config
@@ -27,6 +29,7 @@ from magi_train.core.world import World, join_from_environment
 from magi_train.fusion.narrow_gradients import NarrowGradients
 from magi_train.fusion.optimizer import take_over, taken_parameters
 from magi_train.fusion.shadow import WeightShadows
+from magi_train.memory.engine import choose, replica
 from magi_train.memory.sharded_optimizer import is_sharded, shard, why_not_sharded
 from magi_train.memory.shards import Shards
 from magi_train.memory.step import StepMemory
@@ -56,7 +59,9 @@ class Runtime:
         ValueError: The parameters lie on several devices.
     """
 
-    def __init__(self, module: nn.Module, config: Config) -> None:
+    def __init__(
+        self, module: nn.Module, config: Config, optimizers: Sequence[Optimizer] = ()
+    ) -> None:
         compat.warn_about_version()
         outside = settings.from_environment()
         config, overruled = settings.apply(config, outside)
@@ -64,7 +69,7 @@ class Runtime:
         if earlier is not None:
             earlier.close()
         _runtimes[module] = weakref.ref(self)
-        self.module, self.config = module, config
+        self.module = module
         self.closed = False
         self.regions: weakref.WeakSet[Any] = weakref.WeakSet()  # capture.Region, one layer up
         self.inside = False
@@ -76,11 +81,14 @@ class Runtime:
         if len(devices) > 1:
             raise ValueError(
                 f"the parameters of {type(module).__name__} lie on {sorted(map(str, devices))}; "
-                "magi-train replicates a model on one device a rank: move it to one"
+                "magi-train trains a model on one device a rank: move it to one"
             )
         device = next(iter(devices), torch.device("cpu"))
-        self.device_type = device.type
         self.report = Report(world_size=self.world.size, settings=config.as_dict())
+        self.config = config = self._with_engine(config, device, optimizers)
+        if config.engine == "fsdp2":
+            device = device_for(module, self.world)
+        self.device_type = device.type
         self.report.versions |= hardware.devices_in_use()
         self.report.sources = settings.sources(config, outside)
         self.optimizers: list[weakref.ref[Optimizer]] = []
@@ -88,14 +96,19 @@ class Runtime:
         if outside:
             self._tell_outside(settings.to_words(outside), overruled)
         self._agree(parameters)
+        del parameters  # of whole weights, which sharding frees one block after the other
         self.fp8 = config.precision == "fp8" and self._fp8_everywhere()
-        self.reducer = Reducer(
-            module,
-            self.world,
-            config.comm,
-            config.timeout_seconds,
-            self.report,
-        )
+        self.reducer: Reducer | FullyShard
+        if config.engine == "fsdp2":
+            self.reducer = FullyShard(module, self.world, config, self.report, optimizers)
+        else:
+            self.reducer = Reducer(
+                module,
+                self.world,
+                config.comm,
+                config.timeout_seconds,
+                self.report,
+            )
         self.reducer.broadcast_state()
         self.shadows = WeightShadows()
         self.narrow_gradients = NarrowGradients([])
@@ -113,6 +126,32 @@ class Runtime:
                 config.timeout_seconds,
                 self.report,
             )
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights live sharded, so that a whole one exists only while its block runs."""
+        return isinstance(self.reducer, FullyShard)
+
+    def _with_engine(
+        self, config: Config, device: torch.device, optimizers: Sequence[Optimizer]
+    ) -> Config:
+        """Return `config` with the engine that is used, and note why."""
+        engine, why = config.engine, ""
+        if engine == "auto":
+            need = replica(self.module, optimizers)
+            kind = "cuda" if torch.cuda.is_available() else device.type
+            world, seconds = self.world, config.timeout_seconds
+            engine, why = choose(need, config.sharding, kind, world, seconds)
+        elif engine == "fsdp2" and self.world.size == 1:
+            engine, why = "replicate", "one rank has nobody to shard with"
+        if why:
+            self.report.note(f"Config.engine is {config.engine!r}: {engine!r} is used, as {why}")
+        if engine == "replicate" and device.type == "meta":
+            raise ValueError(
+                f"{type(self.module).__name__} lies on the meta device and engine 'replicate' is "
+                "used, which fills nothing in; build the model on a real device"
+            )
+        return dataclasses.replace(config, engine=engine) if why else config
 
     def _record(self, device: torch.device) -> None:
         """Keep a record of the steps, written by rank 0 where that was asked for."""
@@ -204,6 +243,9 @@ class Runtime:
 
     def _take_steps(self, optimizers: Sequence[Optimizer]) -> None:
         fusion = self.config.fusion
+        if self.sharded:
+            self.report.note("steps are torch's own: a parameter is one part of its weight")
+            return
         if fusion is None or not fusion.optimizer:
             return
         for optimizer in optimizers:
@@ -247,6 +289,7 @@ class Runtime:
         """Let the memory budget, if there is one, look at what a first step begins with."""
         if self.memory is None:
             return
+        assert isinstance(self.reducer, Reducer), "a budget is refused for sharded weights"
         buckets = self.reducer.plan.buckets if self.world.size > 1 else ()
         sizes = [b.numel * b.torch_dtype().itemsize for b in buckets]
         encoded = [b for b in buckets if b.codec != b.dtype]
@@ -309,5 +352,8 @@ def _resident_mib(
         "buffers": list(alive.buffers()),
         "optimizer state": pytree.tree_leaves([list(each.values()) for each in state]),
     }
-    sizes = {n: compat.bytes_of(x for x in xs if torch.is_tensor(x)) for n, xs in held.items()}
+    sizes = {
+        n: compat.bytes_of(local_part(x) for x in xs if torch.is_tensor(x))
+        for n, xs in held.items()
+    }
     return {name: round(size / MIB, 6) for name, size in sizes.items() if size}

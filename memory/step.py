@@ -249,7 +249,7 @@ class StepMemory:
                 "no optimizer was given: the memory plan assumes two numbers a parameter"
             )
             return 2 * _bytes(p for p in parameters if p.requires_grad)
-        whole = [(o, _copies(o, g) * _bytes(p for p in g["params"])) for o, g in groups]
+        whole = [(o, state_copies(o, g) * _bytes(p for p in g["params"])) for o, g in groups]
         ranks = self._world.size
         return sum(-(-size // ranks) if is_sharded(o) else size for o, size in whole)
 
@@ -266,7 +266,7 @@ class StepMemory:
         return total
 
 
-def _copies(optimizer: Optimizer, group: dict[str, Any]) -> int:
+def state_copies(optimizer: Optimizer, group: dict[str, Any]) -> int:
     """Return how many tensors of a parameter's size an optimizer keeps for it."""
     if compat.steps_like(type(optimizer), torch.optim.Adam):
         return 3 if group.get("amsgrad") else 2

@@ -19,6 +19,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._subclasses.fake_tensor.unset_fake_temporarily | real tensors inside a backend |
 | torch.autograd.Variable._execution_engine.queue_callback | the end of a backward |
 | torch.distributed.distributed_c10d._get_default_store | messages between ranks |
+| torch.distributed.fsdp._fully_shard._fsdp_api.AllGather, ReduceScatter | bounded waits in FSDP2 |
 | placeholder._dynamo_source | a graph input that is no variable of the user's |
 | torch.amp.autocast_mode._enter_autocast | autocast inside of a captured graph |
 | output.meta["original_output_strides"] | what Inductor restores the layout of outputs to |
@@ -114,6 +115,10 @@ TorchDispatchMode: Any = (
 GraphAppendingTracer: Any = _lookup("torch.fx.proxy", "GraphAppendingTracer")
 aoti_compile: Callable[..., Any] = _lookup("torch._inductor", "aoti_compile_and_package")
 aoti_load: Callable[..., Any] = _lookup("torch._inductor", "aoti_load_package")
+FSDPAllGather: Any = _lookup("torch.distributed.fsdp._fully_shard._fsdp_api", "AllGather") or object
+FSDPReduceScatter: Any = (
+    _lookup("torch.distributed.fsdp._fully_shard._fsdp_api", "ReduceScatter") or object
+)
 get_default_store: Callable[..., Any] = _lookup(
     "torch.distributed.distributed_c10d", "_get_default_store"
 )

@@ -1,4 +1,4 @@
-"""Config and its parts, FusionConfig and CommConfig: every knob on one page.
+"""Config and its parts, FusionConfig, CommConfig, ShardingConfig: every knob on one page.
 
 All are frozen and keyword-only; a part that is None is left as PyTorch does it. `Config()` keeps
 the function that is trained: no rounding coarser than what autocast does already; `precision` and
@@ -15,6 +15,7 @@ Compression = Literal["safe", "balanced", "aggressive", "bfloat16", "int8", "fp8
 Lowering = Literal["inductor", "aot_eager"]
 CudaGraphs = Literal["auto", "on", "off"]
 Precision = Literal["autocast", "fp8"]
+Engine = Literal["replicate", "fsdp2", "auto"]
 
 
 def _check_choice(owner: str, name: str, value: object, choices: tuple[Any, ...]) -> None:
@@ -109,8 +110,49 @@ class CommConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShardingConfig:
+    """How a model that is not replicated is spread over the ranks; see `Config.engine`."""
+
+    device_memory_gib: float | None = None
+    """GiB that "auto" may count on for each rank. None: the memory of the CUDA device; without one
+    "auto" is an error."""
+
+    activation_share: float = 0.25
+    """The part of that memory that "auto" leaves for activations and work space; what a replica
+    keeps all the time has to fit into the rest."""
+
+    reshard_after_forward: bool = True
+    """Free the gathered weights of a block after its forward, and gather them again for its
+    backward. False keeps them: less communication, the memory of all weights."""
+
+    gather_dtype: Literal["bfloat16"] | None = None
+    """The dtype in which weights are gathered and used. "bfloat16", half the bytes, is for training
+    under autocast to it, where it changes only what autocast leaves in float32 (norms, biases).
+    None: the dtype in which they are kept."""
+
+    offload: bool = False
+    """Keep the sharded weights, their gradients and the optimizer's state in host memory; the
+    optimizer's step runs there."""
+
+    def __post_init__(self) -> None:
+        _check_positive("ShardingConfig", "device_memory_gib", self.device_memory_gib)
+        if not 0 <= self.activation_share < 1:
+            raise ValueError(
+                "ShardingConfig.activation_share must be at least 0 and less than 1, got "
+                f"{self.activation_share!r}"
+            )
+        _check_choice("ShardingConfig", "gather_dtype", self.gather_dtype, (None, "bfloat16"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """What to do to a training step."""
+
+    engine: Engine = "replicate"
+    """Where weights live. "replicate": whole on every rank. "fsdp2": sharded over the ranks by
+    torch's `fully_shard`, block by block, for models that do not fit otherwise. "auto": "replicate"
+    if weights, gradients and optimizer state fit on every rank, else "fsdp2"; the report says
+    which, with the bytes."""
 
     tier: Literal["auto"] | Tier = "auto"
     """How much of the model to capture. "auto" takes the highest tier that all ranks reach;
@@ -135,6 +177,9 @@ class Config:
 
     comm: CommConfig = field(default_factory=CommConfig)
     """Buckets and wire format of gradients."""
+
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    """How a model is spread over the ranks where the engine does that."""
 
     shard_optimizer: bool = False
     """Keep the optimizer's state (moments, momentum) on each rank for its own part of the weights
@@ -173,6 +218,7 @@ class Config:
     the steps go. Nothing is shown where stderr is no terminal."""
 
     def __post_init__(self) -> None:
+        _check_choice("Config", "engine", self.engine, get_args(Engine))
         _check_choice("Config", "tier", self.tier, ("auto", *get_args(Tier)))
         switch = {True: "on", False: "off"}
         if isinstance(self.cuda_graphs, bool):
@@ -184,6 +230,7 @@ class Config:
         for name, kind in (
             ("fusion", (FusionConfig, type(None))),
             ("comm", CommConfig),
+            ("sharding", ShardingConfig),
         ):
             if not isinstance(getattr(self, name), kind):
                 got = type(getattr(self, name)).__name__
@@ -209,6 +256,29 @@ class Config:
                     f"Config.{name} needs a captured graph, but Config.tier is 'eager'; remove one "
                     "of the two"
                 )
+
+        if self.engine == "fsdp2":
+            self._check_sharded()
+
+    def _check_sharded(self) -> None:
+        """Refuse what needs whole weights, or a graph of the whole model."""
+        compression = self.comm.compression
+        wrong = {
+            "tier='graph'": self.tier == "graph",
+            "shard_optimizer=True": self.shard_optimizer,
+            "memory_budget_gib": self.memory_budget_gib is not None,
+            "precision='fp8'": self.precision == "fp8",
+            "cuda_graphs='on'": self.cuda_graphs == "on",
+            "tune=True": self.tune,
+            f"comm.compression={compression!r}": compression not in (None, "bfloat16"),
+        }
+        given = [name for name, is_given in wrong.items() if is_given]
+        if given:
+            raise ValueError(
+                f"Config.engine is {self.engine!r}, which does not go with {', '.join(given)}: a "
+                "weight is whole only while its block runs, and blocks are captured one by one; "
+                "leave these at their defaults, or use engine='replicate'"
+            )
 
     @staticmethod
     def from_file(path: str | os.PathLike[str]) -> "Config":

@@ -1,0 +1,183 @@
+"""Checkpoints of models that may be sharded: one folder, readable on any number of ranks.
+
+The format is torch's own, of `torch.distributed.checkpoint` (DCP): each rank writes what it holds,
+and whoever reads takes the pieces it needs. Names are those of the plain module, so a checkpoint of
+one engine loads under another, and `plain_state_dict` reads it in one process, with no group and
+nothing of ours in it. A folder is written under another name and renamed when all ranks are done:
+if a rank fails, or a disk is full, the previous checkpoint is still there.
+"""
+
+import contextlib
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from magi_train.comm.broadcast import broadcast
+from magi_train.core.errors import MagiError
+from magi_train.core.world import World
+from magi_train.memory.sharded_optimizer import is_sharded
+
+TIMEOUT_SECONDS = 600.0
+"""How long a rank waits for the slowest writer."""
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str], module: nn.Module, optimizer: Optimizer | None = None
+) -> None:
+    """Write weights, buffers and optimizer state; call it on all ranks, between steps.
+
+    Buffers that differ between ranks (BatchNorm statistics) become those of rank 0.
+
+    Args:
+        folder: Seen by all ranks under this name; an existing checkpoint is replaced at the end.
+        module: What `prepare` or `DataParallel` made, or a plain or sharded module.
+        optimizer: Over its parameters.
+
+    Raises:
+        MagiError: A rank could not write, and the previous checkpoint is left as it was; or the
+            optimizer is one of `Config(shard_optimizer=True)`, which has its own way.
+    """
+    final, world = Path(folder), World.current()
+    partial = final.with_name(f".{final.name}.partial")
+    if world.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    broadcast(world, [b for b in _own(module).buffers() if not isinstance(b, DTensor)])
+    state = _state(module, optimizer)
+    _together(world, "checkpoint begins", "")
+    try:
+        with _quiet():
+            save(state, checkpoint_id=partial)
+        why = ""
+    except CheckpointException as error:  # a BaseException
+        why = "; ".join(f"on rank {r}, {_cause(each)}" for r, each in error.failures.items())
+    except Exception as error:  # noqa: BLE001  whatever it is, the others must hear of it
+        why = f"{type(error).__name__}: {error}"
+    reasons = _together(world, "checkpoint is written", why)
+    if reasons:
+        raise MagiError(
+            f"{final} could not be written: {reasons[0]}; what was there before is kept"
+        )
+    if world.rank == 0:
+        _rename(partial, final)
+    _together(world, "checkpoint is in place", "")
+
+
+def load_checkpoint(
+    folder: str | os.PathLike[str], module: nn.Module, optimizer: Optimizer | None = None
+) -> None:
+    """Read what `save_checkpoint` wrote, on any number of ranks and under any engine.
+
+    Call it on all ranks, after `prepare`.
+
+    Raises:
+        MagiError: There is no whole checkpoint; names the folder.
+    """
+    _must_be_whole(folder)
+    own = _own(module)
+    state = _state(module, optimizer)
+    with _quiet():
+        load(state, checkpoint_id=Path(folder))
+        set_model_state_dict(own, state["model"])
+        if optimizer is not None:
+            set_optimizer_state_dict(own, optimizer, state["optimizer"])
+    shadows = getattr(module.__dict__.get("_magi_runtime"), "shadows", None)
+    if shadows is not None:
+        shadows.invalidate()
+
+
+def plain_state_dict(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return a checkpoint's weights and buffers as `module.load_state_dict` takes them.
+
+    Needs one process and host memory for the whole model, and no process group.
+
+    Returns:
+        Whole tensors on the CPU, by their names in the plain module.
+
+    Raises:
+        MagiError: There is no whole checkpoint; names the folder.
+    """
+    _must_be_whole(folder)
+    reader = FileSystemReader(Path(folder))
+    found = reader.read_metadata().state_dict_metadata
+    names = [key for key in found if key.startswith("model.")]
+    state: dict[str, Any] = {}
+    for key in names:
+        entry: Any = found[key]
+        state[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    with _quiet():
+        load(state, storage_reader=reader, no_dist=True)
+    return {key.removeprefix("model."): state[key] for key in names}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what torch's own functions warn about themselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message=".*no_dist|torch.distributed is .*")
+        yield
+
+
+def _own(module: nn.Module) -> nn.Module:
+    """Return the module whose names a checkpoint holds."""
+    runtime = module.__dict__.get("_magi_runtime")
+    return module if runtime is None else runtime.module
+
+
+def _state(module: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
+    own = _own(module)
+    if optimizer is not None and is_sharded(optimizer):
+        raise MagiError(
+            "with Config(shard_optimizer=True) the optimizer's state is saved by its own "
+            "state_dict(), called on all ranks; leave the optimizer out here"
+        )
+    state: dict[str, Any] = {"model": get_model_state_dict(own)}
+    if optimizer is not None:
+        state["optimizer"] = get_optimizer_state_dict(own, optimizer)
+    return state
+
+
+def _must_be_whole(folder: str | os.PathLike[str]) -> None:
+    if not (Path(folder) / ".metadata").is_file():  # which DCP writes last
+        raise MagiError(
+            f"{folder} holds no whole checkpoint: it has no .metadata; name a folder that "
+            "save_checkpoint() wrote"
+        )
+
+
+def _rename(partial: Path, final: Path) -> None:
+    aside = final.with_name(f".{final.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        final.rename(aside)
+    partial.rename(final)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _together(world: World, what: str, why: str) -> list[str]:
+    answers = world.gather(what, why, TIMEOUT_SECONDS)
+    return [text for text in answers if text]
+
+
+def _cause(failure: Any) -> str:
+    """Return what a rank raised, from DCP's pair of error and stack."""
+    error = failure[0] if isinstance(failure, tuple) else failure
+    return f"{type(error).__name__}: {error}"
