@@ -132,7 +132,7 @@ def _same(node: Node, touched: set[Node]) -> bool:
     if any(u.op == "output" for u in node.users):
         return False  # a copy that the caller gets stays a copy
     alike = before.dtype == after.dtype and before.device == after.device
-    return alike and before.shape == after.shape and before.stride() == after.stride()
+    return alike and bool(before.shape == after.shape and before.stride() == after.stride())
 
 
 def _constant_nodes(gm: GraphModule) -> dict[Node, None]:

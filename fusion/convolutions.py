@@ -1,8 +1,8 @@
 """For inference: BatchNorm goes into the weights before it, convolutions get channels_last.
 
-`FoldBatchNorm`: in evaluation BatchNorm is `a * x + b` for each channel, so the convolution or linear
-before it can carry it: torch.nn.utils.fusion computes the weights, here in float64. The ReLU and the
-residual addition behind are then neighbours of the convolution, which code generation fuses.
+`FoldBatchNorm`: in evaluation BatchNorm is `a * x + b` for each channel, so the convolution or
+linear before it can carry it: torch.nn.utils.fusion computes the weights, here in float64. The ReLU
+and the residual addition behind are then neighbours of the convolution, for code generation.
 
 `ChannelsLast` stores the weights of convolutions with the channels innermost, the layout that
 vector and tensor-core kernels read; values follow, as torch's convolutions return the layout of
@@ -139,7 +139,9 @@ def _new_weights(gm: GraphModule, source: Node, norm: Node) -> tuple[Tensor, Ten
 
     weight, scale, shift, mean, var = (wide(n) for n in (source.args[1], *norm.args[1:5]))
     bias = wide(source.args[2] if len(source.args) > 2 else source.kwargs.get("bias"))
-    assert weight is not None and mean is not None and var is not None, "planned so"
+    assert weight is not None, "planned so"
+    assert mean is not None, "planned so"
+    assert var is not None, "planned so"
     dtype = example_value(norm).dtype
     if op_name(source) == "linear":
         ones = torch.ones_like(mean) if scale is None else scale

@@ -120,7 +120,7 @@ def _allowed(
     gm: GraphModule,
     mask: Node,
     needed: set[Node],
-    given: Mapping[Node, Tensor],
+    given: Mapping[Node, Any],
     length: int,
     keys: int,
 ) -> Tensor | str:

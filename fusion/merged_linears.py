@@ -75,7 +75,10 @@ class MergeLinears:
                 weights.append(weight.detach())
                 rows.append(weight.shape[0])
                 biases.append(weight.new_zeros(rows[-1]) if bias is None else bias.detach())
-            given = [nodes[0].args[0], insert_attribute(gm, nodes[0], "stacked", torch.cat(weights))]
+            given = [
+                nodes[0].args[0],
+                insert_attribute(gm, nodes[0], "stacked", torch.cat(weights)),
+            ]
             if any(_bias(n) is not None for n in nodes):
                 given.append(insert_attribute(gm, nodes[0], "stacked_bias", torch.cat(biases)))
             wide = insert_computation(nodes[0], aten.linear.default, given)

@@ -385,7 +385,7 @@ def attribute(gm: GraphModule, node: Any) -> Tensor | None:
 
 
 def insert_attribute(gm: GraphModule, before: Node, name: str, value: Tensor) -> Node:
-    """Add a buffer to `gm`, under a name like `name`, and a node in front of `before` that reads it."""
+    """Add a buffer to `gm`, named like `name`, and a node in front of `before` that reads it."""
     free = (f"magi_{name}_{i}" for i in itertools.count())
     key = next(each for each in free if not hasattr(gm, each))
     gm.register_buffer(key, value.detach())

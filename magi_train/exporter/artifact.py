@@ -80,8 +80,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
                 manifest = json.loads(archive.read(name))
     except StopIteration:
         raise ExportError(
-            f"{path} has no {MANIFEST}: it is no artifact of magi-train; if torch wrote it, load "
-            "it with torch.export.load or torch's AOTInductor loader"
+            f"{path} has no {MANIFEST}: it is cut short, or no artifact of magi-train; copy it "
+            "again; if torch alone wrote it, torch.export.load reads it"
         ) from None
     except ExportError:
         raise

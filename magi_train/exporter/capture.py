@@ -94,7 +94,9 @@ def sort_arguments(module: nn.Module, example_inputs: Sequence[Any] | Mapping[st
 class Flat(nn.Module):
     """`module`, taking tensors in a row and returning a tuple of tensors."""
 
-    def __init__(self, module: nn.Module, call: Call, keep: Sequence[str] | None, cast: Any) -> None:
+    def __init__(
+        self, module: nn.Module, call: Call, keep: Sequence[str] | None, cast: Any
+    ) -> None:
         super().__init__()
         self.module = module
         self._call, self._keep, self._cast = call, keep, cast

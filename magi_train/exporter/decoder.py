@@ -88,7 +88,8 @@ def static_cache(model: nn.Module, length: int) -> Any:
         raise ExportError(
             "decoders need transformers; pip install 'magi-train[transformers]'"
         ) from error
-    cache = StaticCache(config=model.config, max_cache_len=length)
+    config: Any = model.config
+    cache: Any = StaticCache(config=config, max_cache_len=length)
     for number, layer in enumerate(cache.layers):
         if not hasattr(layer, "cumulative_length") or layer.is_sliding:
             raise ExportError(
@@ -209,19 +210,22 @@ def _write(
     weights: dict[str, Tensor] = {}
     used: dict[str, list[str]] = {}
     try:
-        with artifact.replacing(path) as name, torch.no_grad():
-            with zipfile.ZipFile(name, "w") as archive:
-                for title, captured in graphs.items():
-                    file = name.with_name(f"{title}.pt2")
-                    used[title] = _write_graph(captured, file, target, weights, config)
-                    archive.write(file, f"decoder/{file.name}")
-                    file.unlink()
-                file = name.with_name("weights.pt")
-                torch.save(weights, file)
-                archive.write(file, "decoder/weights.pt")
+        with (
+            artifact.replacing(path) as name,
+            torch.no_grad(),
+            zipfile.ZipFile(name, "w") as archive,
+        ):
+            for title, captured in graphs.items():
+                file = name.with_name(f"{title}.pt2")
+                used[title] = _write_graph(captured, file, target, weights, config)
+                archive.write(file, f"decoder/{file.name}")
                 file.unlink()
-                manifest["decoder"]["weights"] = used
-                archive.writestr(f"decoder/extra/{artifact.MANIFEST}", json.dumps(manifest))
+            file = name.with_name("weights.pt")
+            torch.save(weights, file)
+            archive.write(file, "decoder/weights.pt")
+            file.unlink()
+            manifest["decoder"]["weights"] = used
+            archive.writestr(f"decoder/extra/{artifact.MANIFEST}", json.dumps(manifest))
     except Exception as error:
         raise ExportError(f"cannot write {path} as {target!r}: {error}") from error
 
@@ -236,7 +240,7 @@ def _write_graph(
     for tensor in own.values():
         keys.append(_digest(tensor))
         weights.setdefault(keys[-1], tensor)
-    fixed = ([{}] * len(own), tuple(captured.specs))
+    fixed: Any = ([{}] * len(own), tuple(captured.specs))
     program = torch.export.export(
         _Lifted(graph, list(own)), (list(own.values()), *captured.inputs), dynamic_shapes=fixed
     )

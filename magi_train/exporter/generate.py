@@ -207,7 +207,9 @@ class _Recorded:
         self, run: Graph, graphs: DeviceGraphs, cache: list[Tensor], inputs: tuple[Tensor, ...]
     ) -> None:
         self.cache, self._inputs = cache, [t.clone() for t in inputs]
-        for _ in range(2):  # sets up libraries, which may not be recorded; writes what follows again
+        for _ in range(
+            2
+        ):  # sets up libraries, which may not be recorded; writes what follows again
             run(*self._inputs, *cache)
         (self._logits,), self._replay = graphs.capture(lambda: [run(*self._inputs, *cache)])
 

@@ -34,7 +34,9 @@ def write_onnx(captured: Captured, path: Path, manifest: Mapping[str, Any]) -> N
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ExportError(f"target 'onnx' needs {error.name}; pip install 'magi-train[onnx]'") from error
+        raise ExportError(
+            f"target 'onnx' needs {error.name}; pip install 'magi-train[onnx]'"
+        ) from error
     contract, graph = captured.contract, captured.graph
     weights = sum(t.nbytes for t in [*graph.parameters(), *graph.buffers()])
     log = logging.getLogger("torch.onnx")

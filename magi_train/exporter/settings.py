@@ -31,8 +31,8 @@ class ExportConfig:
 
     precision: Precision | None = None
     """Run in this dtype, with inputs and outputs as they were. The report says how far the results
-    move. Position tables and other floating buffers without parameters beside them stay as they are,
-    if the model takes that."""
+    move. Position tables and other floating buffers without parameters beside them stay, if the
+    model takes that."""
 
     max_error: float | None = None
     """Refuse to write if the results move by more than this (relative, Euclidean norm). None: half

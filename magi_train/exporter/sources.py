@@ -6,6 +6,7 @@ the module is found is taken. Files are read with weights_only=True: they run no
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,8 @@ def _read_file(path: Path) -> dict[str, Any]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ExportError(
-            f"{path} cannot be read as weights ({type(error).__name__}: {str(error)[:300]}); if you "
-            "trust it, load it yourself and pass the module"
+            f"{path} cannot be read as weights ({type(error).__name__}: {str(error)[:300]}); if "
+            "you trust it, load it yourself and pass the module"
         ) from error
     if not isinstance(found, Mapping):
         raise ExportError(f"{path} holds a {type(found).__name__}, and no state_dict")
@@ -96,8 +97,9 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 def _read_distributed(folder: Path, module: nn.Module) -> dict[str, Tensor]:
     """Read what torch.distributed.checkpoint wrote, by however many ranks, in this one process."""
-    from torch.distributed import checkpoint
+    from torch.distributed import checkpoint as stored
 
+    checkpoint: Any = stored
     reader = checkpoint.FileSystemReader(folder)
     try:
         names = list(reader.read_metadata().state_dict_metadata)
@@ -110,7 +112,9 @@ def _read_distributed(folder: Path, module: nn.Module) -> dict[str, Tensor]:
     prefix = find_prefix(names, wanted, str(folder))
     state = {prefix + name: torch.empty_like(t, device="cpu") for name, t in wanted.items()}
     try:
-        checkpoint.load(state, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that this is one process, as meant
+            checkpoint.load(state, storage_reader=reader, no_dist=True)
     except Exception as error:
         raise ExportError(
             f"{folder} does not fit {type(module).__name__}: {type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""`export`: capture, inference passes, a check of the numbers, and a file that is whole or not there.
+"""`export`: capture, inference passes, a check of the numbers, and a file, whole or not there.
 
 torch.export captures the module in evaluation mode. The passes run on that graph before autograd's
 place (the PRE_GRAD stage); passes of a training step that need a backward have no place here. The
@@ -135,7 +135,9 @@ def check_numbers(captured: Captured, config: ExportConfig, report: Report) -> N
     with torch.no_grad():
         got = captured.graph(*(t.clone() for t in captured.inputs))
     limit = config.max_error
-    for spec, result, wanted in zip(captured.contract.outputs, got, captured.reference, strict=True):
+    for spec, result, wanted in zip(
+        captured.contract.outputs, got, captured.reference, strict=True
+    ):
         error = relative_error(result, wanted)
         report.measured[f"error_{spec.name}"] = error
         if wanted.is_floating_point() and wanted.dim() > 1 and wanted.shape[-1] > 1:
