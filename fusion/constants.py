@@ -125,14 +125,14 @@ def _same(node: Node, touched: set[Node]) -> bool:
     if not isinstance(source, Node) or source in touched:
         return False
     if name in _DROPOUTS:
-        return len(node.args) > 2 and (node.args[2] is False or node.args[1] == 0)
+        return len(node.args) > 2 and bool(node.args[2] is False or node.args[1] == 0)
     before, after = example_value(source), example_value(node)
     if name not in _CONVERSIONS or not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return False
     if any(u.op == "output" for u in node.users):
         return False  # a copy that the caller gets stays a copy
-    alike = before.dtype == after.dtype and before.device == after.device
-    return alike and bool(before.shape == after.shape and before.stride() == after.stride())
+    kinds = [(t.dtype, t.device, t.shape, t.stride()) for t in (before, after)]
+    return kinds[0] == kinds[1]
 
 
 def _constant_nodes(gm: GraphModule) -> dict[Node, None]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from magi_train.core import compat
 from magi_train.core.errors import ExportError
 from magi_train.exporter import shapes
 from magi_train.exporter.contract import (
@@ -78,7 +79,7 @@ def sort_arguments(module: nn.Module, example_inputs: Sequence[Any] | Mapping[st
     tensors, constants = {}, {}
     for name, value in given.items():
         if isinstance(value, Tensor):
-            tensors[name] = value.detach()
+            tensors[name] = value.detach().contiguous()  # as every later call's are
         elif value is None or isinstance(value, bool | int | float | str):
             constants[name] = value
         else:
@@ -261,7 +262,7 @@ def _results(
         fake = node.meta["val"]
         shape = tuple(
             s if isinstance(s, int) else symbols.get(str(s), Size(str(s), 0, None))
-            for s in fake.shape
+            for s in map(compat.known_size, fake.shape)
         )
         found.append(TensorSpec(name, dtype_name(fake.dtype), shape))
     return tuple(found)

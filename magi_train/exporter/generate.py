@@ -257,4 +257,6 @@ def load_decoder(path: str | os.PathLike[str], *, cuda_graphs: bool = False) -> 
 
 def _graph(file: Path, target: str, weights: list[Tensor]) -> Graph:
     run = compat.aoti_load(str(file)) if target == "pt2" else torch.export.load(file).module()
-    return lambda *inputs: run(weights, *inputs)[0]
+    # compiled code reads its inputs as dense rows and does not look at their strides; the cache is
+    # dense already, so what is written in place is the caller's
+    return lambda *inputs: run(weights, *(t.contiguous() for t in inputs))[0]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
+from magi_train.core import compat
 from magi_train.core.errors import ExportError
 from magi_train.exporter.contract import Size
 
@@ -118,7 +119,7 @@ def captured_sizes(
     places = {(key, dim): size for size, found in dimensions.items() for key, dim in found.items()}
     for key, fake in fakes.items():
         shape: list[int | Size] = []
-        for dim, size in enumerate(fake.shape):
+        for dim, size in enumerate(map(compat.known_size, fake.shape)):
             if isinstance(size, int):
                 shape.append(size)
                 continue

@@ -59,7 +59,7 @@ def find_prefix(have: Iterable[str], wanted: Iterable[str], what: str) -> str:
     """Return what stands in front of every wanted name in `have`, "" mostly.
 
     Raises:
-        ExportError: No prefix leads to all names; says what is missing under the best.
+        ExportError: No prefix leads to all names, or several do; says which.
     """
     known, names = set(have), list(wanted)
     if not names:
@@ -72,6 +72,12 @@ def find_prefix(have: Iterable[str], wanted: Iterable[str], what: str) -> str:
         raise ExportError(
             f"{what} lacks {len(missing[best])} of {len(names)} weights, the first "
             f"{best + missing[best][0]!r}; it has {sorted(known)[:3]}, ..."
+        )
+    complete = [c for c in candidates if not missing[c]]
+    if best and len(complete) > 1:
+        raise ExportError(
+            f"{what} holds weights of these names under {complete}; pass the state_dict of the one "
+            "that you mean"
         )
     return best
 
@@ -115,7 +121,7 @@ def _read_distributed(folder: Path, module: nn.Module) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that this is one process, as meant
             checkpoint.load(state, storage_reader=reader, no_dist=True)
-    except Exception as error:
+    except (Exception, stored.api.CheckpointException) as error:  # the latter is no Exception
         raise ExportError(
             f"{folder} does not fit {type(module).__name__}: {type(error).__name__}: {error}"
         ) from error

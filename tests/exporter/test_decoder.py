@@ -15,7 +15,6 @@ from magi_train.exporter.generate import Sampling, load_decoder
 from tests.exporter.test_loaded import Recorder
 from tests.models import gpt2, llama, tokens
 
-
 SLOW = pytest.mark.full  # two captures of a model
 
 

@@ -108,6 +108,9 @@ def test_machine_code_in_a_new_process(tmp_path):
     assert error <= tolerance(torch.float32, 9 * 32)
     loaded = magi_train.load(path)
     assert loaded.manifest["target"] == "pt2"
+    for strided in (images(0).transpose(2, 3), images(0).to(memory_format=torch.channels_last)):
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(strided), model.eval()(strided))
     with pytest.raises(ExportError, match=r"x must be float32 \[batch in 1\.\., 3, 32, 32\]"):
         loaded(images(0).double())
 

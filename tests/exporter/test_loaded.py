@@ -50,6 +50,10 @@ def changed(path, **changes):
 def test_inputs_are_checked(file):
     run = magi_train.load(file)
     x, ids = torch.randn(3, 4), torch.arange(3)
+    inner, seen = run._run, []
+    run._run = lambda *t: seen.extend(t) or inner(*t)
+    run(x.T.contiguous().T, ids)
+    assert all(t.is_contiguous() for t in seen), "compiled code does not look at strides"
     assert run(x, ids).shape == run(ids=ids, x=x, flag=True).shape == (3, 3)
     for args, kwargs, words in (
         ((x,), {}, r"\['ids'\] missing; the file takes \['x', 'ids', 'flag'\]"),

@@ -37,8 +37,14 @@ def test_a_distributed_checkpoint(trained, tmp_path):
     checkpoint.save(state, checkpoint_id=tmp_path / "step_1", no_dist=True)
     loaded = sources.load_module(tmp_path / "step_1", Heads())
     assert all(torch.equal(loaded.state_dict()[k], v) for k, v in trained.state_dict().items())
-    with pytest.raises(ExportError, match="lacks 2 of 2 weights"):
-        sources.load_module(tmp_path / "step_1", nn.Linear(8, 9))
+    with pytest.raises(ExportError, match=r"under \['model\.q\.', 'model\.v\.'\]; pass the state"):
+        sources.load_module(tmp_path / "step_1", nn.Linear(8, 8))
+    with pytest.raises(ExportError, match="lacks 1 of 1 weights"):
+        sources.load_module(tmp_path / "step_1", nn.ParameterDict({"w": torch.ones(1)}))
+    wider = Heads()
+    wider.q = nn.Linear(8, 9)
+    with pytest.raises(ExportError, match="(?s)does not fit Heads: .*Size mismatch"):
+        sources.load_module(tmp_path / "step_1", wider)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ExportError, match="no distributed checkpoint"):
         sources.load_module(tmp_path / "empty", Heads())
