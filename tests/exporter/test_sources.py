@@ -43,7 +43,7 @@ def test_a_distributed_checkpoint(trained, tmp_path):
         sources.load_module(tmp_path / "step_1", nn.ParameterDict({"w": torch.ones(1)}))
     wider = Heads()
     wider.q = nn.Linear(8, 9)
-    with pytest.raises(ExportError, match="(?s)does not fit Heads: .*Size mismatch"):
+    with pytest.raises(ExportError, match=r"(?s)does not fit Heads: .*Size mismatch"):
         sources.load_module(tmp_path / "step_1", wider)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ExportError, match="no distributed checkpoint"):
