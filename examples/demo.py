@@ -25,7 +25,7 @@ from examples.demo_train import SIZES, VOCABULARY, CodeModel
 
 CHECK_EXPORTED = """
 import sys, torch, magi_train
-run, manifest = magi_train.load(sys.argv[1])
+run = magi_train.load(sys.argv[1])
 tokens, wanted = torch.load(sys.argv[2])
 with torch.no_grad():
     got = run(tokens)

@@ -15,9 +15,9 @@ def main() -> float:
     x = torch.randn(2, 10, 32)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt2"
-        print(magi_train.export(model, (x,), path))
-        run, manifest = magi_train.load(path)
-        print("exported with torch", manifest["torch"])
+        print(magi_train.export(model, (x,), path, dynamic="batch"))
+        run = magi_train.load(path)
+        print("exported with torch", run.manifest["versions"]["torch"])
         with torch.no_grad():
             return float((run(x) - model(x)).abs().max())
 

@@ -103,6 +103,7 @@ class CanonicalizeAttention:
         grouped, left, banded = [], [], []
         assumed: set[str] = set()
         verdicts: dict[tuple[Node, int, int, str], Verdict] = {}
+        self._dynamic: dict[Node, Verdict] = {}
         nodes = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in ATTENTION]
         for node in nodes:
             arguments = attention_arguments(node)
@@ -177,6 +178,11 @@ class CanonicalizeAttention:
         if query is None or key is None:
             return masks.left("the shapes of query and key are not known")
         length, keys = query.shape[-2], key.shape[-2]
+        sizes = (length, keys, *example_value(mask).shape)
+        if not context.training and not all(isinstance(size, int) for size in sizes):
+            if mask not in self._dynamic:
+                self._dynamic[mask] = masks.judge_dynamic(gm, mask, length, keys)
+            return self._dynamic[mask]
         if not isinstance(length, int) or not isinstance(keys, int):
             return masks.left("the sequence length is dynamic")
         question = (mask, length, keys, refusal)

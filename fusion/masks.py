@@ -14,7 +14,7 @@ exercise in every position.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -120,7 +120,7 @@ def _allowed(
     gm: GraphModule,
     mask: Node,
     needed: set[Node],
-    given: Mapping[Node, Tensor],
+    given: Mapping[Node, Any],
     length: int,
     keys: int,
 ) -> Tensor | str:
@@ -195,3 +195,83 @@ def _with_cuts(
             if not bool((wide == (wanted & _band(wide[0, 0], *reach))).all()):
                 return left(f"the mask depends on {positions.name}, but not by where it is 0")
     return Verdict("band", back=back, ahead=ahead, positions=positions)
+
+
+TRIALS = (2, 3, 7)
+"""Sizes that a dynamic dimension is tried at, besides the ends of its range."""
+
+
+def judge_dynamic(gm: GraphModule, mask: Node, length: Any, keys: Any) -> Verdict:
+    """Return what a mask allows whose sizes may change.
+
+    It is executed for the smallest and the largest sizes of their ranges and for some between. The
+    largest sequence must show whether a window ends the reach of a token, so it must be declared;
+    rows of the batch are compared with each other, and a few tell.
+
+    Args:
+        gm: The graph.
+        mask: Its node.
+        length: Number of queries, an int or a symbolic one.
+        keys: Number of keys, likewise.
+    """
+    sizes: set[Node] = set()
+    needed: set[Node] = set()
+    todo = [mask]
+    while todo:  # ancestors, as far as the sizes
+        node = todo.pop()
+        if node not in needed:
+            needed.add(node)
+            if isinstance(example_value(node), torch.SymInt):
+                sizes.add(node)
+            else:
+                todo += node.all_input_nodes
+    unknown = sorted(n.name for n in needed if n.op in ("placeholder", "get_attr"))
+    if unknown:
+        return left(f"the mask depends on {', '.join(unknown[:3])}")
+    changer = changed_behind(gm, needed - sizes)
+    if changer is not None:
+        return left(f"{changer.name} may change the mask in place")
+    trials = _trials(sizes, length, keys)
+    if isinstance(trials, str):
+        return left(trials)
+    verdicts = []
+    for values in trials:
+        given = {n: compat.evaluate_size(example_value(n), values) for n in sizes}
+        at = [n if isinstance(n, int) else compat.evaluate_size(n, values) for n in (length, keys)]
+        allowed = _allowed(gm, mask, needed, given, *at)
+        verdicts.append(left(allowed) if isinstance(allowed, str) else _shape_of(allowed))
+    kinds = {v.kind for v in verdicts}
+    if kinds == {"unmasked"} or kinds == {"causal"}:
+        return verdicts[0]
+    refused = [v for v in verdicts if v.kind == "left"]
+    return refused[0] if refused else left("the mask depends on the size, and is no band of all")
+
+
+def _trials(sizes: set[Node], length: Any, keys: Any) -> list[dict[Any, int]] | str:
+    """Return values of all symbols to try, or why they cannot be chosen."""
+    symbolic = [example_value(n) for n in sizes] + [s for s in (length, keys) if _is_symbolic(s)]
+    of_length = {s for n in (length, keys) if _is_symbolic(n) for s in compat.size_symbols(n)}
+    ranges = {}
+    for size in symbolic:
+        for symbol in compat.size_symbols(size):
+            if symbol not in ranges and str(symbol) == str(size):
+                ranges[symbol] = compat.symbol_bounds(size)
+    missing = {s for size in symbolic for s in compat.size_symbols(size)} - ranges.keys()
+    if missing:
+        return f"the sizes of the mask are computed from {sorted(map(str, missing))}"
+    trials = []
+    ends = {s: r[1] for s, r in ranges.items() if s in of_length}
+    if any(end is None or end**2 > MAX_PROOF_ELEMENTS // 4 for end in ends.values()):
+        return "the largest sequence is not declared, or too large to try"
+    for choice in (*TRIALS, None):
+        values = {}
+        for symbol, (low, high) in ranges.items():
+            most = ends.get(symbol) or 4  # rows of a batch
+            top = most if choice is None else choice
+            values[symbol] = max(low, min(top, most if high is None else high))
+        trials.append(values)
+    return trials
+
+
+def _is_symbolic(size: Any) -> bool:
+    return isinstance(size, torch.SymInt)

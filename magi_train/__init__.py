@@ -30,13 +30,14 @@ if typing.TYPE_CHECKING:
         unregister_pass,
     )
     from magi_train.core.report import Report
-    from magi_train.exporter import export, load
+    from magi_train.exporter import ExportConfig, export, load
 
 __all__ = [
     "CachedPass",
     "CommConfig",
     "Config",
     "DataParallel",
+    "ExportConfig",
     "FusionConfig",
     "MagiError",
     "PassContext",
@@ -83,7 +84,7 @@ _HOMES = {
         "unregister_pass",
     ),
     "core.report": ("Report",),
-    "exporter": ("export", "load"),
+    "exporter": ("ExportConfig", "export", "load"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `magi run`, `magi config`, `magi doctor` and `magi explain`."""
+"""The command line: `magi run`, `config`, `doctor`, `explain`, `export`, `bench` and `generate`."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from dataclasses import asdict
 from magi_train.core import settings
 from magi_train.core.errors import MagiError
 
+EXPORTING = ("export", "bench", "generate")
 EPILOG = "magi run takes every option of torchrun; `magi run --help` lists them"
 
 
@@ -27,6 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from magi_train.integrations.doctor import examine
 
             return examine(as_json=options.json)
+        if options.command in EXPORTING:
+            from magi_train.exporter import commands
+
+            return commands.run(options)
         return _explain(options)
     except MagiError as error:
         sys.stderr.write(f"magi {given[0]}: {error}\n")
@@ -50,6 +55,10 @@ def _parse(given: list[str]) -> argparse.Namespace:
     )
     doctor = commands.add_parser("doctor", help="examine this machine and what is installed")
     config = commands.add_parser("config", help="show settings and where they come from")
+    if given[:1] and given[0] in (*EXPORTING, "-h", "--help"):  # torch is loaded for these alone
+        from magi_train.exporter.commands import add_parsers
+
+        add_parsers(commands)
     what = config.add_subparsers(dest="what", required=True)
     what.add_parser("keys", help="every setting: key, type, default and meaning")
     show = what.add_parser(

@@ -34,7 +34,7 @@ def test_the_core_install_is_light():
     names = {d.split(">")[0].split(";")[0].strip() for d in PROJECT["project"]["dependencies"]}
     assert names == {"torch", "triton", "nvidia-ml-py"}
     extras = PROJECT["project"]["optional-dependencies"]
-    assert {"lightning", "deepspeed", "transformers", "export", "dev"} <= set(extras)
+    assert {"lightning", "deepspeed", "transformers", "onnx", "dev"} <= set(extras)
     assert any(d.startswith("pytorch-lightning") for d in extras["lightning"])
 
 

@@ -42,6 +42,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._C._distributed_c10d._dump_fr_trace_json, _dump_nccl_trace_json | the last collective |
 | GradScaler._get_scale_async | the loss scale, without waiting for the device |
 | SymInt.node.expr, .hint | symbols of a dynamic size, and its size while compiling |
+| SymInt.node.shape_env.bound_sympy | the range of a dynamic size |
 """
 
 import contextlib
@@ -302,6 +303,13 @@ def size_symbols(size: torch.SymInt) -> list[Any]:
 def evaluate_size(size: torch.SymInt, values: Mapping[Any, int]) -> int:
     """Return a dynamic size where its symbols have `values`."""
     return int(size.node.expr.subs(dict(values)))
+
+
+def symbol_bounds(size: torch.SymInt) -> tuple[int, int | None]:
+    """Return the range that a dynamic size may take, its upper end None where there is none."""
+    bounds = size.node.shape_env.bound_sympy(size.node.expr)
+    known = bounds.upper.is_Integer  # infinity is none
+    return int(bounds.lower), int(bounds.upper) if known else None
 
 
 _UNTRACED = "_torchdynamo_orig_callable"

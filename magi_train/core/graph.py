@@ -403,3 +403,36 @@ def restrided(start: Mapping[Node, Tensor]) -> dict[Node, Any] | tuple[Node, str
 def _layout(value: Any) -> list[str]:
     leaves = pytree.tree_leaves(value)
     return [str((v.shape, v.stride())) for v in leaves if isinstance(v, torch.Tensor)]
+
+
+def attribute(gm: GraphModule, node: Any) -> Tensor | None:
+    """Return the parameter or buffer that `node` reads, None if it reads something else."""
+    if not isinstance(node, Node) or node.op != "get_attr":
+        return None
+    value: Any = gm
+    for part in str(node.target).split("."):
+        value = getattr(value, part, None)
+    return value if isinstance(value, Tensor) else None
+
+
+def insert_attribute(gm: GraphModule, before: Node, name: str, value: Tensor) -> Node:
+    """Add a buffer to `gm`, named like `name`, and a node in front of `before` that reads it."""
+    free = (f"magi_{name}_{i}" for i in itertools.count())
+    key = next(each for each in free if not hasattr(gm, each))
+    gm.register_buffer(key, value.detach())
+    with gm.graph.inserting_before(before):
+        node = gm.graph.get_attr(key)
+    node.meta["val"] = _fake_mode(gm.graph).from_tensor(value.detach())
+    return node
+
+
+def drop_unread(gm: GraphModule) -> tuple[str, ...]:
+    """Delete the parameters and buffers that no node of `gm` reads; return their names."""
+    read = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
+    names = [n for n, _ in gm.named_parameters(remove_duplicate=False)]
+    names += [n for n, _ in gm.named_buffers(remove_duplicate=False)]
+    unread = tuple(n for n in names if n not in read)
+    for name in unread:
+        owner, _, last = name.rpartition(".")
+        delattr(gm.get_submodule(owner), last)
+    return unread

@@ -1,0 +1,268 @@
+"""Capture of a module for inference: arguments sorted, sizes found, the forward as one graph.
+
+torch.export traces a wrapper that takes the tensors in a row and returns tensors in a row, so that
+every target has the same simple interface and a loaded file needs none of the model's classes.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from magi_train.core import compat
+from magi_train.core.errors import ExportError
+from magi_train.exporter import shapes
+from magi_train.exporter.contract import (
+    Constant,
+    Contract,
+    Size,
+    Skeleton,
+    TensorSpec,
+    dtype_name,
+    flatten,
+    names_in,
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a module is called: which of its arguments are tensors.
+
+    Attributes:
+        positional: Names of the arguments that are given by position.
+        order: All names.
+        tensors: The examples by name.
+        constants: The other arguments.
+    """
+
+    positional: tuple[str, ...]
+    order: tuple[str, ...]
+    tensors: dict[str, Tensor]
+    constants: dict[str, Constant]
+
+    def fill(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return args and kwargs of a call with these tensors."""
+        given = {**self.constants, **dict(zip(self.tensors, tensors, strict=True))}
+        args = tuple(given.pop(name) for name in self.positional)
+        return args, given
+
+
+def sort_arguments(module: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any]) -> Call:
+    """Return how `module` is called with the examples.
+
+    Raises:
+        ExportError: An argument is neither a tensor nor a plain constant, or none is a tensor.
+    """
+    if isinstance(example_inputs, Tensor):
+        raise ExportError("example_inputs must be a tuple or a mapping of arguments, got a tensor")
+    by_name = isinstance(example_inputs, Mapping)
+    args = () if by_name else tuple(example_inputs)
+    kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ExportError(f"{type(module).__name__} cannot be called so: {error}") from error
+    names = []
+    for key, parameter in bound.signature.parameters.items():
+        if key in bound.arguments and parameter.kind is parameter.VAR_POSITIONAL:
+            names += [f"{key}_{i}" for i in range(len(bound.arguments[key]))]
+        elif key in bound.arguments:
+            names.append(key)
+    positional = tuple(names[: len(args)])
+    given = {**dict(zip(positional, args, strict=True)), **kwargs}
+    tensors, constants = {}, {}
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value.detach().contiguous()  # as every later call's are
+        elif value is None or isinstance(value, bool | int | float | str):
+            constants[name] = value
+        else:
+            raise ExportError(
+                f"{name} is a {type(value).__name__}; an exported file takes tensors and constants "
+                "(numbers, flags, texts, None); wrap the module in one that takes them one by one"
+            )
+    if not tensors:
+        raise ExportError("example_inputs holds no tensor, so that nothing could change")
+    return Call(positional, tuple(given), tensors, constants)
+
+
+class Flat(nn.Module):
+    """`module`, taking tensors in a row and returning a tuple of tensors."""
+
+    def __init__(
+        self, module: nn.Module, call: Call, keep: Sequence[str] | None, cast: Any
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self._call, self._keep, self._cast = call, keep, cast
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Call the module; with a cast, in that dtype."""
+        given = [t.to(self._cast) if self._cast and t.is_floating_point() else t for t in tensors]
+        args, kwargs = self._call.fill(given)
+        found, _, _ = flatten(self.module(*args, **kwargs), self._keep)
+        outside = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+        return tuple(t.to(outside) if self._cast and t.dtype == self._cast else t for t in found)
+
+
+@dataclass
+class Captured:
+    """A module as a graph.
+
+    Attributes:
+        graph: Takes the tensors in order; its weights are attributes.
+        specs: torch.export's specification of every input.
+        contract: What goes in and comes out.
+        inputs: The examples.
+        reference: What the module itself returned for them.
+        notes: What the user should know.
+    """
+
+    graph: GraphModule
+    specs: tuple[shapes.Spec, ...]
+    contract: Contract
+    inputs: tuple[Tensor, ...]
+    reference: list[Tensor]
+    notes: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Context in evaluation mode without gradients; every submodule's mode is put back."""
+    training = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for each in training:
+            each.training = True
+
+
+def in_precision(module: nn.Module, dtype: torch.dtype, buffers: bool) -> nn.Module:
+    """Return a copy with its parameters in `dtype`, and the buffers of modules that have some."""
+    changed = copy.deepcopy(module)
+    for part in changed.modules():
+        own = dict(part.named_parameters(recurse=False))
+        tensors = [*own.values(), *(part.buffers(recurse=False) if own or buffers else ())]
+        for each in tensors:
+            if each.is_floating_point():
+                each.data = each.data.to(dtype)
+    return changed
+
+
+def capture(
+    module: nn.Module,
+    example_inputs: Sequence[Any] | Mapping[str, Any],
+    dynamic: shapes.Dynamic,
+    dynamic_shapes: Any,
+    outputs: Sequence[str] | None,
+    precision: str | None,
+) -> Captured:
+    """Return `module` as a graph for inference; the module is left as it was.
+
+    Raises:
+        ExportError: It cannot be captured, or a size that was declared dynamic is fixed by it.
+    """
+    call = sort_arguments(module, example_inputs)
+    limits, only_try = shapes.wanted_sizes(dynamic)
+    places = {name: shapes.find_dimensions(call.tensors, name) for name in limits}
+    for name in [n for n, found in places.items() if not found]:
+        if not only_try:
+            raise ExportError(
+                f"no input has a {name} dimension that could be found; declare it with "
+                "dynamic_shapes={'input': {dimension: torch.export.Dim(...)}}"
+            )
+        del places[name]
+    examples = shapes.widened(call.tensors, places)
+    declared = shapes.declared_by_name(dynamic_shapes, call.order)
+    specs = shapes.specs_for(examples, places, limits, declared)
+    with evaluating(module):
+        reference, skeleton, dropped = _reference(module, call, examples, outputs)
+        graph = _trace(module, call, examples, specs, outputs, precision)
+    fakes = dict(zip(examples, _inputs(graph), strict=True))
+    notes = [f"output {name} is left out of the file" for name in dropped]
+    found, symbols = shapes.captured_sizes(fakes, specs, places, limits)
+    for size, where in places.items():
+        fixed = [key for key, dim in where.items() if isinstance(found[key][dim], int)]
+        if fixed:
+            sentence = f"{size} of {fixed[0]} is fixed at {found[fixed[0]][where[fixed[0]]]}"
+            if not only_try:
+                raise ExportError(f"{sentence}: the model's code depends on that number")
+            notes.append(f"{sentence}: the model's code depends on that number")
+    device = next(iter(examples.values())).device.type
+    inputs = tuple(TensorSpec(k, dtype_name(t.dtype), found[k]) for k, t in examples.items())
+    results = _results(graph, skeleton, symbols)
+    contract = Contract(call.order, inputs, call.constants, device, results, skeleton)
+    return Captured(
+        graph, tuple(specs.values()), contract, tuple(examples.values()), reference, notes
+    )
+
+
+def _reference(
+    module: nn.Module, call: Call, examples: Mapping[str, Tensor], keep: Sequence[str] | None
+) -> tuple[list[Tensor], Skeleton, list[str]]:
+    args, kwargs = call.fill([t.clone() for t in examples.values()])
+    try:
+        value = module(*args, **kwargs)
+    except Exception as error:
+        raise ExportError(
+            f"{type(module).__name__} itself fails on example_inputs: {type(error).__name__}: "
+            f"{error}"
+        ) from error
+    tensors, skeleton, dropped = flatten(value, keep)
+    missing = [name for name in keep or () if not isinstance(value, Mapping) or name not in value]
+    if missing or not tensors:
+        have = list(value) if isinstance(value, Mapping) else type(value).__name__
+        raise ExportError(f"outputs {missing or ''} not found: the module returns {have}")
+    return [t.detach() for t in tensors], skeleton, dropped
+
+
+def _trace(
+    module: nn.Module,
+    call: Call,
+    examples: Mapping[str, Tensor],
+    specs: Mapping[str, shapes.Spec],
+    keep: Sequence[str] | None,
+    precision: str | None,
+) -> GraphModule:
+    dtype = getattr(torch, precision) if precision else None
+    inputs, dynamic = tuple(examples.values()), (tuple(specs.values()),)
+    for buffers in (False, True) if dtype else (False,):
+        body = in_precision(module, dtype, buffers) if dtype else module
+        try:
+            program = torch.export.export(
+                Flat(body, call, keep, dtype), inputs, dynamic_shapes=dynamic
+            )
+            return program.module(check_guards=False)
+        except Exception as error:
+            if buffers or not dtype:
+                name = type(module).__name__
+                raise ExportError(f"torch.export cannot capture {name}: {error}") from error
+    raise AssertionError("unreachable")
+
+
+def _inputs(graph: GraphModule) -> list[Any]:
+    return [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"]
+
+
+def _results(
+    graph: GraphModule, skeleton: Skeleton, symbols: Mapping[str, Size]
+) -> tuple[TensorSpec, ...]:
+    """Return dtype and shape of what the graph returns; sizes that are computed have a formula."""
+    values: Any = graph.graph.output_node().args[0]
+    found = []
+    for name, node in zip(names_in(skeleton), values, strict=True):
+        fake = node.meta["val"]
+        shape = tuple(
+            s if isinstance(s, int) else symbols.get(str(s), Size(str(s), 0, None))
+            for s in map(compat.known_size, fake.shape)
+        )
+        found.append(TensorSpec(name, dtype_name(fake.dtype), shape))
+    return tuple(found)

@@ -1,0 +1,164 @@
+"""`load`: an artifact as a callable that checks what it is given.
+
+Calls may come from many threads: programs and compiled code keep nothing between calls. What does
+keep something (replay as CUDA graphs writes to fixed memory) takes a lock.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magi_train.core import compat
+from magi_train.core.device_graphs import device_graphs
+from magi_train.core.errors import ExportError
+from magi_train.exporter import artifact
+from magi_train.exporter.contract import Contract, Size, rebuild
+from magi_train.exporter.replayed import Replayed
+
+Runner = Callable[..., Sequence[Tensor]]
+
+
+class Loaded:
+    """An exported model. Call it with the arguments of the module, by position or name.
+
+    Attributes:
+        manifest: What is known about the file: versions, passes, measured errors.
+        contract: What goes in and comes out.
+        buckets: Batches are padded to these sizes; empty for none.
+    """
+
+    def __init__(
+        self, run: Runner, manifest: dict[str, Any], contract: Contract, buckets: Sequence[int]
+    ) -> None:
+        self._run, self.manifest, self.contract = run, manifest, contract
+        self.buckets = tuple(sorted(set(buckets)))
+        if self.buckets:
+            _check_buckets(contract, self.buckets)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model.
+
+        Returns:
+            What the module returned: a tensor, a tuple, or results by name (also as attributes).
+
+        Raises:
+            ExportError: An argument does not fit; says which, and what it must be.
+        """
+        tensors = self.contract.bind(args, kwargs)
+        rows = self._rows(tensors)
+        padded = self._padded(tensors, rows)
+        with torch.no_grad():
+            results = self._run(*padded)
+        if padded is not tensors:
+            results = [r[:rows] for r in results]
+        return rebuild(self.contract.skeleton, results)
+
+    def warmup(self, calls: int = 2, **sizes: int) -> None:
+        """Run made-up inputs, so that no user's call pays for start-up.
+
+        Args:
+            calls: How often, for each bucket or the given sizes.
+            sizes: Sizes by name, as `contract.sizes()` lists them; the lowest by default.
+        """
+        batches = self.buckets if "batch" not in sizes else ()
+        for given in [{**sizes, "batch": b} for b in batches] or [sizes]:
+            for _ in range(calls):
+                self(**dict(zip((s.name for s in self.contract.inputs),
+                                self.contract.example(**given), strict=True)))  # fmt: skip
+
+    def _rows(self, tensors: Sequence[Tensor]) -> int:
+        return next((int(t.shape[0]) for t, s in zip(tensors, self.contract.inputs, strict=True)
+                     if s.shape and _is_batch(s.shape[0])), 0)  # fmt: skip
+
+    def _padded(self, tensors: list[Tensor], rows: int) -> list[Tensor]:
+        """Return `tensors` with their last row repeated up to the next bucket."""
+        if not self.buckets:
+            return tensors
+        size = next((b for b in self.buckets if b >= rows), None)
+        if size is None:
+            raise ExportError(f"the batch is {rows}, and the largest bucket {self.buckets[-1]}")
+        if size == rows:
+            return tensors
+        return [
+            torch.cat([t, t[-1:].expand(size - rows, *t.shape[1:])]) if _is_batch(s.shape[0]) else t
+            for t, s in zip(tensors, self.contract.inputs, strict=True)
+        ]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    buckets: Sequence[int] = (),
+    cuda_graphs: bool = False,
+    runners: int = 1,
+) -> Loaded:
+    """Load what `export` wrote.
+
+    Args:
+        path: The file.
+        buckets: Batch sizes to pad to, so that few shapes are run; results are cut again. For files
+            with a dynamic batch whose results all have the batch first.
+        cuda_graphs: Replay each shape as a CUDA graph after its first call. Pays for small batches,
+            which are bound by launches; holds memory for each shape.
+        runners: Calls that compiled code may run at the same time; each has memory of its own.
+
+    Raises:
+        ExportError: The file is missing, cut short, no artifact, or for another torch or machine.
+    """
+    path = Path(path)
+    manifest = artifact.read_manifest(path)
+    artifact.check_host(path, manifest)
+    contract = Contract.from_dict(manifest["contract"])
+    try:
+        run = _runner(path, manifest["target"], contract, runners)
+    except ExportError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"torch {torch.__version__} cannot load {path}, written by torch "
+            f"{manifest['versions']['torch']} ({type(error).__name__}: {str(error)[:500]}); export "
+            "again"
+        ) from error
+    if cuda_graphs:
+        graphs = device_graphs(torch.device(contract.device))
+        if graphs is None or manifest["target"] == "onnx":
+            raise ExportError(
+                f"{path} is for {contract.device!r} as {manifest['target']!r}, which cannot be "
+                "replayed as CUDA graphs; load it without cuda_graphs"
+            )
+        run = Replayed(run, graphs, threading.Lock())
+    return Loaded(run, manifest, contract, buckets)
+
+
+def _runner(path: Path, target: str, contract: Contract, runners: int) -> Runner:
+    if target == "onnx":
+        from magi_train.exporter.onnx_file import onnx_runner
+
+        return onnx_runner(path, contract)
+    if target == "pt2":
+        return compat.aoti_load(str(path), num_runners=runners)
+    return torch.export.load(path).module()
+
+
+def _is_batch(size: int | Size) -> bool:
+    return isinstance(size, Size) and size.name == "batch"
+
+
+def _check_buckets(contract: Contract, buckets: Sequence[int]) -> None:
+    batch = contract.sizes().get("batch")
+    if batch is None:
+        raise ExportError("buckets need a file with a dynamic batch; export with dynamic='batch'")
+    for each in contract.outputs:
+        if not (each.shape and _is_batch(each.shape[0])):
+            raise ExportError(
+                f"buckets pad the batch and cut the results, but {each.name} is {each.text()}, "
+                "whose first dimension is not the batch; load the file without buckets"
+            )
+    high = batch.maximum
+    if min(buckets) < batch.minimum or (high is not None and max(buckets) > high):
+        raise ExportError(f"buckets must lie in {batch}, got {list(buckets)}")

@@ -1,0 +1,138 @@
+"""Which sizes of an artifact's inputs may change: declared by the caller, or found by trying.
+
+"batch" is the first dimension of every input that has as many rows as the first; "sequence" is the
+second one of the token-like inputs. torch.export proves for each whether the model leaves it open
+(Dim.AUTO): a size that the model fixes becomes a number again. Sizes of 1 say nothing to a tracer,
+which takes them for a broadcast; such an example is repeated to 2 before it is captured.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from magi_train.core import compat
+from magi_train.core.errors import ExportError
+from magi_train.exporter.contract import Size
+
+Limits = tuple[int, int | None]
+Dynamic = str | Sequence[str] | Mapping[str, Limits | None] | None
+Spec = dict[int, Any]
+"""Of one input: dimension to torch.export's Dim or hint."""
+
+
+def wanted_sizes(dynamic: Dynamic) -> tuple[dict[str, Limits], bool]:
+    """Return the limits of each size that is asked for, and whether they are only to be tried.
+
+    Raises:
+        ValueError: A name is neither "batch" nor "sequence", or its limits are no range.
+    """
+    if dynamic == "auto":
+        return {"batch": (1, None), "sequence": (1, None)}, True
+    given = {dynamic: None} if isinstance(dynamic, str) else dynamic or {}
+    pairs = given if isinstance(given, Mapping) else dict.fromkeys(given)
+    found: dict[str, Limits] = {}
+    for name, limits in pairs.items():
+        if name not in ("batch", "sequence"):
+            raise ValueError(
+                f"dynamic must name 'batch', 'sequence' or both, or be 'auto'; got {name!r}; other "
+                "dimensions are declared with dynamic_shapes"
+            )
+        low, high = limits or (1, None)
+        if low < 1 or (high is not None and high < max(low, 2)):
+            raise ValueError(f"dynamic[{name!r}] must be (at least 1, at least 2), got {limits}")
+        found[name] = (low, high)
+    return found, False
+
+
+def find_dimensions(tensors: Mapping[str, Tensor], name: str) -> dict[str, int]:
+    """Return which dimension of which input is the batch or the sequence; may be empty."""
+    if name == "batch":
+        first = next((t for t in tensors.values() if t.dim()), None)
+        return {
+            key: 0
+            for key, t in tensors.items()
+            if first is not None and t.dim() and t.shape[0] == first.shape[0]
+        }
+    like = [t for t in tensors.values() if t.dim() == 2 and not t.dtype.is_floating_point]
+    like = like or [t for t in tensors.values() if t.dim() == 3]
+    return {
+        key: 1
+        for key, t in tensors.items()
+        if like and t.dim() in (2, 3) and t.shape[1] == like[0].shape[1]
+    }
+
+
+def widened(
+    tensors: Mapping[str, Tensor], dimensions: Mapping[str, Mapping[str, int]]
+) -> dict[str, Tensor]:
+    """Return the examples with dynamic dimensions of size 1 repeated to 2."""
+    result = dict(tensors)
+    for places in dimensions.values():
+        for key, dim in places.items():
+            if result[key].shape[dim] == 1:
+                result[key] = torch.cat([result[key]] * 2, dim)
+    return result
+
+
+def specs_for(
+    tensors: Mapping[str, Tensor],
+    dimensions: Mapping[str, Mapping[str, int]],
+    limits: Mapping[str, Limits],
+    declared: Mapping[str, Any],
+) -> dict[str, Spec]:
+    """Return torch.export's specification of every input."""
+    specs: dict[str, Spec] = {name: {} for name in tensors}
+    for size, places in dimensions.items():
+        low, high = limits[size]
+        for key, dim in places.items():
+            specs[key][dim] = Dim.AUTO(min=low, max=high)
+    for key, spec in declared.items():
+        if key not in specs:
+            raise ExportError(f"dynamic_shapes names {key!r}; the tensors are {list(specs)}")
+        specs[key].update(spec if isinstance(spec, Mapping) else dict(enumerate(spec or ())))
+    return specs
+
+
+def declared_by_name(dynamic_shapes: Any, order: Sequence[str]) -> dict[str, Any]:
+    """Return `dynamic_shapes`, a mapping or a sequence in the arguments' order, by name."""
+    if dynamic_shapes is None:
+        return {}
+    if isinstance(dynamic_shapes, Mapping):
+        given = dict(dynamic_shapes)
+    else:
+        given = dict(zip(order, dynamic_shapes, strict=False))
+    return {name: spec for name, spec in given.items() if spec}
+
+
+def captured_sizes(
+    fakes: Mapping[str, Tensor],
+    specs: Mapping[str, Spec],
+    dimensions: Mapping[str, Mapping[str, int]],
+    limits: Mapping[str, Limits],
+) -> tuple[dict[str, tuple[int | Size, ...]], dict[str, Size]]:
+    """Return the shapes of the inputs as they were captured, and the size of each symbol."""
+    shapes: dict[str, tuple[int | Size, ...]] = {}
+    symbols: dict[str, Size] = {}
+    places = {(key, dim): size for size, found in dimensions.items() for key, dim in found.items()}
+    for key, fake in fakes.items():
+        shape: list[int | Size] = []
+        for dim, size in enumerate(map(compat.known_size, fake.shape)):
+            if isinstance(size, int):
+                shape.append(size)
+                continue
+            name = places.get((key, dim))
+            hint = specs[key].get(dim)
+            known = Size(name, *limits[name]) if name else _declared_size(hint, key, dim)
+            shape.append(symbols.setdefault(str(size), known))
+        shapes[key] = tuple(shape)
+    return shapes, symbols
+
+
+def _declared_size(hint: Any, key: str, dim: int) -> Size:
+    low, high = getattr(hint, "min", None), getattr(hint, "max", None)
+    name = getattr(hint, "__name__", f"{key}_{dim}")
+    unbounded = not isinstance(high, int) or high > 2**62
+    return Size(name, low if isinstance(low, int) and low > 0 else 1, None if unbounded else high)

@@ -1,0 +1,216 @@
+"""`export`: capture, inference passes, a check of the numbers, and a file, whole or not there.
+
+torch.export captures the module in evaluation mode. The passes run on that graph before autograd's
+place (the PRE_GRAD stage); passes of a training step that need a backward have no place here. The
+rewritten graph is run beside the module and captured again, which proves that it is well formed,
+and written: as a program of torch.export, as machine code (AOTInductor), or as ONNX. A manifest
+inside the file says which passes ran, with which versions, and what goes in and comes out.
+"""
+
+import os
+import platform
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from magi_train.core import compat
+from magi_train.core.errors import ExportError, PassError
+from magi_train.core.graph import drop_unread
+from magi_train.core.passes import Pass, PassContext, Stage, registered_passes, run_passes
+from magi_train.core.report import Report
+from magi_train.exporter import artifact, shapes, sources
+from magi_train.exporter.capture import Captured, capture
+from magi_train.exporter.settings import ExportConfig
+from magi_train.fusion.attention import CanonicalizeAttention
+from magi_train.fusion.constants import FoldConstants, RemoveNoOps
+from magi_train.fusion.convolutions import ChannelsLast, FoldBatchNorm
+from magi_train.fusion.merged_linears import MergeLinears
+
+Target = Literal["program", "pt2", "onnx"]
+
+
+def export(
+    module: nn.Module | sources.Source,
+    example_inputs: Sequence[Any] | Mapping[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    target: Target = "program",
+    dynamic: shapes.Dynamic = None,
+    dynamic_shapes: Any = None,
+    outputs: Sequence[str] | None = None,
+    model: sources.Model | None = None,
+    config: ExportConfig | None = None,
+) -> Report:
+    """Write a module for inference.
+
+    Args:
+        module: A plain or prepared module; exported in evaluation mode, left as it was. Or where
+            its weights are: a state_dict, a file of one, a Lightning checkpoint, a folder of a
+            distributed checkpoint; then `model` is what takes them.
+        example_inputs: Positional arguments, or keyword arguments as a mapping: tensors, and
+            constants that become part of the file.
+        path: The file to write; replaced in one step, or not at all.
+        target: "program" for a torch.export program, which any torch of this version or newer runs;
+            "pt2" for machine code of this device, compiled ahead of time; "onnx" for other
+            runtimes.
+        dynamic: Sizes that may change: "batch", "sequence", both, or a mapping of these to (lowest,
+            highest). "auto": whatever of the two the model leaves open.
+        dynamic_shapes: Others, as in torch.export.export, by input.
+        outputs: Names of the results to keep, where the module returns a mapping; None for all.
+        model: A module, or a function or class that makes one, for weights from a checkpoint.
+        config: Passes and precision; `ExportConfig()` by default.
+
+    Returns:
+        What the passes did, and the measured error beside the module itself.
+
+    Raises:
+        ExportError: The module cannot be exported, the weights do not fit, or the results moved too
+            far; says why. Nothing is written.
+    """
+    if target not in get_args(Target):
+        raise ValueError(f"export target must be one of {get_args(Target)}, got {target!r}")
+    config = config or ExportConfig()
+    source = module if isinstance(module, nn.Module) else sources.load_module(module, model)
+    plain = source.__dict__.get("_magi_module", source)
+    captured = capture(plain, example_inputs, dynamic, dynamic_shapes, outputs, config.precision)
+    report = Report(tier="graph", settings=asdict(config))
+    for sentence in captured.notes:
+        report.note(sentence)
+    optimize(captured, config, target, report)
+    check_numbers(captured, config, report)
+    manifest = {
+        "format": artifact.FORMAT,
+        "target": target,
+        "versions": versions(),
+        "hardware": artifact.hardware(captured.contract.device),
+        "contract": captured.contract.as_dict(),
+        "passes": [asdict(row) for row in report.rows],
+        "measured": report.measured,
+        "notes": report.notes,
+        "settings": report.settings,
+    }
+    write(captured, Path(path), target, manifest, config)
+    return report
+
+
+def inference_passes(config: ExportConfig, device: str, target: str) -> list[Pass[Any]]:
+    """Return the passes that `config` asks for, in their order."""
+    chosen: list[tuple[bool | None, Pass[Any]]] = [
+        (config.attention, CanonicalizeAttention()),
+        (config.remove_no_ops, RemoveNoOps()),
+        (config.fold_batch_norm, FoldBatchNorm()),
+        (device != "cpu" if config.merge_linears is None else config.merge_linears, MergeLinears()),
+        (config.fold_constants, FoldConstants()),
+        # an ONNX graph has one layout; its runtime chooses its own inside
+        (config.channels_last is not False and target != "onnx",
+         ChannelsLast(always=config.channels_last is True)),
+    ]  # fmt: skip
+    return [each for wanted, each in chosen if wanted] + [*registered_passes(Stage.PRE_GRAD)]
+
+
+def optimize(captured: Captured, config: ExportConfig, target: str, report: Report) -> None:
+    """Run the passes over a captured graph, and drop what it no longer reads."""
+    device = captured.contract.device
+    context = PassContext(device, training=False)
+    try:
+        run_passes(inference_passes(config, device, target), captured.graph, context, report)
+    except PassError as error:
+        raise ExportError(f"{error}; turn the pass off in ExportConfig, and report it") from error
+    captured.graph.graph.eliminate_dead_code()
+    drop_unread(captured.graph)
+    captured.graph.recompile()
+
+
+def check_numbers(captured: Captured, config: ExportConfig, report: Report) -> None:
+    """Run the graph on the examples, and measure how far its results are from the module's.
+
+    Raises:
+        ExportError: Further than the settings allow.
+    """
+    with torch.no_grad():
+        got = captured.graph(*(t.clone() for t in captured.inputs))
+    limit = config.max_error
+    for spec, result, wanted in zip(
+        captured.contract.outputs, got, captured.reference, strict=True
+    ):
+        error = relative_error(result, wanted)
+        report.measured[f"error_{spec.name}"] = error
+        if wanted.is_floating_point() and wanted.dim() > 1 and wanted.shape[-1] > 1:
+            same = (result.argmax(-1) == wanted.argmax(-1)).double().mean()
+            report.measured[f"same_argmax_{spec.name}"] = float(same)
+        dtype = wanted.dtype if wanted.is_floating_point() else torch.float32
+        allowed = torch.finfo(dtype).eps ** 0.5 if limit is None else limit
+        if (limit is not None or config.precision is None) and not error <= allowed:
+            raise ExportError(
+                f"{spec.name} moved by {error:.1e} (relative), and {allowed:.1e} is allowed; set "
+                "ExportConfig.max_error, or turn passes off one by one to find the one that did it"
+            )
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """Return the Euclidean norm of the difference, relative to that of `wanted`; inf for NaNs.
+
+    Elements that are not finite in `wanted` must be the same in `got`.
+    """
+    a, b = got.double().flatten(), wanted.double().flatten()
+    finite = b.isfinite()
+    if a.shape != b.shape or not bool(((a == b) | (a.isnan() & b.isnan()))[~finite].all()):
+        return float("inf")
+    off, size = float((a - b)[finite].norm()), float(b[finite].norm())
+    if off != off:
+        return float("inf")
+    return off / size if size else off
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that the file depends on."""
+    from importlib.metadata import version
+
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "magi_train": version("magi-train"),
+    }
+
+
+def write(
+    captured: Captured,
+    path: Path,
+    target: str,
+    manifest: Mapping[str, Any],
+    config: ExportConfig,
+) -> None:
+    """Write a captured graph, whole or not at all.
+
+    Raises:
+        ExportError: torch could not write it; says why.
+    """
+    try:
+        with artifact.replacing(path) as name, torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of torch's writers, about themselves
+            if target == "onnx":
+                from magi_train.exporter.onnx_file import write_onnx
+
+                write_onnx(captured, name, manifest)
+                return
+            program = torch.export.export(
+                captured.graph, captured.inputs, dynamic_shapes=captured.specs
+            )
+            package = name.with_suffix(".pt2")  # the only suffix that torch writes
+            if target == "program":
+                torch.export.save(program, package)
+            else:
+                compat.aoti_compile(
+                    program, package_path=str(package), inductor_configs=dict(config.inductor)
+                )
+            artifact.append_manifest(package, manifest)
+            os.replace(package, name)
+    except ExportError:
+        raise
+    except Exception as error:
+        raise ExportError(f"cannot write {path} as {target!r}: {error}") from error

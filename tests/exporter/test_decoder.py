@@ -1,0 +1,160 @@
+"""Decoders: token for token what transformers' generate gives, from a file."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from magi_train import cli
+from magi_train.core import device_graphs
+from magi_train.core.errors import ExportError
+from magi_train.exporter import ExportConfig
+from magi_train.exporter.decoder import export_decoder
+from magi_train.exporter.generate import Sampling, load_decoder
+from tests.exporter.test_loaded import Recorder
+from tests.models import gpt2, llama, tokens
+
+SLOW = pytest.mark.full  # two captures of a model
+
+
+def ready(model):
+    model.eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def padded():
+    """Return four prompts of 6 tokens, of which two are shorter, and their mask."""
+    ids = tokens(3)[:, :6].clone()
+    mask = torch.ones_like(ids)
+    for row, missing in ((0, 3), (2, 1)):
+        mask[row, :missing] = 0
+        ids[row, :missing] = 0
+    return ids, mask
+
+
+def compare(model, decoder):
+    for prompt in (tokens(1)[:1, :5], tokens(2)[:3, :7], tokens(4)[:2, :1]):
+        given = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 12}
+        wanted = model.generate(prompt, do_sample=False, **given)
+        assert torch.equal(decoder.generate(prompt, **given), wanted)
+    ids, mask = padded()
+    given = {"attention_mask": mask, "max_new_tokens": 12}
+    greedy = model.generate(ids, do_sample=False, **given)
+    assert torch.equal(decoder.generate(ids, **given), greedy)
+    torch.manual_seed(5)
+    wanted = model.generate(ids, do_sample=True, temperature=0.7, top_k=20, top_p=0.9, **given)
+    torch.manual_seed(5)
+    assert torch.equal(
+        decoder.generate(ids, sampling=Sampling(True, 0.7, 20, 0.9), **given), wanted
+    )
+    ends = sorted({int(t) for t in greedy[:, 8]})
+    wanted = model.generate(ids, do_sample=False, eos_token_id=ends, pad_token_id=7, **given)
+    assert torch.equal(decoder.generate(ids, eos=ends, pad=7, **given), wanted)
+
+
+@SLOW
+@pytest.mark.parametrize("target", ["program", "pt2"])
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.timeout(900)
+def test_token_for_token(make, target, tmp_path):
+    model, path = ready(make()), tmp_path / "decoder.pt2"
+    report = export_decoder(model, path, length=32, target=target)
+    assert report.measured["error_output"] < 1e-5
+    weights = sum(t.nbytes for t in model.parameters())
+    assert target == "pt2" or path.stat().st_size < 2 * weights + 2**20, "weights are there twice"
+    compare(model, load_decoder(path))
+
+
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory):
+    torch.manual_seed(0)
+    model = ready(llama(num_hidden_layers=1))
+    path = tmp_path_factory.mktemp("decoder") / "decoder.pt2"
+    return model, path, export_decoder(model, path, length=24, batch=(1, 4))
+
+
+@SLOW
+def test_one_layer_token_for_token(one_layer):
+    model, path, _ = one_layer
+    compare(model, load_decoder(path))
+
+
+@SLOW
+def test_generations_at_the_same_time(one_layer, monkeypatch):
+    _, path, _ = one_layer
+    prompts = [tokens(n)[: 1 + n % 4, : 2 + n % 5] for n in range(8)]
+    decoder = load_decoder(path)
+    wanted = [decoder.generate(p, max_new_tokens=8) for p in prompts]
+    monkeypatch.setitem(device_graphs.makers, "cpu", Recorder)
+    replayed = load_decoder(path, cuda_graphs=True)
+    for each in (decoder, replayed):
+        with ThreadPoolExecutor(4) as pool:
+            got = list(pool.map(lambda p, d=each: d.generate(p, max_new_tokens=8), prompts))
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    assert len(replayed._held) == 4
+
+
+@SLOW
+def test_what_does_not_fit_is_said(one_layer, tmp_path):
+    model, path, _ = one_layer
+    decoder = load_decoder(path)
+    ids = tokens(0)[:, :6]
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    for args, kwargs, words in (
+        ((ids.int(),), {}, "must be int64"),
+        ((tokens(0, 5),), {}, "takes 1 to 4 prompts, not 5"),
+        ((ids,), {"attention_mask": mask}, "padded on the left"),
+        ((ids,), {"attention_mask": mask[:, :3]}, r"attention_mask must be \[4, 6\]"),
+        ((ids,), {"max_new_tokens": 19}, "do not fit the cache of 24"),
+    ):
+        with pytest.raises(ExportError, match=words):
+            decoder.generate(*args, **kwargs)
+    with pytest.raises(ExportError, match="has no CUDA graphs"):
+        load_decoder(path, cuda_graphs=True)
+    with pytest.raises(ValueError, match="top_p in"):
+        Sampling(True, top_p=0.0)
+    sliding = copy.deepcopy(model)
+    sliding.config.layer_types, sliding.config.sliding_window = ["sliding_attention"], 8
+    with pytest.raises(ExportError, match="layer 0 of LlamaForCausalLM keeps a StaticSliding"):
+        export_decoder(sliding, tmp_path / "other.pt2", length=16)
+    assert not list(tmp_path.iterdir())
+
+
+@SLOW
+def test_generate_from_a_shell(one_layer, capsys):
+    model, path, _ = one_layer
+    assert cli.main(["generate", str(path), "--prompt", "5 6 7", "--max-new-tokens", "4"]) == 0
+    found = [int(n) for n in capsys.readouterr().out.split()]
+    given = {"attention_mask": torch.ones(1, 3), "max_new_tokens": 4, "do_sample": False}
+    wanted = model.generate(torch.tensor([[5, 6, 7]]), **given)
+    assert found == wanted[0].tolist()
+    assert cli.main(["generate", str(path), "--prompt", "hello"]) == 2
+    assert "needs --tokenizer" in capsys.readouterr().err
+
+
+@SLOW
+def test_a_fixed_batch_in_bfloat16_groups_its_heads(tmp_path):
+    model, path = ready(llama(num_hidden_layers=1)), tmp_path / "decoder.pt2"
+    config = ExportConfig(precision="bfloat16", merge_linears=True)
+    export_decoder(model, path, length=24, batch=2, config=config)
+    decoder = load_decoder(path)
+    assert decoder.manifest["decoder"]["cache"][0][1] == "bfloat16"
+    assert decoder.generate(tokens(0)[:2, :4], max_new_tokens=5).shape == (2, 9)
+
+
+def test_sampling_keeps_what_it_is_told_to():
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log().expand(4096, 4)
+    draw = torch.Generator().manual_seed(0)
+
+    def kept(**given):
+        return sorted(set(Sampling(True, **given).next(logits, draw).tolist()))
+
+    assert kept() == [0, 1, 2, 3]
+    assert kept(top_k=3) == [0, 1, 2]
+    assert kept(top_p=0.65) == [0, 1]
+    assert kept(top_p=0.01) == kept(top_k=1) == kept(temperature=1e-3) == [0]
+    assert Sampling().next(logits, None).unique().tolist() == [0]

@@ -1,0 +1,187 @@
+"""load: inputs are checked, files are checked, threads, buckets, warm-up, replay."""
+
+import json
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+import magi_train
+from magi_train.core import device_graphs
+from magi_train.core.errors import ExportError
+from magi_train.exporter.artifact import MANIFEST
+
+
+class Pair(nn.Module):
+    """Two inputs that share a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x, ids, flag=True):
+        return self.linear(x) + ids[:, None] if flag else x
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "model.pt2"
+    inputs = {"x": torch.randn(2, 4), "ids": torch.arange(2), "flag": True}
+    magi_train.export(Pair(), inputs, path, dynamic={"batch": (1, 8)})
+    return path
+
+
+def changed(path, **changes):
+    """Rewrite the manifest of a file."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    name = next(n for n in entries if n.endswith(MANIFEST))
+    manifest = json.loads(entries[name])
+    for key, value in changes.items():
+        manifest[key] = {**manifest[key], **value} if isinstance(value, dict) else value
+    entries[name] = json.dumps(manifest).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for key, data in entries.items():
+            archive.writestr(key, data)
+
+
+def test_inputs_are_checked(file):
+    run = magi_train.load(file)
+    x, ids = torch.randn(3, 4), torch.arange(3)
+    inner, seen = run._run, []
+    run._run = lambda *t: seen.extend(t) or inner(*t)
+    run(x.T.contiguous().T, ids)
+    assert all(t.is_contiguous() for t in seen), "compiled code does not look at strides"
+    assert run(x, ids).shape == run(ids=ids, x=x, flag=True).shape == (3, 3)
+    for args, kwargs, words in (
+        ((x,), {}, r"\['ids'\] missing; the file takes \['x', 'ids', 'flag'\]"),
+        ((x, ids), {"mask": 1}, "no input is 'mask'"),
+        ((x, ids), {"x": x}, "'x' is given twice"),
+        ((x, ids, True, 1), {}, "4 arguments given"),
+        ((x, ids, False), {}, "flag was True when the model was exported"),
+        ((x.numpy(), ids), {}, "and no tensor"),
+        ((x.half(), ids), {}, r"x must be float32 \[batch in 1..8, 4\]: got float16"),
+        ((x[0], ids), {}, "got 1 dimensions"),
+        ((x[:, :2], ids), {}, r"got \[3, 2\], whose dimension 1 does not fit"),
+        ((torch.randn(9, 4), torch.arange(9)), {}, "dimension 0 does not fit"),
+        ((x, torch.arange(2)), {}, "batch is 3 in x and 2 in ids"),
+        ((x.to("meta"), ids), {}, "got a tensor on meta, and the file is for 'cpu'"),
+    ):
+        with pytest.raises(ExportError, match=words):
+            run(*args, **kwargs)
+
+
+def test_files_are_checked(file, tmp_path):
+    with pytest.raises(ExportError, match="does not exist"):
+        magi_train.load(tmp_path / "missing.pt2")
+    whole = file.read_bytes()
+    for part in (0.0, 0.5, 0.99):
+        file.write_bytes(whole[: int(len(whole) * part)])
+        with pytest.raises(ExportError, match="cut short"):
+            magi_train.load(file)
+    foreign = tmp_path / "foreign.zip"
+    with zipfile.ZipFile(foreign, "w") as archive:
+        archive.writestr("a", "b")
+    with pytest.raises(ExportError, match="no artifact of magi-train"):
+        magi_train.load(foreign)
+    for changes, words in (
+        ({"target": "pt2", "versions": {"torch": "2.1.0"}}, "machine code made with torch 2.1.0"),
+        ({"versions": {"torch": "9.9.0"}}, "written by torch 9.9.0, and this is torch .* older"),
+        ({"target": "pt2", "hardware": {"machine": "vax"}}, "machine code for machine vax"),
+        ({"target": "pt2", "hardware": {"instructions": "AVX9"}}, "for instructions AVX9"),
+        ({"contract": {"device": "tpu"}}, "is for 'tpu'"),
+        ({"format": 1}, "has format 1"),
+    ):
+        file.write_bytes(whole)
+        changed(file, **changes)
+        with pytest.raises(ExportError, match=words):
+            magi_train.load(file)
+    file.write_bytes(whole)
+    changed(file, versions={"torch": "2.11.0"})  # an older program is fine
+    assert magi_train.load(file)(torch.randn(1, 4), torch.arange(1)).shape == (1, 3)
+
+
+def test_calls_from_many_threads(file):
+    run = magi_train.load(file)
+    inputs = [(torch.randn(1 + i % 8, 4), torch.arange(1 + i % 8)) for i in range(64)]
+    wanted = [run(*pair) for pair in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda pair: run(*pair), inputs))
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    assert not got[0].requires_grad
+
+
+def test_buckets_pad_and_cut(file):
+    plain, run = magi_train.load(file), magi_train.load(file, buckets=(4, 2, 8))
+    seen = []
+    inner = run._run
+    run._run = lambda *t: seen.append(len(t[0])) or inner(*t)
+    for rows in (1, 2, 3, 8):
+        x, ids = torch.randn(rows, 4), torch.arange(rows)
+        torch.testing.assert_close(run(x, ids), plain(x, ids))
+    assert seen == [2, 2, 4, 8]
+    seen.clear()
+    run.warmup(calls=1)
+    assert seen == [2, 4, 8]
+    seen.clear()
+    run.warmup(calls=2, batch=2)
+    assert seen == [2, 2]
+    with pytest.raises(ExportError, match=r"batch in 1\.\.8"):
+        magi_train.load(file, buckets=(16,))
+    with pytest.raises(ExportError, match="'rows' is no dynamic size"):
+        run.warmup(rows=3)
+    run = magi_train.load(file, buckets=(2, 4))
+    with pytest.raises(ExportError, match="the batch is 5, and the largest bucket 4"):
+        run(torch.randn(5, 4), torch.arange(5))
+
+
+def test_buckets_refuse_results_without_a_batch(tmp_path):
+    class Total(nn.Module):
+        def forward(self, x):
+            return x.sum(), x
+
+    path = tmp_path / "model.pt2"
+    magi_train.export(Total(), (torch.ones(2, 3),), path, dynamic="batch")
+    with pytest.raises(ExportError, match=r"output\.0|0 is float32 \[\]"):
+        magi_train.load(path, buckets=(4,))
+    magi_train.export(Total(), (torch.ones(2, 3),), path)
+    with pytest.raises(ExportError, match="need a file with a dynamic batch"):
+        magi_train.load(path, buckets=(4,))
+
+
+class Recorder:
+    """A device whose recording runs the function again, into the same memory."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def busy(self):
+        return False
+
+    def capture(self, function):
+        results = function()
+
+        def replay():
+            for old, new in zip(results, function(), strict=True):
+                old.copy_(new)
+
+        for result in results:
+            result.zero_()  # a recording has computed nothing yet
+        return results, replay
+
+
+def test_replay_gives_results_of_their_own(file, monkeypatch):
+    with pytest.raises(ExportError, match="cannot be replayed as CUDA graphs"):
+        magi_train.load(file, cuda_graphs=True)
+    monkeypatch.setitem(device_graphs.makers, "cpu", Recorder)
+    plain, run = magi_train.load(file), magi_train.load(file, cuda_graphs=True)
+    inputs = [(torch.randn(n, 4), torch.arange(n)) for n in (2, 2, 2, 3, 2, 3)]
+    got = [run(*pair) for pair in inputs]
+    assert len(run._run._recorded) == 2
+    for pair, result in zip(inputs, got, strict=True):
+        torch.testing.assert_close(result, plain(*pair))
+    with ThreadPoolExecutor(4) as pool:
+        again = list(pool.map(lambda pair: run(*pair), inputs * 8))
+    assert all(torch.equal(a, b) for a, b in zip(again, got * 8, strict=True))

@@ -1,0 +1,47 @@
+"""Exports on CUDA: machine code in bfloat16, replayed as CUDA graphs, and decoding."""
+
+import pytest
+import torch
+
+import magi_train
+from magi_train import ExportConfig
+from magi_train.exporter.decoder import export_decoder
+from magi_train.exporter.generate import load_decoder
+from tests.exporter.nets import Block
+from tests.models import gpt2, images, llama, tokens
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("target", ["program", "pt2"])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_bfloat16_on_the_device(tmp_path, target, graphs):
+    model, path = Block().cuda(), tmp_path / "model.pt2"
+    report = magi_train.export(
+        model, (images(0).cuda(),), path, target=target, dynamic={"batch": (1, 8)},
+        config=ExportConfig(precision="bfloat16"),
+    )  # fmt: skip
+    run = magi_train.load(path, buckets=(1, 4, 8), cuda_graphs=graphs)
+    run.warmup(calls=3)
+    for rows in (1, 3, 8, 3):
+        x = images(rows, rows).cuda()
+        with torch.no_grad():
+            wanted = model.eval()(x)
+        got = run(x)
+        assert (got - wanted).norm() / wanted.norm() < 0.05
+    assert report.measured["error_output"] < 0.05
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_decoding_equals_generate(tmp_path, make, graphs):
+    model = make().cuda().eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    path = tmp_path / "decoder.pt2"
+    export_decoder(model, path, length=48, batch=2, target="pt2")
+    decoder = load_decoder(path, cuda_graphs=graphs)
+    for seed in (0, 1):
+        ids = tokens(seed)[:2].cuda()
+        given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 20}
+        wanted = model.generate(ids, do_sample=False, **given)
+        assert torch.equal(decoder.generate(ids, **given), wanted)
