@@ -161,10 +161,9 @@ def walk(
             if s in live and s not in kept:
                 live.discard(s)
                 now -= storages.size[s]
-    by_size = sorted(at_peak, key=lambda s: -storages.size[s])[:LARGEST]
-    largest = tuple(
-        Tensor(maker[s].name, storages.size[s], user_line(maker[s])) for s in by_size if s in maker
-    )
+    made = [s for s in at_peak if s in maker]  # by name among equals: all runs tell the same
+    by_size = sorted(made, key=lambda s: (-storages.size[s], maker[s].name))[:LARGEST]
+    largest = tuple(Tensor(maker[s].name, storages.size[s], user_line(maker[s])) for s in by_size)
     names = tuple(node.name for node in order)
     at = order[peak_at].name if peak_at >= 0 else ""
     return Timeline(names, tuple(sizes), peak, at, largest), live
