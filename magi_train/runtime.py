@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from magi_train.comm.codecs.compressor import STATEFUL
+from magi_train.comm.plan import CommPlan
 from magi_train.comm.reducer import Reducer
 from magi_train.core import compat, hardware, settings
 from magi_train.core.config import Config
@@ -204,13 +205,7 @@ class Runtime:
         """Let the memory budget, if there is one, look at what a first step begins with."""
         if self.memory is None:
             return
-        buckets = self.reducer.plan.buckets if self.world.size > 1 else ()
-        sizes = [b.numel * b.torch_dtype().itemsize for b in buckets]
-        encoded = [b for b in buckets if b.codec != b.dtype]
-        residuals = [b.numel * b.torch_dtype().itemsize for b in encoded if b.codec in STATEFUL]
-        # one is packed while its gradients live
-        extra = max(sizes, default=0) + sum(b.wire_bytes() for b in encoded) + sum(residuals)
-        self.memory.begin(batch, self.shadows.num_bytes, extra)
+        self.memory.begin(batch, self.shadows.num_bytes, buffer_bytes(self.reducer.plan))
 
     def close(self) -> None:
         """Take everything of ours off the model: it is a plain module again."""
@@ -239,3 +234,13 @@ class Runtime:
             yield
         finally:
             self.inside = before
+
+
+def buffer_bytes(plan: CommPlan) -> int:
+    """Return what communication needs on each rank besides the gradients."""
+    buckets = plan.buckets if plan.world_size > 1 else ()
+    sizes = [b.numel * b.torch_dtype().itemsize for b in buckets]
+    encoded = [b for b in buckets if b.codec != b.dtype]
+    residuals = [b.numel * b.torch_dtype().itemsize for b in encoded if b.codec in STATEFUL]
+    # one is packed while its gradients live
+    return max(sizes, default=0) + sum(b.wire_bytes() for b in encoded) + sum(residuals)

@@ -15,21 +15,20 @@ of the backward, have left their gradients.
 
 What is not predicted: fragmentation and the CUDA context (the budget bounds what is allocated, as
 `torch.cuda.max_memory_allocated` counts it), workspaces of kernels other than cuBLAS and attention,
-what Inductor saves by reusing buffers in place, and in the REGION tier everything outside of the
-blocks. The peak of the first real step is compared with the plan, and corrects it once.
+and in the REGION tier everything outside of the blocks. The peak of the first real step is compared
+with the plan, and corrects it once.
 """
 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from torch.fx import GraphModule
 
 from magi_train.core import compat
-from magi_train.core.errors import PassError
+from magi_train.core.errors import MagiError, PassError
 from magi_train.core.graph import saved_for_backward
-from magi_train.core.hardware import speed_of
 from magi_train.core.passes import Plan
 from magi_train.memory.peak import Timeline, simulate
 from magi_train.memory.remat import Joint, Row, SavedSet
@@ -39,6 +38,11 @@ SAMPLES = 64
 """Points of the timeline that the report keeps, each the highest of its stretch."""
 SHOWN_OPS = 6
 Partition = tuple[GraphModule, GraphModule]
+
+
+class _Planned(TypedDict):
+    fused: bool
+    device_type: str
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class BudgetPlan(Plan):
         at: The node that runs at the peak.
         largest: The largest tensors then: MiB, node, the user's line.
         timeline_gib: The predicted course of the step.
+        frontier: Where the limit asks for a survey: [peak in GiB, recomputation in ms] of each plan
+            that some budget would choose, the fastest first.
     """
 
     budget_gib: float
@@ -70,6 +76,19 @@ class BudgetPlan(Plan):
     at: str
     largest: list[str]
     timeline_gib: list[float]
+    frontier: list[list[float]]
+
+
+class SurveyedError(MagiError):
+    """A step was planned to see what it takes, and is not compiled.
+
+    Attributes:
+        plan: What was found.
+    """
+
+    def __init__(self, plan: BudgetPlan) -> None:
+        super().__init__("the step was planned, not compiled")
+        self.plan = plan
 
 
 class FitBudget:
@@ -91,11 +110,12 @@ class FitBudget:
 
         Raises:
             PassError: No plan fits; names the smallest budget and what would lower it.
+            SurveyedError: The limit asks for a survey.
         """
         trial = _copy(joint)
         default = compat.min_cut_partition(trial, inputs, **rest)
-        speed = speed_of(self.limit.device_type)
-        graph = Joint(trial.graph, rest["num_fwd_outputs"], speed, fused=self.limit.fused)
+        on: _Planned = {"fused": self.limit.fused, "device_type": self.limit.device_type}
+        graph = Joint(trial.graph, rest["num_fwd_outputs"], self.limit.speed, **on)
         names = {node.name for node in saved_for_backward(default[0])}
         row = Row(graph, (n for n in graph.nodes if n.name in names))
         chosen = row.choose(lambda plan: self._peak(row, plan), self.limit.budget_bytes)
@@ -108,11 +128,17 @@ class FitBudget:
         if chosen is not row.default:
             with compat.saving(chosen.saved):
                 cut = compat.min_cut_partition(_copy(joint), inputs, **rest)
-        self._note(self._plan(row, chosen, simulate(*cut, fused=self.limit.fused)))
+        plan = self._plan(row, chosen, simulate(*cut, **on))
+        if self.limit.survey:
+            raise SurveyedError(plan)
+        self._note(plan)
         return cut
 
     def _peak(self, row: Row, plan: SavedSet) -> int:
         return self.limit.step_bytes(row.timeline(plan).peak, row.saved_bytes(plan))
+
+    def _milliseconds(self, plan: SavedSet) -> float:
+        return round(plan.seconds * 1e3 * self.limit.blocks, 6)
 
     def _impossible(self, row: Row, least: SavedSet) -> str:
         course = row.timeline(least)
@@ -136,12 +162,13 @@ class FitBudget:
         slowest = sorted((n for n in again if again[n] > 0), key=lambda n: (-again[n], n))
         step = -(-len(course.live) // SAMPLES) or 1
         samples = [max(course.live[i : i + step]) for i in range(0, len(course.live), step)]
+        survey = row.frontier(lambda plan: self._peak(row, plan)) if limit.survey else []
         largest = [f"{t.size_bytes / 2**20:.3f} MiB {t.node} {t.line}" for t in course.largest]
         return BudgetPlan(
             budget_gib=_gib(limit.budget_bytes),
             planned_gib=_gib(limit.step_bytes(course.peak, row.saved_bytes(chosen))),
             without_gib=_gib(self._peak(row, row.default)),
-            recompute_ms=round(chosen.seconds * 1e3 * limit.blocks, 6),
+            recompute_ms=self._milliseconds(chosen),
             step_ms=round(graph.forward_seconds * 1e3 * limit.blocks, 6),
             saved_gib=_gib(row.saved_bytes(chosen) * limit.blocks),
             recomputed={n: counts[n] for n in slowest[:SHOWN_OPS]},
@@ -149,6 +176,7 @@ class FitBudget:
             at=course.at,
             largest=largest,
             timeline_gib=[_gib(limit.resident_bytes + size) for size in samples],
+            frontier=[[_gib(self._peak(row, p)), self._milliseconds(p)] for p in survey],
         )
 
 

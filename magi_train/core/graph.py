@@ -308,7 +308,8 @@ def user_line(node: Node) -> str:
     """Return the last line of the user's code that made `node`, "" if unknown."""
     lines = (node.stack_trace or "").strip().splitlines()
     places = [i for i, line in enumerate(lines) if line.strip().startswith("File ")]
-    return " ".join(line.strip() for line in lines[places[-1] :]) if places else ""
+    code = [line.strip() for line in lines[places[-1] :] if line.strip(" ^~")] if places else []
+    return " ".join(code)
 
 
 def restore_order(graph: Graph) -> None:

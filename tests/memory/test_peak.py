@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from magi_train.memory import cost
-from magi_train.memory.peak import simulate
+from magi_train.memory.peak import Storages, body, simulate, walk
 from magi_train.memory.remat import checkpoints
 from tests.memory.joint import capture
 from tests.memory.tracker import traced_peak
@@ -171,3 +172,24 @@ def test_attention_costs_its_products_with_grouped_heads():
     whole = 4 * 2 * 8 * 64 * 64 * 16
     assert cost.flops(forward) == whole / 2
     assert cost.flops(backward) == 2.5 * whole / 2
+
+
+ONE, NARROW = 64 * 64 * 4, 512
+
+
+@pytest.mark.parametrize(
+    ("function", "want"),
+    [
+        (lambda y, w: (y.exp().view(32, 128) * 2).sum(), ONE + NARROW),  # a view of what is inlined
+        (lambda y, w: y.exp().amax(), ONE + NARROW),  # what reads it is returned
+        (lambda y, w: y.exp() @ w[:, :1], ONE + NARROW),  # in place: nothing reads y again
+        (lambda y, w: (y.exp() @ w[:, :1]) + y[:, :1], 2 * ONE),  # y is read again
+        (lambda y, w: y.exp().view(32, 128), ONE),  # a view that is returned is memory
+    ],
+)
+def test_generated_code_stores_what_it_must(function, want):
+    made = make_fx(lambda x, w: function(x @ w, w), tracing_mode="fake")(*[torch.ones(64, 64)] * 2)
+    inputs = made.graph.find_nodes(op="placeholder")
+    results = made.graph.output_node().all_input_nodes
+    course, _ = walk(body(made.graph), Storages(fused=True), resident=inputs, keep=results)
+    assert want <= course.peak <= want + NARROW
