@@ -224,7 +224,11 @@ def load_build(name: str) -> Build:
         raise MagiError(f"importing {place} failed: {type(error).__name__}: {error}") from error
     found = getattr(module, wanted, None)
     if not callable(found):
-        have = [n for n, f in vars(module).items() if inspect.isfunction(f) and n[0] != "_"]
+        have = [
+            n
+            for n, f in vars(module).items()
+            if inspect.isfunction(f) and f.__module__ == module.__name__
+        ]
         raise MagiError(
             f"{place} has no function {wanted!r}, only {', '.join(have) or 'none'}; name one as "
             f"{place}:function. {FORM}"

@@ -1,8 +1,10 @@
 """Runtime: what belongs to one model, whatever is captured of it: ranks, reducer, report."""
 
 import contextlib
+import functools
 import itertools
 import logging
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,6 +25,7 @@ from magi_train.core.world import World, join_from_environment
 from magi_train.fusion.narrow_gradients import NarrowGradients
 from magi_train.fusion.optimizer import take_over, taken_parameters
 from magi_train.fusion.shadow import WeightShadows
+from magi_train.memory.exhausted import explain, is_exhausted
 from magi_train.memory.sharded_optimizer import is_sharded, shard, why_not_sharded
 from magi_train.memory.shards import Shards
 from magi_train.memory.step import StepMemory
@@ -64,6 +67,7 @@ class Runtime:
         self.inside = False
         self.region_ordinals = itertools.count()
         self.world: World = join_from_environment()
+        _explain_uncaught()
         parameters = dict(module.named_parameters())
         devices = {p.device for p in parameters.values()}
         if len(devices) > 1:
@@ -234,6 +238,21 @@ class Runtime:
             yield
         finally:
             self.inside = before
+
+
+@functools.cache
+def _explain_uncaught() -> None:
+    """Explain allocations that fail in a backward; behind World, whose hook then tells the rest."""
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        alive = [runtime for ref in _runtimes.values() if (runtime := ref()) is not None]
+        trained = [runtime for runtime in alive if not runtime.closed]
+        if is_exhausted(error) and trained:
+            explain(error, trained[-1].memory)
+        previous(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def buffer_bytes(plan: CommPlan) -> int:

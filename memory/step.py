@@ -194,6 +194,11 @@ class StepMemory:
             )
         return limit
 
+    @property
+    def planned_bytes(self) -> int:
+        """The planned peak of the step; 0 before there is a plan."""
+        return self._planned_bytes
+
     def planned(self, planned_gib: float, bounded: bool) -> None:
         """Take note of a graph's predicted peak, and whether something is recomputed for it."""
         self._planned_bytes = max(self._planned_bytes, int(planned_gib * GIB))
