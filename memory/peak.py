@@ -13,8 +13,9 @@ hands out. Inputs of the forward are not counted: who owns them holds them for t
 Generated code does not store every value: with `fused`, a pointwise node whose readers all lie in
 front of the next kernel of a library (a product, a convolution, an attention) has no storage of its
 own, and its inputs live as long as its readers need them; and a pointwise kernel writes its result
-over an input of the same size that nothing reads later. An approximation: Inductor also reorders,
-and fuses across such kernels. The measured peak of the first step corrects it.
+over an input of the same size that nothing reads later, unless the result leaves the graph. An
+approximation: Inductor also reorders, and fuses across such kernels. The measured peak of the first
+step corrects it.
 
 Source: lifetime analysis as in register allocation; Inductor's own estimate
 (torch/_inductor/memory.py). Differs: needs no scheduler, so it can judge a plan before lowering.
@@ -154,7 +155,8 @@ def walk(
         made = [s for s in new if s not in live and s not in free_of_charge]
         if storages.fused and is_pointwise(node):
             dying = [s for s in frees.get(i, ()) if s in live and s not in kept]
-            reused = _reused([storages.size[s] for s in made], dying, storages)
+            inner = [storages.size[s] for s in made if s not in kept]
+            reused = _reused(inner, dying, storages)
             live -= reused
             now -= sum(storages.size[s] for s in reused)
         for s in made:
