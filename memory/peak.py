@@ -12,10 +12,9 @@ hands out. Inputs of the forward are not counted: who owns them holds them for t
 
 Generated code does not store every value: with `fused`, a pointwise node whose readers all lie in
 front of the next kernel of a library (a product, a convolution, an attention) has no storage of its
-own, and its inputs live as long as its readers need them; and a pointwise kernel writes its result
-over an input of the same size that nothing reads later, unless the result leaves the graph. An
-approximation: Inductor also reorders, and fuses across such kernels. The measured peak of the first
-step corrects it.
+own, and its inputs live as long as its readers need them. An approximation: Inductor also reuses
+buffers in place, reorders, and fuses across such kernels, which lowers the real peak. The measured
+peak of the first step corrects it.
 
 Source: lifetime analysis as in register allocation; Inductor's own estimate
 (torch/_inductor/memory.py). Differs: needs no scheduler, so it can judge a plan before lowering.
@@ -153,12 +152,6 @@ def walk(
     for i, node in enumerate(order):
         new = storages.of(node) if stored[i] else ()
         made = [s for s in new if s not in live and s not in free_of_charge]
-        if storages.fused and is_pointwise(node):
-            dying = [s for s in frees.get(i, ()) if s in live and s not in kept]
-            inner = [storages.size[s] for s in made if s not in kept]
-            reused = _reused(inner, dying, storages)
-            live -= reused
-            now -= sum(storages.size[s] for s in reused)
         for s in made:
             live.add(s)
             maker[s] = node
@@ -206,15 +199,6 @@ def _lifetimes(
         if is_view(node) and isinstance(seen, Node) and seen in place:
             stored[i] = stored[place[seen]]
     return stored, last_use
-
-
-def _reused(sizes: Iterable[int], dying: Sequence[int], storages: Storages) -> set[int]:
-    """Return those of the storages that die in a kernel which it writes its results into."""
-    found: set[int] = set()
-    for size in sizes:
-        same = [s for s in dying if storages.size[s] == size and s not in found]
-        found |= set(same[:1])
-    return found
 
 
 def _kernels_before(order: Sequence[Node]) -> list[int]:
