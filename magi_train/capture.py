@@ -53,6 +53,7 @@ from magi_train.fusion.projections import MergeProjections
 from magi_train.fusion.shadow import UseWeightShadows, shadow_graph
 from magi_train.lower import lower
 from magi_train.memory.budget import FitBudget
+from magi_train.memory.exhausted import explain, is_exhausted
 from magi_train.replay import Replayer, weakly
 from magi_train.runtime import Runtime
 from magi_train.tune import Tuner
@@ -136,10 +137,11 @@ class Region:
             if not runtime.inside:
                 recorder.end(self._ordinal, output)
             return output
-        except torch.OutOfMemoryError:  # batch size finders catch it and go on
-            raise
         except BaseException as error:
-            runtime.world.fail(error)
+            if is_exhausted(error):
+                explain(error, runtime.memory)
+            if not isinstance(error, torch.OutOfMemoryError):  # batch size finders go on
+                runtime.world.fail(error)
             raise
 
     def close(self) -> None:

@@ -42,7 +42,7 @@ def _parse(given: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="magi", description=__doc__, epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run", help="start a script on every rank", add_help=False)
-    explain = commands.add_parser("explain", help="show the report of a run")
+    explain = commands.add_parser("explain", help="show the report of a run, or ask if it will fit")
     explain.add_argument(
         "report", nargs="?", default=".", help="a report, or the folder of a run (default: here)"
     )
@@ -53,6 +53,7 @@ def _parse(given: list[str]) -> argparse.Namespace:
         metavar="PATH",
         help="write one HTML page instead (default: magi_report.html beside the report)",
     )
+    _add_fits(explain)
     doctor = commands.add_parser("doctor", help="examine this machine and what is installed")
     config = commands.add_parser("config", help="show settings and where they come from")
     if given[:1] and given[0] in (*EXPORTING, "-h", "--help"):  # torch is loaded for these alone
@@ -69,11 +70,25 @@ def _parse(given: list[str]) -> argparse.Namespace:
     for command in (explain, doctor, show):
         command.add_argument("--json", action="store_true", help="print JSON")
     options, others = parser.parse_known_args(given)
-    wrong = [o for o in others if not o.startswith("--magi.") or options.command != "config"]
+    takes_settings = options.command == "config" or getattr(options, "fits", None) is not None
+    wrong = [o for o in others if not o.startswith("--magi.") or not takes_settings]
     if wrong:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     options.words = [o.removeprefix("--magi.") for o in others]
     return options
+
+
+def _add_fits(explain: argparse.ArgumentParser) -> None:
+    fits = explain.add_argument_group(
+        "does it fit?", "predict a step's memory without a GPU; takes --magi.KEY=VALUE too"
+    )
+    fits.add_argument("--fits", metavar="SCRIPT.py:BUILD", help="returns (module, batch, ...)")
+    fits.add_argument("--gpu", help="h200, h100, a100-80, ...")
+    fits.add_argument("--gib", type=float, help="memory of the GPU")
+    fits.add_argument("--ranks", type=int, default=1, help="GPUs that train together")
+    fits.add_argument("--batch", type=int, help="dimension 0 of the batch")
+    fits.add_argument("--autocast", choices=("none", "bfloat16", "float16"), default="none")
+    fits.add_argument("--no-search", action="store_true", help="do not look for the largest batch")
 
 
 def _show_config(options: argparse.Namespace) -> int:
@@ -103,6 +118,20 @@ def _show_keys() -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
+    if options.fits is not None:
+        from magi_train.fits_command import command
+
+        return command(
+            options.fits,
+            gpu=options.gpu,
+            gib=options.gib,
+            ranks=options.ranks,
+            autocast=options.autocast,
+            batch=options.batch,
+            search=not options.no_search,
+            words=options.words,
+            as_json=options.json,
+        )
     from magi_train.integrations.explain import explain
 
     return explain(options.report, options.html, as_json=options.json)

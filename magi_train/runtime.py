@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from magi_train.comm.codecs.compressor import STATEFUL
 from magi_train.comm.fully_shard import FullyShard, device_for, local_part
+from magi_train.comm.plan import CommPlan
 from magi_train.comm.reducer import Reducer
 from magi_train.core import compat, hardware, settings
 from magi_train.core.config import Config
@@ -30,6 +32,7 @@ from magi_train.fusion.narrow_gradients import NarrowGradients
 from magi_train.fusion.optimizer import take_over, taken_parameters
 from magi_train.fusion.shadow import WeightShadows
 from magi_train.memory.engine import choose, replica
+from magi_train.memory.exhausted import explain, is_exhausted
 from magi_train.memory.sharded_optimizer import is_sharded, shard, why_not_sharded
 from magi_train.memory.shards import Shards
 from magi_train.memory.step import StepMemory
@@ -76,6 +79,7 @@ class Runtime:
         self.record_path: Path | None = None
         self.region_ordinals = itertools.count()
         self.world: World = join_from_environment()
+        _explain_uncaught()
         parameters = dict(module.named_parameters())
         devices = {p.device for p in parameters.values()}
         if len(devices) > 1:
@@ -290,13 +294,7 @@ class Runtime:
         if self.memory is None:
             return
         assert isinstance(self.reducer, Reducer), "a budget is refused for sharded weights"
-        buckets = self.reducer.plan.buckets if self.world.size > 1 else ()
-        sizes = [b.numel * b.torch_dtype().itemsize for b in buckets]
-        encoded = [b for b in buckets if b.codec != b.dtype]
-        residuals = [b.numel * b.torch_dtype().itemsize for b in encoded if b.codec in STATEFUL]
-        # one is packed while its gradients live
-        extra = max(sizes, default=0) + sum(b.wire_bytes() for b in encoded) + sum(residuals)
-        self.memory.begin(batch, self.shadows.num_bytes, extra)
+        self.memory.begin(batch, self.shadows.num_bytes, buffer_bytes(self.reducer.plan))
 
     def close(self) -> None:
         """Take everything of ours off the model: it is a plain module again."""
@@ -357,3 +355,28 @@ def _resident_mib(
         for n, xs in held.items()
     }
     return {name: round(size / MIB, 6) for name, size in sizes.items() if size}
+
+
+@functools.cache
+def _explain_uncaught() -> None:
+    """Explain allocations that fail in a backward; behind World, whose hook then tells the rest."""
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        alive = [runtime for ref in _runtimes.values() if (runtime := ref()) is not None]
+        trained = [runtime for runtime in alive if not runtime.closed]
+        if is_exhausted(error) and trained:
+            explain(error, trained[-1].memory)
+        previous(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def buffer_bytes(plan: CommPlan) -> int:
+    """Return what communication needs on each rank besides the gradients."""
+    buckets = plan.buckets if plan.world_size > 1 else ()
+    sizes = [b.numel * b.torch_dtype().itemsize for b in buckets]
+    encoded = [b for b in buckets if b.codec != b.dtype]
+    residuals = [b.numel * b.torch_dtype().itemsize for b in encoded if b.codec in STATEFUL]
+    # one is packed while its gradients live
+    return max(sizes, default=0) + sum(b.wire_bytes() for b in encoded) + sum(residuals)

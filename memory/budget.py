@@ -22,14 +22,13 @@ blocks. The peak of the first real step is compared with the plan, and corrects 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from torch.fx import GraphModule
 
 from magi_train.core import compat
-from magi_train.core.errors import PassError
+from magi_train.core.errors import MagiError, PassError
 from magi_train.core.graph import saved_for_backward
-from magi_train.core.hardware import speed_of
 from magi_train.core.passes import Plan
 from magi_train.memory.peak import Timeline, simulate
 from magi_train.memory.remat import Joint, Row, SavedSet
@@ -37,6 +36,11 @@ from magi_train.memory.step import GIB, Limit, shares
 
 SHOWN_OPS = 6
 Partition = tuple[GraphModule, GraphModule]
+
+
+class _Planned(TypedDict):
+    fused: bool
+    device_type: str
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class BudgetPlan(Plan):
         saved_gib: What the forward saves for its backward.
         recomputed: {op: how often it runs again}, the slowest first.
         resident_gib: {what is there all the time: how much}.
+        frontier: Where the limit asks for a survey: [peak in GiB, recomputation in ms] of each plan
+            that some budget would choose, the fastest first.
     """
 
     budget_gib: float
@@ -62,6 +68,20 @@ class BudgetPlan(Plan):
     saved_gib: float
     recomputed: dict[str, int]
     resident_gib: dict[str, float]
+    frontier: list[list[float]]
+
+
+class SurveyedError(MagiError):
+    """A step was planned to see what it takes, and is not compiled.
+
+    Attributes:
+        plan: What was found.
+        course: The predicted course of the step.
+    """
+
+    def __init__(self, plan: BudgetPlan, course: Timeline) -> None:
+        super().__init__("the step was planned, not compiled")
+        self.plan, self.course = plan, course
 
 
 class FitBudget:
@@ -83,11 +103,12 @@ class FitBudget:
 
         Raises:
             PassError: No plan fits; names the smallest budget and what would lower it.
+            SurveyedError: The limit asks for a survey.
         """
         trial = _copy(joint)
         default = compat.min_cut_partition(trial, inputs, **rest)
-        speed = speed_of(self.limit.device_type)
-        graph = Joint(trial.graph, rest["num_fwd_outputs"], speed, fused=self.limit.fused)
+        on: _Planned = {"fused": self.limit.fused, "device_type": self.limit.device_type}
+        graph = Joint(trial.graph, rest["num_fwd_outputs"], self.limit.speed, **on)
         names = {node.name for node in saved_for_backward(default[0])}
         row = Row(graph, (n for n in graph.nodes if n.name in names))
         chosen = row.choose(lambda plan: self._peak(row, plan), self.limit.budget_bytes)
@@ -100,11 +121,18 @@ class FitBudget:
         if chosen is not row.default:
             with compat.saving(chosen.saved):
                 cut = compat.min_cut_partition(_copy(joint), inputs, **rest)
-        self._note(self._plan(row, chosen, simulate(*cut, fused=self.limit.fused)))
+        course = simulate(*cut, **on)
+        plan = self._plan(row, chosen, course)
+        if self.limit.survey:
+            raise SurveyedError(plan, course)
+        self._note(plan)
         return cut
 
     def _peak(self, row: Row, plan: SavedSet) -> int:
         return self.limit.step_bytes(row.timeline(plan).peak, row.saved_bytes(plan))
+
+    def _milliseconds(self, plan: SavedSet) -> float:
+        return round(plan.seconds * 1e3 * self.limit.blocks, 6)
 
     def _impossible(self, row: Row, least: SavedSet) -> str:
         course = row.timeline(least)
@@ -126,15 +154,17 @@ class FitBudget:
             again[name] = again.get(name, 0.0) + graph.seconds[node]
             counts[name] = counts.get(name, 0) + 1
         slowest = sorted((n for n in again if again[n] > 0), key=lambda n: (-again[n], n))
+        survey = row.frontier(lambda plan: self._peak(row, plan)) if limit.survey else []
         return BudgetPlan(
             budget_gib=_gib(limit.budget_bytes),
             planned_gib=_gib(limit.step_bytes(course.peak, row.saved_bytes(chosen))),
             without_gib=_gib(self._peak(row, row.default)),
-            recompute_ms=round(chosen.seconds * 1e3 * limit.blocks, 6),
+            recompute_ms=self._milliseconds(chosen),
             step_ms=round(graph.forward_seconds * 1e3 * limit.blocks, 6),
             saved_gib=_gib(row.saved_bytes(chosen) * limit.blocks),
             recomputed={n: counts[n] for n in slowest[:SHOWN_OPS]},
             resident_gib={name: _gib(size) for name, size in limit.resident.items()},
+            frontier=[[_gib(self._peak(row, p)), self._milliseconds(p)] for p in survey],
         )
 
 

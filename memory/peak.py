@@ -78,13 +78,14 @@ class Storages:
 
     Args:
         fused: Generated code runs the graph: see the head of the module.
+        device_type: What the step is planned for; "": where its tensors lie.
 
     Attributes:
         size: Bytes of each storage, rounded up.
     """
 
-    def __init__(self, *, fused: bool) -> None:
-        self.fused = fused
+    def __init__(self, *, fused: bool, device_type: str = "") -> None:
+        self.fused, self.device_type = fused, device_type
         self.size: dict[int, int] = {}
         self._of: dict[Node, tuple[int, ...]] = {}
 
@@ -149,12 +150,13 @@ def walk(
     now, peak, peak_at = sum(storages.size[s] for s in live), 0, -1
     sizes, at_peak = [], set(live)
     for i, node in enumerate(order):
-        for s in storages.of(node) if stored[i] else ():
-            if s not in live and s not in free_of_charge:
-                live.add(s)
-                maker[s] = node
-                now += storages.size[s]
-        sizes.append(now + _workspace(node))
+        new = storages.of(node) if stored[i] else ()
+        made = [s for s in new if s not in live and s not in free_of_charge]
+        for s in made:
+            live.add(s)
+            maker[s] = node
+            now += storages.size[s]
+        sizes.append(now + _workspace(node, storages.device_type))
         if sizes[-1] > peak:
             peak, peak_at, at_peak = sizes[-1], i, set(live)
         for s in frees.get(i, ()):
@@ -183,6 +185,7 @@ def _lifetimes(
         end = i
         if storages.fused and node not in kept and _is_inlined(node, place, kernels, kept, stored):
             stored[i] = False
+        if not stored[i] or is_view(node):
             end = until.get(node, i)
         for source in node.all_input_nodes:
             until[source] = max(until.get(source, i), end)
@@ -190,6 +193,10 @@ def _lifetimes(
                 last_use[s] = max(last_use.get(s, end), end)
         for s in storages.of(node) if stored[i] else ():
             last_use.setdefault(s, i)
+    for i, node in enumerate(order):  # a view has storage where what it looks at has
+        seen = node.args[0] if node.args else None
+        if is_view(node) and isinstance(seen, Node) and seen in place:
+            stored[i] = stored[place[seen]]
     return stored, last_use
 
 
@@ -229,20 +236,25 @@ def _is_inlined(
         i = place.get(user)
         if i is None:  # in the other graph, or the output
             continue
-        if user in kept or not _is_generated(user) or kernels[i] != mine:
+        if not _is_generated(user) or kernels[i] != mine or (user in kept and is_view(user)):
             return False
         if is_view(user):
             todo += user.users
     return True
 
 
-def _workspace(node: Node) -> int:
-    """Return the bytes that a kernel takes for itself while it runs on a CUDA device."""
+def _workspace(node: Node, device_type: str) -> int:
+    """Return the bytes that a kernel takes for itself while it runs on a CUDA device.
+
+    Args:
+        node: Of a graph from AOTAutograd.
+        device_type: What the step is planned for; "": where its tensors lie.
+    """
     name = str(node.target)
     if "attention" not in name or "backward" not in name:
         return 0
     value = pytree.tree_leaves(_value(node))[0]
-    if not isinstance(value, torch.Tensor) or value.device.type != "cuda":
+    if not isinstance(value, torch.Tensor) or (device_type or value.device.type) != "cuda":
         return 0
     return num_bytes(value) // value.element_size() * WIDE_BYTES
 
@@ -252,15 +264,18 @@ def body(graph: Graph) -> list[Node]:
     return [node for node in graph.nodes if node.op not in ("placeholder", "output")]
 
 
-def simulate(forward: GraphModule, backward: GraphModule, *, fused: bool) -> Timeline:
+def simulate(
+    forward: GraphModule, backward: GraphModule, *, fused: bool, device_type: str = ""
+) -> Timeline:
     """Return the timeline of a partitioned step: its forward, then its backward.
 
     Args:
         forward: From a partitioner: returns the user's outputs, then what it saves.
         backward: Takes what is saved, by name, and the tangents; returns gradients.
         fused: Whether generated code runs the two.
+        device_type: What the step is planned for; "": where its tensors lie.
     """
-    storages = Storages(fused=fused)
+    storages = Storages(fused=fused, device_type=device_type)
     inputs = forward.graph.find_nodes(op="placeholder")
     results = [node for node in outputs(forward.graph) if isinstance(node, Node)]
     first, _ = walk(body(forward.graph), storages, resident=inputs, keep=results)

@@ -71,11 +71,14 @@ class Joint:
         num_outputs: How many of its outputs are the forward's.
         speed: Of the device.
         fused: Whether generated code will run it.
+        device_type: What the step is planned for; "": where its tensors lie.
     """
 
-    def __init__(self, graph: Graph, num_outputs: int, speed: Speed, *, fused: bool) -> None:
+    def __init__(
+        self, graph: Graph, num_outputs: int, speed: Speed, *, fused: bool, device_type: str = ""
+    ) -> None:
         results = outputs(graph)
-        self.storages = Storages(fused=fused)
+        self.storages = Storages(fused=fused, device_type=device_type)
         self.nodes = body(graph)
         self.place = {node: i for i, node in enumerate(self.nodes)}
         self.inputs = graph.find_nodes(op="placeholder")
@@ -260,6 +263,14 @@ class Row:
         if peak(self.default) <= limit_bytes:
             return self.default
         return next((p for p in self.plans if peak(p) <= limit_bytes), None)
+
+    def frontier(self, peak: Callable[[SavedSet], int]) -> list[SavedSet]:
+        """Return the plans that a budget can choose, from the default to the least peak."""
+        best = [self.default]
+        for plan in self.plans:
+            if peak(plan) < peak(best[-1]):
+                best.append(plan)
+        return best
 
 
 def _thin(sets: list[set[Node]]) -> list[set[Node]]:

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from magi_train.core import compat
 from magi_train.core.errors import MagiError
-from magi_train.core.hardware import device_memory_bytes
+from magi_train.core.hardware import Speed, cublas_bytes, device_memory_bytes, speed_of
 from magi_train.core.report import Report
 from magi_train.core.world import World
 from magi_train.memory.sharded_optimizer import is_sharded
@@ -42,8 +42,6 @@ TOLERANCE = 0.03
 """A peak so far below the plan is a reason to plan anew."""
 QUANTUM = 512
 """Resident bytes are rounded up to this part of the budget, so that caches find the same plan."""
-CUBLAS_BYTES, CUBLAS_BYTES_HOPPER = 8 * MIB + 128 * 1024, 32 * MIB
-"""cuBLAS's default workspace, before and from compute capability 9.0 on."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,11 @@ class Limit:
         gradient_bytes: Of all parameters.
         update_bytes: Temporaries of the optimizer's step.
         device_type: Where it runs.
+        speed: Of that device.
         fused: Whether generated code runs the graphs.
         blocks: How often the captured graph runs in a forward.
         strict: Whether a budget that cannot be kept is an error; else the least is taken.
+        survey: Whether the plan shall say what each other budget would give.
     """
 
     budget_bytes: int
@@ -66,9 +66,11 @@ class Limit:
     gradient_bytes: int
     update_bytes: int
     device_type: str
+    speed: Speed
     fused: bool
     blocks: int = 1
     strict: bool = True
+    survey: bool = False
 
     @property
     def resident_bytes(self) -> int:
@@ -113,6 +115,7 @@ class StepMemory:
     ) -> None:
         self.budget_bytes = _budget(budget_gib, device_type)
         self._module, self._device_type = weakref.ref(module), device_type
+        self._on_cuda = device_type == "cuda"
         self._world, self._timeout, self._report = world, timeout_seconds, report
         self._optimizers: list[weakref.ref[Optimizer]] = []
         self._resident: dict[str, int] | None = None
@@ -149,11 +152,8 @@ class StepMemory:
             "batch": _bytes(leaves),
             "buckets": bucket_bytes,
         }
-        if self._device_type == "cuda":
-            hopper = torch.cuda.get_device_capability() >= (9, 0)
-            held["workspace"] = CUBLAS_BYTES_HOPPER if hopper else CUBLAS_BYTES
-            known = _bytes([*parameters, *module.buffers(), *present, *gradients, *leaves])
-            held["other"] = max(0, torch.cuda.memory_allocated() - known - shadow_bytes)
+        known = _bytes([*parameters, *module.buffers(), *present, *gradients, *leaves])
+        held |= self._device_bytes(known + shadow_bytes)
         most = max(self._gather("resident bytes", sum(held.values())))
         held["other"] = held.get("other", 0) + most - sum(held.values())
         self._resident = {name: size for name, size in held.items() if size}
@@ -182,6 +182,7 @@ class StepMemory:
             _bytes(trained),
             self._update_bytes(trained),
             self._device_type,
+            speed_of(self._device_type),
             fused,
             blocks,
             strict=not self._done,
@@ -194,6 +195,11 @@ class StepMemory:
                 "budget, or train fewer parameters, or in a smaller dtype"
             )
         return limit
+
+    @property
+    def planned_bytes(self) -> int:
+        """The planned peak of the step; 0 before there is a plan."""
+        return self._planned_bytes
 
     def planned(self, planned_gib: float, bounded: bool) -> None:
         """Take note of a graph's predicted peak, and whether something is recomputed for it."""
@@ -230,6 +236,13 @@ class StepMemory:
         )
         return True
 
+    def _device_bytes(self, known_bytes: int) -> dict[str, int]:
+        """Return what libraries and others hold on the device, beside what is known."""
+        if self._device_type != "cuda":
+            return {}
+        others = max(0, torch.cuda.memory_allocated() - known_bytes)
+        return {"workspace": cublas_bytes(torch.cuda.get_device_capability()), "other": others}
+
     def _gather(self, question: str, answer: int) -> list[int]:
         return self._world.gather(f"memory: {question}", answer, self._timeout)
 
@@ -250,8 +263,15 @@ class StepMemory:
             )
             return 2 * _bytes(p for p in parameters if p.requires_grad)
         whole = [(o, state_copies(o, g) * _bytes(p for p in g["params"])) for o, g in groups]
-        ranks = self._world.size
-        return sum(-(-size // ranks) if is_sharded(o) else size for o, size in whole)
+        return sum(-(-size // self._holders(o)) for o, size in whole)
+
+    def _holders(self, optimizer: Optimizer) -> int:
+        """Return how many ranks share the state of an optimizer."""
+        return self._world.size if is_sharded(optimizer) else 1
+
+    def is_taken(self, optimizer: Optimizer) -> bool:
+        """Return whether one kernel of ours takes an optimizer's steps, without temporaries."""
+        return hasattr(optimizer, "_magi_step")
 
     def _update_bytes(self, parameters: Sequence[nn.Parameter]) -> int:
         """Return the temporaries of the optimizers' step: for-each forms copy what they update."""
@@ -259,9 +279,8 @@ class StepMemory:
         for optimizer in self._alive():
             for group in optimizer.param_groups:
                 each = [p for p in group["params"] if p.requires_grad]
-                taken = hasattr(optimizer, "_magi_step")
-                whole = group.get("foreach") is not False and self._device_type == "cuda"
-                if not group.get("fused") and not taken and each:
+                whole = group.get("foreach") is not False and self._on_cuda
+                if not group.get("fused") and not self.is_taken(optimizer) and each:
                     total += _bytes(each) if whole else max(_bytes([p]) for p in each)
         return total
 
@@ -283,8 +302,12 @@ def _budget(budget_gib: float | Literal["auto"], device_type: str) -> int:
             "Config.memory_budget_gib is 'auto', which is the memory of a CUDA device, but the "
             f"model lies on {device_type!r}; name a number of GiB, or None for no limit"
         )
-    total = device_memory_bytes()
-    return int(total * (1 - MARGIN_SHARE)) - MARGIN_BYTES
+    return usable_bytes(device_memory_bytes())
+
+
+def usable_bytes(device_bytes: int) -> int:
+    """Return what "auto" lets a step take of a device's memory."""
+    return int(device_bytes * (1 - MARGIN_SHARE)) - MARGIN_BYTES
 
 
 def shares(limit: Limit) -> str:

@@ -41,6 +41,9 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._ops.HigherOrderOperator | operators that take graphs |
 | torch._C._distributed_c10d._dump_fr_trace_json, _dump_nccl_trace_json | the last collective |
 | GradScaler._get_scale_async | the loss scale, without waiting for the device |
+| torch._subclasses.fake_tensor.FakeTensorMode | building a model without its memory |
+| torch._C._ExcludeDispatchKeyGuard, Library._destroy | autocast on the CPU as on CUDA |
+| torch.nn.init._no_grad_trunc_normal_ | which asks for values, so never ends without any |
 | SymInt.node.expr, .hint | symbols of a dynamic size, and its size while compiling |
 | SymInt.node.shape_env.bound_sympy | the range of a dynamic size |
 """
@@ -51,6 +54,7 @@ import functools
 import json
 import logging
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -106,6 +110,7 @@ unset_fake_temporarily: Callable[..., Any] = _lookup(
     "torch._subclasses.fake_tensor", "unset_fake_temporarily"
 )
 FakeTensor: Any = _lookup("torch._subclasses.fake_tensor", "FakeTensor")
+FakeTensorMode: Any = _lookup("torch._subclasses.fake_tensor", "FakeTensorMode")
 extract_tensor_metadata: Callable[..., Any] = _lookup(
     "torch.fx.passes.shape_prop", "_extract_tensor_metadata"
 )
@@ -216,6 +221,65 @@ def saving(names: Collection[str]) -> Iterator[None]:
         yield
     finally:
         partitioners.choose_saved_values_set = before
+
+
+@contextlib.contextmanager
+def without_data() -> Iterator[None]:
+    """Context in which tensors that are made have shape, dtype and strides, but no values."""
+
+    def left_alone(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return tensor
+
+    name = "_no_grad_trunc_normal_"
+    before = getattr(torch.nn.init, name)
+    setattr(torch.nn.init, name, left_alone)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        setattr(torch.nn.init, name, before)
+
+
+_FLOAT32_ON_CUDA = (
+    "acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan "
+    "pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar softplus layer_norm native_layer_norm rms_norm "
+    "group_norm norm.Scalar norm.ScalarOpt_dim cosine_similarity cumprod cumsum prod prod.dim_int "
+    "sum sum.dim_IntList softmax.int log_softmax.int logsumexp dist cdist kl_div nll_loss "
+    "nll_loss2d nll_loss_nd cross_entropy_loss l1_loss smooth_l1_loss mse_loss huber_loss "
+    "binary_cross_entropy_with_logits"
+)
+"""What autocast computes in float32 on CUDA; its list for the CPU is another."""
+
+
+@contextlib.contextmanager
+def autocast_as_on_cuda() -> Iterator[None]:
+    """Context in which autocast treats tensors on the CPU as it would treat them on a GPU."""
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def in_float32(op: Any) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            wide = [_widened(a) for a in args]
+            with torch._C._ExcludeDispatchKeyGuard(key):
+                return op(*wide, **{name: _widened(a) for name, a in kwargs.items()})
+
+        return call
+
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        with warnings.catch_warnings():  # it tells that a kernel is replaced
+            warnings.simplefilter("ignore")
+            for name in _FLOAT32_ON_CUDA.split():
+                packet, _, overload = name.partition(".")
+                op = getattr(getattr(torch.ops.aten, packet), overload or "default")
+                library.impl(op, in_float32(op), "AutocastCPU")
+        yield
+    finally:
+        library._destroy()
+
+
+def _widened(value: Any) -> Any:
+    half = isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if half else value
 
 
 def storage_key(tensor: torch.Tensor) -> int:

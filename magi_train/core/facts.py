@@ -223,6 +223,8 @@ class Inputs:
 
 def _memory(placeholder: Node) -> int | None:
     example = compat.live_example(placeholder)
+    if isinstance(example, compat.FakeTensor):  # has no address
+        return compat.storage_key(example)
     return example.untyped_storage().data_ptr() if isinstance(example, Tensor) else None
 
 

@@ -108,6 +108,47 @@ def speed_of(device_type: str) -> Speed:
     return next((speed for known, speed in SPEEDS.items() if known in name), OTHER_GPU)
 
 
+CUBLAS_BYTES, CUBLAS_BYTES_HOPPER = 8 * 2**20 + 128 * 1024, 32 * 2**20
+"""cuBLAS's default workspace, before and from compute capability 9.0 on."""
+
+
+def cublas_bytes(capability: tuple[int, int]) -> int:
+    """Return the workspace that cuBLAS takes on a GPU of a compute capability."""
+    return CUBLAS_BYTES_HOPPER if capability >= (9, 0) else CUBLAS_BYTES
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that a step can be planned for without having one.
+
+    Attributes:
+        name: As the user calls it.
+        memory_gib: What PyTorch calls its total capacity, rounded down.
+        speed: For the roofline.
+        capability: Compute capability.
+    """
+
+    name: str
+    memory_gib: float
+    speed: Speed
+    capability: tuple[int, int] = (8, 0)
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("b200", 178.3, SPEEDS["B200"], (10, 0)),
+        Gpu("h200", 139.7, SPEEDS["H200"], (9, 0)),
+        Gpu("h100", 79.1, SPEEDS["H100"], (9, 0)),
+        Gpu("a100-80", 79.1, SPEEDS["A100"]),
+        Gpu("a100-40", 39.3, SPEEDS["A100"]),
+        Gpu("l40s", 44.3, SPEEDS["L40"], (8, 9)),
+        Gpu("l4", 22.0, OTHER_GPU, (8, 9)),
+        Gpu("rtx4090", 23.5, OTHER_GPU, (8, 9)),
+    )
+}
+
+
 def device_memory_bytes() -> int:
     """Return the memory of the current CUDA device, as its driver says."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())

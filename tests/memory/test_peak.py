@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from magi_train import Config, prepare, prepare_step, report
 from magi_train.memory import cost
-from magi_train.memory.peak import simulate
+from magi_train.memory.peak import Storages, body, simulate, walk
 from magi_train.memory.remat import checkpoints
 from tests.memory.joint import capture
 from tests.memory.tracker import traced_peak
@@ -190,3 +191,22 @@ def test_the_report_holds_the_picture_with_and_without_a_budget(budget):
     assert 0 < plan["forward_part"] < 1
     assert plan["forward_ms"] < plan["backward_ms"]
     assert bool(plan["resident_mib"]) == (budget is not None)
+
+
+ONE, NARROW = 64 * 64 * 4, 512
+
+
+@pytest.mark.parametrize(
+    ("function", "want"),
+    [
+        (lambda y, w: (y.exp().view(32, 128) * 2).sum(), ONE + NARROW),  # a view of what is inlined
+        (lambda y, w: (y.exp().amax(), y), ONE + NARROW),  # what reads it is returned
+        (lambda y, w: (y.exp().view(32, 128), y), 2 * ONE),  # a view that is returned is memory
+    ],
+)
+def test_generated_code_stores_what_it_must(function, want):
+    made = make_fx(lambda x, w: function(x @ w, w), tracing_mode="fake")(*[torch.ones(64, 64)] * 2)
+    inputs = made.graph.find_nodes(op="placeholder")
+    results = made.graph.output_node().all_input_nodes
+    course, _ = walk(body(made.graph), Storages(fused=True), resident=inputs, keep=results)
+    assert want <= course.peak <= want + NARROW
