@@ -12,6 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from magi_train.comm.codecs.compressor import STATEFUL
+from magi_train.comm.link import link_for
+from magi_train.comm.plan import num_bytes
 from magi_train.comm.reducer import Reducer
 from magi_train.core import compat, hardware, settings
 from magi_train.core.config import Config
@@ -78,13 +80,10 @@ class Runtime:
             self._tell_outside(settings.to_words(outside), overruled)
         self._agree(parameters)
         self.fp8 = config.precision == "fp8" and self._fp8_everywhere()
-        self.reducer = Reducer(
-            module,
-            self.world,
-            config.comm,
-            config.timeout_seconds,
-            self.report,
-        )
+        gradients = sum(num_bytes(p) for p in parameters.values() if p.requires_grad)
+        seconds = config.timeout_seconds
+        link = link_for(config.comm, gradients, self.world, device, seconds, self.report)
+        self.reducer = Reducer(module, self.world, config.comm, seconds, self.report, link)
         self.reducer.broadcast_state()
         self.shadows = WeightShadows()
         self.narrow_gradients = NarrowGradients([])
@@ -102,6 +101,7 @@ class Runtime:
                 config.timeout_seconds,
                 self.report,
             )
+            self.reducer.pin_plan()  # the budget counts its largest bucket
 
     def _agree(self, parameters: dict[str, nn.Parameter]) -> None:
         ask, seconds = self.world.agree, self.config.timeout_seconds
