@@ -1,6 +1,7 @@
 """Two ranks: one link for both, buckets planned anew while training, trials, equal replicas."""
 
 import copy
+import itertools
 import json
 from unittest import mock
 
@@ -31,7 +32,7 @@ def finds(rank, world_size, folder):
     """Measure, remember, doubt, and meet a broken file on one rank."""
     world, found = World.current(), []
     budget = mock.patch.object(link, "BUDGET_SECONDS", 0.1)
-    places = mock.patch.object(link.compat, "cache_dir", lambda: f"{folder}/{rank}")
+    places = mock.patch.object(link.compat, "cache_dir", return_value=f"{folder}/{rank}")
     with budget, places, mock.patch.object(link, "STILL_HOLDS", 1e9):
         found += [link.find(world, CPU, 60), link.find(world, CPU, 60)]
         with mock.patch.object(link, "STILL_HOLDS", 0.5):  # nothing can hold
@@ -74,7 +75,7 @@ def plans_anew(rank, world_size, tier, compression):
     rows = [row.plan["backward"] for row in report.rows if row.name == "communication_plan"]
     order = [s.name for b in plans[-1].buckets for s in b.slots]
     residuals = {n: s["residual"] for n, s in magi_train.compression_state(ours).items()}
-    changed = [i for i, (a, b) in enumerate(zip(plans, plans[1:], strict=False)) if a is not b]
+    changed = [i for i, (a, b) in enumerate(itertools.pairwise(plans)) if a is not b]
     return errors, changed, rows, order, residuals, gradients(ours), report.measured
 
 
