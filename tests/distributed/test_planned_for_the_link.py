@@ -89,8 +89,9 @@ def test_hooks_get_buckets_for_the_gradients_that_were_seen(tier, compression, t
     assert sorted(order) == sorted(grads)
     assert order[0].startswith("head")
     assert all(torch.equal(g, second[5][n]) for n, g in grads.items())
-    # int8: a rounding is at most 1/254 of a block's largest element, of the step before too
-    limit = tolerance(torch.float32, 64) if compression is None else 4 / 254
+    # int8: a rounding is at most 1/254 of a block's largest element, in two shots, of this step and
+    # the one before; a rank's largest element may be some times that of the mean
+    limit = tolerance(torch.float32, 64) if compression is None else 3 * 4 / 254
     assert max(errors) <= limit
     assert (compression is None) == (not residuals)
     assert {"exposed_communication_ms", "synchronised_step_ms"} <= measured.keys()
