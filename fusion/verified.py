@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from magi_train.core import compat
-from magi_train.core.graph import example_value, mutated, op_name, run_nodes
+from magi_train.core.graph import example_value, is_read, mutated, op_name, run_nodes
 
 MAGNITUDES = (1e-2, 1.0, 10.0)
 ROUNDINGS = 32
@@ -99,7 +99,8 @@ def slice_region(gm: GraphModule, inputs: Sequence[Node], output: Node) -> Regio
                 f"{node.name} changes a tensor in place between {nodes[0].name} and {output.name}"
             )
     for node in found - {output}:
-        readers = [u for u in node.users if u not in found and op_name(u) not in _CHECKS]
+        others = [u for u in node.users if u not in found and op_name(u) not in _CHECKS]
+        readers = [u for u in others if u.op == "output" or mutated(u) or is_read(u)]
         if readers:
             return f"{node.name} is also read by {readers[0].name}"
     return Region(nodes, tuple(inputs), tuple(n for n in order if n in sizes), output)

@@ -58,8 +58,10 @@ class MagiStrategyMixin:
 
     Args:
         config: What to do; `magi_train.Config()` by default.
-        report_path: Where rank 0 writes the report when `fit` ends, relative to the trainer's
-            `default_root_dir`; None for nowhere.
+        report_path: Where rank 0 writes the report, every ten seconds and when `fit` ends, relative
+            to the trainer's `default_root_dir`; None for nowhere. `Config.run_folder` comes first.
+        log_figures: Give step time and memory (and communication that nothing hides, where it is
+            known) to the trainer's loggers, every `log_every_n_steps`.
         **options: Those of Lightning's DDPStrategy. `find_unused_parameters`,
             `gradient_as_bucket_view` and `static_graph` are accepted and not needed.
 
@@ -72,12 +74,15 @@ class MagiStrategyMixin:
         *args: Any,
         config: Config | None = None,
         report_path: str | None = "magi_report.json",
+        log_figures: bool = False,
         **options: Any,
     ) -> None:
         self.magi_config = opt.take_options(config, options)
         super().__init__(*args, **options)
         opt.refuse_unknown(self)
         self.report_path = report_path
+        self.log_figures = log_figures
+        self._logged_at = -1
         self.runtime: Runtime | None = None
         self._region: Region | None = None
         self._recorder: Recorder | None = None
@@ -119,6 +124,9 @@ class MagiStrategyMixin:
         """Set up ranks, plan and captured region; the model stays unwrapped."""
         module: Any = self.model  # type: ignore[attr-defined]
         self.runtime = Runtime(module, self.magi_config)
+        trainer = getattr(module, "_trainer", None)
+        if self.report_path is not None and trainer is not None and not self.runtime.record_path:
+            self.runtime.record_to(Path(trainer.default_root_dir) / self.report_path)
         self.runtime.scale_by(getattr(self.precision_plugin, "scaler", None))  # type: ignore[attr-defined]
         if self._compression_state:
             self.runtime.reducer.load_compression_state(self._compression_state)
@@ -150,12 +158,27 @@ class MagiStrategyMixin:
         """Run the captured training step, then what it logged."""
         assert self.runtime is not None, "configure_ddp has not run"
         assert self._region is not None, "the strategy was torn down"
+        if self.log_figures:
+            self._log_figures(self.lightning_module.trainer, self.runtime)  # type: ignore[attr-defined]
         with self.precision_plugin.train_step_context():  # type: ignore[attr-defined]
             if self._recorder is None:
                 self.runtime.reducer.begin(in_graph=False)
                 return self.lightning_module.training_step(*args, **kwargs)  # type: ignore[attr-defined]
             with self._recorded(self._recorder):
                 return self._region(*args, **kwargs)
+
+    def _log_figures(self, trainer: Any, runtime: Runtime) -> None:
+        """Give the figures of the steps so far to the loggers: no tensors, nothing to wait for."""
+        step = trainer.global_step
+        if not trainer.is_global_zero or step == self._logged_at:
+            return
+        if step % (trainer.log_every_n_steps or 1) == 0:
+            self._logged_at = step
+            figures = runtime.recorder.figures()
+            exposed = runtime.report.measured.get("exposed_comm_ms")
+            figures |= {} if exposed is None else {"magi/exposed_comm_ms": exposed}
+            for each in trainer.loggers if figures else ():
+                each.log_metrics(figures, step=step)
 
     @contextlib.contextmanager
     def _recorded(self, recorder: Recorder) -> Iterator[None]:
@@ -217,18 +240,15 @@ class MagiStrategyMixin:
             self.runtime.close()
             if module is not None and module.__dict__.get("forward") is self._region:
                 del module.__dict__["forward"]
-            self._write_report(module)
+            self._write_report()
             self._region = self._recorder = None
         super().teardown()  # type: ignore[misc]
 
-    def _write_report(self, module: Any) -> None:
-        trainer = getattr(module, "_trainer", None)
-        if self.report_path is None or trainer is None or not self.report.tier:
-            return
-        if self.runtime is not None and self.runtime.world.rank == 0:
+    def _write_report(self) -> None:
+        path = None if self.runtime is None else self.runtime.record_path  # rank 0 has one
+        if path is not None and self.report.tier:
             if torch.cuda.is_available():
                 peak = torch.cuda.max_memory_allocated() / 2**20
                 self.report.measured["peak_memory_mib"] = peak
-            path = Path(trainer.default_root_dir) / self.report_path
             self.report.save(path)
             logger.info("magi-train: report in %s; `magi explain %s` shows it", path, path)

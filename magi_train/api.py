@@ -267,8 +267,10 @@ def prepare_step(function: F, module: PreparedModule) -> F:
 
 
 def report(module: nn.Module) -> Report:
-    """Return the report of a module that `prepare` or `DataParallel` made."""
-    return _runtime_of(module).report
+    """Return the report of a module that `prepare` or `DataParallel` made, as of now."""
+    runtime = _runtime_of(module)
+    runtime.recorder.flush()
+    return runtime.report
 
 
 def compression_state(module: nn.Module) -> dict[str, dict[str, Tensor]]:

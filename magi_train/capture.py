@@ -117,10 +117,14 @@ class Region:
         if not torch.is_grad_enabled():
             with runtime.entered():
                 return self._function(*args, **kwargs)
+        recorder, ends_step = runtime.recorder, runtime.reducer.sync
+        if not runtime.inside:
+            recorder.begin(self._ordinal, ends_step, args, kwargs)
         try:
-            if not self.tier:
-                return self._first(args, kwargs)
-            return self._next(args, kwargs)
+            output = self._next(args, kwargs) if self.tier else self._first(args, kwargs)
+            if not runtime.inside:
+                recorder.end(self._ordinal, output)
+            return output
         except torch.OutOfMemoryError:  # batch size finders catch it and go on
             raise
         except BaseException as error:
@@ -350,6 +354,10 @@ class Region:
                 self.runtime.shadows.manage([])
         return settings
 
+    def progress(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which a graph of this region is compiled, for all to see."""
+        return self.runtime.progress.compiling(self.name)
+
     # -- backends --------------------------------------------------------------------------------
 
     def compile_graph(
@@ -416,6 +424,7 @@ class Region:
             backward=backward,
             collectives=collectives,
             limit=limit,
+            blocks=shares,
         )
         for row in rows:
             runtime.report.add(row)
@@ -493,12 +502,14 @@ class _GraphBackend:
         region = self._region()
         assert region is not None, "only the region itself calls what this compiles"
         if self.voted:  # another shape: the plan is agreed, nothing to ask
-            return region.compile_graph(gm, inputs, in_graph=True, shares=1)
+            with region.progress():
+                return region.compile_graph(gm, inputs, in_graph=True, shares=1)
         self.voted = True
         region.vote_capture()
         region.recall(gm, inputs)
         try:
-            compiled = region.compile_graph(gm, inputs, in_graph=True, shares=1)
+            with region.progress():
+                compiled = region.compile_graph(gm, inputs, in_graph=True, shares=1)
         except Exception as error:
             region.vote_compile(error)
             raise
@@ -516,7 +527,8 @@ class _RegionBackend:
         region = self._region()
         if region is None:  # the blocks have outlived what prepare() returned
             return gm.forward
-        return region.compile_graph(gm, inputs, in_graph=False, shares=self.shares)
+        with region.progress():
+            return region.compile_graph(gm, inputs, in_graph=False, shares=self.shares)
 
 
 class _Bound:

@@ -39,7 +39,16 @@ def _parse(given: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run", help="start a script on every rank", add_help=False)
     explain = commands.add_parser("explain", help="show the report of a run")
-    explain.add_argument("report", nargs="?", default="magi_report.json")
+    explain.add_argument(
+        "report", nargs="?", default=".", help="a report, or the folder of a run (default: here)"
+    )
+    explain.add_argument(
+        "--html",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="write one HTML page instead (default: magi_report.html beside the report)",
+    )
     explain.add_argument(
         "--link",
         action="store_true",
@@ -92,12 +101,9 @@ def _show_keys() -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from magi_train.core.report import Report
+    from magi_train.integrations.explain import explain
 
-    report = Report.load(options.report)
-    text = json.dumps(asdict(report), indent=2) if options.json else str(report)
-    sys.stdout.write(text + "\n")
-    return 0
+    return explain(options.report, options.html, as_json=options.json)
 
 
 def _explain_link(options: argparse.Namespace) -> int:

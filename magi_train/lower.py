@@ -7,10 +7,12 @@ key that covers the graph, the passes and the versions, and read back.
 
 import hashlib
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ from torch.fx import Graph, GraphModule
 
 from magi_train.comm import in_graph
 from magi_train.comm.in_graph import PlaceCollectives, place
-from magi_train.core import compat, graph
+from magi_train.core import compat, graph, progress
 from magi_train.core.config import Lowering
 from magi_train.core.graph import is_backward, num_bytes, saved_for_backward
+from magi_train.core.hardware import speed_of
 from magi_train.core.passes import (
     CachedPass,
     PassContext,
@@ -32,13 +35,15 @@ from magi_train.core.passes import (
 )
 from magi_train.core.report import PassRow, Report, write_atomically
 from magi_train.fusion import attach
-from magi_train.memory import budget, cost, peak, remat, step
+from magi_train.memory import budget, cost, peak, picture, remat, step
 from magi_train.memory.budget import FitBudget
 from magi_train.memory.step import Limit
 
+logger = logging.getLogger(__name__)
+
 MIB = 2**20
 
-MEMORY = (budget, cost, peak, remat, step)
+MEMORY = (budget, cost, peak, picture, remat, step)
 SOURCES = source_fingerprint(sys.modules[__name__], compat, graph, in_graph, attach, *MEMORY)
 """Code that PyTorch compiled with another version of a pass is not taken from its cache."""
 
@@ -52,6 +57,8 @@ class Lowered:
     context: PassContext
     joint: Sequence[CachedPass[Any]]
     backward: Sequence[CachedPass[Any]]
+    blocks: int = 1
+    fused: bool = True
     report: Report = field(default_factory=Report)
 
     def note(self, name: str, stage: str, plan: Plan) -> None:
@@ -65,6 +72,7 @@ class Lowered:
             SOURCES,
             comm,
             repr(self.limit),
+            self.blocks,
             *(each.uuid() for each in (*self.joint, *self.backward)),
         )
 
@@ -88,6 +96,7 @@ class _PostGrad(compat.CustomGraphPass):  # type: ignore[misc]
 
     def __call__(self, graph: Graph) -> None:
         _note_saved(self.lowered, graph)
+        progress.at_stage("backward" if is_backward(graph) else "forward")
         owner = graph.owning_module
         if owner is not None and is_backward(graph):
             run_passes(self.lowered.backward, owner, self.lowered.context, self.lowered.report)
@@ -115,10 +124,31 @@ class _Joint(compat.CustomPartitionerFn):  # type: ignore[misc]
     def __call__(self, joint: GraphModule, inputs: Sequence[Any], **rest: Any) -> Any:
         lowered = self.lowered
         run_passes(lowered.joint, joint, lowered.context, lowered.report)
+        progress.at_stage("cut")
         if lowered.limit is None:
-            return compat.min_cut_partition(joint, inputs, **rest)
-        fit = FitBudget(lowered.limit, lambda plan: lowered.note(FitBudget.name, "joint", plan))
-        return fit(joint, inputs, **rest)
+            cut = compat.min_cut_partition(joint, inputs, **rest)
+        else:
+            note = partial(lowered.note, FitBudget.name, "joint")
+            cut = FitBudget(lowered.limit, note)(joint, inputs, **rest)
+        _note_picture(lowered, *cut)
+        return cut
+
+
+def _note_picture(lowered: Lowered, forward: GraphModule, backward: GraphModule) -> None:
+    """Add the picture of the step's memory; a graph it cannot read goes without one."""
+    try:
+        found = picture.picture(
+            forward,
+            backward,
+            fused=lowered.fused,
+            speed=speed_of(lowered.context.device_type),
+            resident={} if lowered.limit is None else lowered.limit.resident,
+            blocks=lowered.blocks,
+        )
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        logger.debug("no picture of the memory of a step", exc_info=error)
+        return
+    lowered.note("step_memory", "joint", found)
 
 
 def _note_saved(lowered: Lowered, graph: Graph) -> None:
@@ -138,6 +168,7 @@ def lower(
     backward: Sequence[CachedPass[Any]] = (),
     collectives: PlaceCollectives | None = None,
     limit: Limit | None = None,
+    blocks: int = 1,
 ) -> tuple[Callable[..., Any], list[PassRow]]:
     """Compile a captured graph for training.
 
@@ -150,25 +181,28 @@ def lower(
         backward: Passes over the backward, before the collectives are placed.
         collectives: The communication of its backward; None to leave it to hooks.
         limit: The memory budget; None for PyTorch's choice.
+        blocks: How often the graph runs in one forward of the model.
 
     Returns:
         The compiled graph, and one row per pass that ran, or that ran when the code was cached.
     """
-    lowered = Lowered(collectives, limit, context, joint, backward)
-    partition = _Joint(lowered) if joint or limit is not None else None
+    fused = how == "inductor"
+    lowered = Lowered(collectives, limit, context, joint, backward, blocks, fused)
+    partition = _Joint(lowered)
     if how == "aot_eager":
         return _lower_without_code(gm, inputs, lowered, partition), lowered.report.rows
     memory = _memory_of(gm, inputs, lowered)
-    patches: dict[str, Any] = {"post_grad_custom_pre_pass": _PostGrad(lowered)}
-    if partition is not None:
-        patches["custom_partitioner_fn"] = partition
+    patches: dict[str, Any] = {
+        "post_grad_custom_pre_pass": _PostGrad(lowered),
+        "custom_partitioner_fn": partition,
+    }
     with compat.forced_backward_lowering():
         compiled = compat.compile_fx(gm, inputs, config_patches=patches)
     return compiled, _remember(memory, lowered.report.rows)
 
 
 def _lower_without_code(
-    gm: GraphModule, inputs: Sequence[Any], lowered: Lowered, partition: Callable[..., Any] | None
+    gm: GraphModule, inputs: Sequence[Any], lowered: Lowered, partition: Callable[..., Any]
 ) -> Callable[..., Any]:
     def forward(traced: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         _note_saved(lowered, traced.graph)
@@ -186,7 +220,7 @@ def _lower_without_code(
     compiler = compat.aot_autograd(
         fw_compiler=forward,
         bw_compiler=backward,
-        partition_fn=partition or compat.min_cut_partition,
+        partition_fn=partition,
     )
     with compat.forced_backward_lowering():
         return compiler(gm, inputs)  # type: ignore[no-any-return]

@@ -1,15 +1,18 @@
 """Runtime: what belongs to one model, whatever is captured of it: ranks, reducer, report."""
 
 import contextlib
+import functools
 import itertools
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from magi_train.comm.codecs.compressor import STATEFUL
 from magi_train.comm.link import link_for
@@ -19,7 +22,9 @@ from magi_train.core import compat, hardware, settings
 from magi_train.core.config import Config
 from magi_train.core.device_graphs import device_graphs
 from magi_train.core.passes import registered_passes
-from magi_train.core.report import Report
+from magi_train.core.progress import Progress
+from magi_train.core.record import Recorder
+from magi_train.core.report import FILE_NAME, Report
 from magi_train.core.world import World, join_from_environment
 from magi_train.fusion.narrow_gradients import NarrowGradients
 from magi_train.fusion.optimizer import take_over, taken_parameters
@@ -30,6 +35,8 @@ from magi_train.memory.step import StepMemory
 from magi_train.replay import ReplayMemory
 
 logger = logging.getLogger(__name__)
+
+MIB = 2**20
 
 _runtimes: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Runtime]]" = (
     weakref.WeakKeyDictionary()
@@ -63,6 +70,7 @@ class Runtime:
         self.closed = False
         self.regions: weakref.WeakSet[Any] = weakref.WeakSet()  # capture.Region, one layer up
         self.inside = False
+        self.record_path: Path | None = None
         self.region_ordinals = itertools.count()
         self.world: World = join_from_environment()
         parameters = dict(module.named_parameters())
@@ -76,6 +84,9 @@ class Runtime:
         self.device_type = device.type
         self.report = Report(world_size=self.world.size, settings=config.as_dict())
         self.report.versions |= hardware.devices_in_use()
+        self.report.sources = settings.sources(config, outside)
+        self.optimizers: list[weakref.ref[Optimizer]] = []
+        self._record(device)
         if outside:
             self._tell_outside(settings.to_words(outside), overruled)
         self._agree(parameters)
@@ -102,6 +113,35 @@ class Runtime:
                 self.report,
             )
             self.reducer.pin_plan()  # the budget counts its largest bucket
+
+    def _record(self, device: torch.device) -> None:
+        """Keep a record of the steps, written by rank 0 where that was asked for."""
+        self.progress = Progress(self.config.progress and self.world.rank == 0)
+        self.recorder = Recorder(self.report.steps, device.type)
+        if self.config.run_folder is not None:
+            self.record_to(Path(self.config.run_folder) / FILE_NAME)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                self.recorder.joules = hardware.energy_counter()
+        self.recorder.tell = self.progress.tell if self.progress.shown else None
+        self.recorder.resident = functools.partial(
+            _resident_mib, weakref.ref(self.module), self.optimizers
+        )
+        weakref.finalize(self, _end_record, self.recorder, self.progress)
+
+    def record_to(self, path: Path) -> None:
+        """Let rank 0 write the report to `path` from time to time and at the end.
+
+        A second model of the process that is to be written to the same place gets another name.
+        """
+        if self.world.rank != 0:
+            return
+        taken = {r.record_path for ref in _runtimes.values() if (r := ref()) and not r.closed}
+        names = (path.with_stem(f"{path.stem}_{i}") for i in itertools.count(2))
+        while path in taken:
+            path = next(names)
+        self.record_path = path
+        self.recorder.write = functools.partial(_write, self.report, path)
 
     def _agree(self, parameters: dict[str, nn.Parameter]) -> None:
         ask, seconds = self.world.agree, self.config.timeout_seconds
@@ -148,6 +188,7 @@ class Runtime:
             )
         if self.memory is not None:
             self.memory.know(optimizers)
+        self.optimizers[:] = [weakref.ref(each) for each in optimizers]
         refused = [why_not_sharded(optimizer) for optimizer in optimizers]
         self._take_steps(optimizers)
         if not self.config.shard_optimizer:
@@ -215,6 +256,7 @@ class Runtime:
     def close(self) -> None:
         """Take everything of ours off the model: it is a plain module again."""
         self.closed = True
+        _end_record(self.recorder, self.progress)
         self.reducer.close()
         self.narrow_gradients.close()
         if self.replays is not None:
@@ -239,3 +281,31 @@ class Runtime:
             yield
         finally:
             self.inside = before
+
+
+def _write(report: Report, path: Path) -> None:
+    if report.tier:  # else nothing has run
+        report.save(path)
+
+
+def _end_record(recorder: Recorder, progress: Progress) -> None:
+    recorder.close()
+    recorder.write = recorder.resident = recorder.tell = None
+    progress.close()
+
+
+def _resident_mib(
+    module: "weakref.ref[nn.Module]", optimizers: Sequence["weakref.ref[Optimizer]"]
+) -> dict[str, float]:
+    """Return what a model and its optimizers hold all the time, in MiB; {} once they are gone."""
+    alive = module()
+    if alive is None:
+        return {}
+    state = [o.state for ref in optimizers if (o := ref()) is not None]
+    held: dict[str, Any] = {
+        "parameters": list(alive.parameters()),
+        "buffers": list(alive.buffers()),
+        "optimizer state": pytree.tree_leaves([list(each.values()) for each in state]),
+    }
+    sizes = {n: compat.bytes_of(x for x in xs if torch.is_tensor(x)) for n, xs in held.items()}
+    return {name: round(size / MIB, 6) for name, size in sizes.items() if size}

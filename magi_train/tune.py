@@ -165,5 +165,6 @@ def _file_for(gm: GraphModule, inputs: Sequence[Any], config: Config, world_size
     shapes = [(str(tuple(x.shape)), str(x.dtype)) for x in inputs if isinstance(x, torch.Tensor)]
     device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
     versions = (torch.__version__, SOURCES, device, world_size)
+    config = dataclasses.replace(config, run_folder=None, progress=True)  # no part of a step
     key = hashlib.sha256(repr((gm.code, shapes, config, versions)).encode()).hexdigest()[:32]
     return Path(compat.cache_dir()) / "magi_train" / f"tune-{key}.json"

@@ -35,8 +35,6 @@ from magi_train.memory.peak import Timeline, simulate
 from magi_train.memory.remat import Joint, Row, SavedSet
 from magi_train.memory.step import GIB, Limit, shares
 
-SAMPLES = 64
-"""Points of the timeline that the report keeps, each the highest of its stretch."""
 SHOWN_OPS = 6
 Partition = tuple[GraphModule, GraphModule]
 
@@ -54,9 +52,6 @@ class BudgetPlan(Plan):
         saved_gib: What the forward saves for its backward.
         recomputed: {op: how often it runs again}, the slowest first.
         resident_gib: {what is there all the time: how much}.
-        at: The node that runs at the peak.
-        largest: The largest tensors then: MiB, node, the user's line.
-        timeline_gib: The predicted course of the step.
     """
 
     budget_gib: float
@@ -67,9 +62,6 @@ class BudgetPlan(Plan):
     saved_gib: float
     recomputed: dict[str, int]
     resident_gib: dict[str, float]
-    at: str
-    largest: list[str]
-    timeline_gib: list[float]
 
 
 class FitBudget:
@@ -134,9 +126,6 @@ class FitBudget:
             again[name] = again.get(name, 0.0) + graph.seconds[node]
             counts[name] = counts.get(name, 0) + 1
         slowest = sorted((n for n in again if again[n] > 0), key=lambda n: (-again[n], n))
-        step = -(-len(course.live) // SAMPLES) or 1
-        samples = [max(course.live[i : i + step]) for i in range(0, len(course.live), step)]
-        largest = [f"{t.size_bytes / 2**20:.3f} MiB {t.node} {t.line}" for t in course.largest]
         return BudgetPlan(
             budget_gib=_gib(limit.budget_bytes),
             planned_gib=_gib(limit.step_bytes(course.peak, row.saved_bytes(chosen))),
@@ -146,9 +135,6 @@ class FitBudget:
             saved_gib=_gib(row.saved_bytes(chosen) * limit.blocks),
             recomputed={n: counts[n] for n in slowest[:SHOWN_OPS]},
             resident_gib={name: _gib(size) for name, size in limit.resident.items()},
-            at=course.at,
-            largest=largest,
-            timeline_gib=[_gib(limit.resident_bytes + size) for size in samples],
         )
 
 

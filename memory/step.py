@@ -31,6 +31,8 @@ from magi_train.memory.sharded_optimizer import is_sharded
 
 logger = logging.getLogger(__name__)
 
+_bytes = compat.bytes_of
+
 GIB, MIB = 2**30, 2**20
 MARGIN_SHARE, MARGIN_BYTES = 0.04, GIB
 """"auto" leaves this much of a device's memory: its context, NCCL, fragmentation [estimated]."""
@@ -283,11 +285,6 @@ def _budget(budget_gib: float | Literal["auto"], device_type: str) -> int:
         )
     total = device_memory_bytes()
     return int(total * (1 - MARGIN_SHARE)) - MARGIN_BYTES
-
-
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Return the bytes of the memory that `tensors` lie in, shared memory once."""
-    return sum({compat.storage_key(t): compat.storage_bytes(t) for t in tensors}.values())
 
 
 def shares(limit: Limit) -> str:

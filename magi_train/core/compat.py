@@ -50,7 +50,7 @@ import json
 import logging
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -221,6 +221,11 @@ def storage_bytes(tensor: torch.Tensor) -> int:
     """Return the bytes of the memory that a tensor lies in, as they are while compiling."""
     size = tensor.untyped_storage().nbytes()
     return (size_hint(size) or 0) if isinstance(size, torch.SymInt) else int(size)
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of the memory that `tensors` lie in, shared memory once."""
+    return sum({storage_key(t): storage_bytes(t) for t in tensors}.values())
 
 
 def fused_attention_choice(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> int:

@@ -198,6 +198,14 @@ class Config:
     timeout_seconds: float = 600.0
     """How long ranks wait for each other outside of a collective before they give up."""
 
+    run_folder: str | None = None
+    """Where rank 0 keeps the run's report with the record of its steps, `magi_report.json`, brought
+    up to date every ten seconds; `magi explain FOLDER` shows it. None: nowhere by itself."""
+
+    progress: bool = True
+    """Show on rank 0's terminal what is being compiled and how far, and in the window's title how
+    the steps go. Nothing is shown where stderr is no terminal."""
+
     def __post_init__(self) -> None:
         _check_choice("Config", "tier", self.tier, ("auto", *get_args(Tier)))
         switch = {True: "on", False: "off"}

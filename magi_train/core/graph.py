@@ -139,20 +139,50 @@ def mutated(node: Node) -> list[Node]:
     return found + (first if in_place else [])
 
 
+def aliased(node: Node) -> set[Node]:
+    """Return `node` and those that it is computed from whose memory it may share.
+
+    Fake tensors tell: what is a view of another lies in the same storage. A node without known
+    tensors, or that runs a graph, may share memory with anything that it is computed from.
+    """
+    memory = _memory(node)
+    return {n for n in ancestors(node) if not memory or not _memory(n) or memory & _memory(n)}
+
+
+def _memory(node: Node) -> frozenset[int]:
+    """Return the storages of the tensors that a node yields; none where they are not known."""
+    if compat.is_higher_order(node.target):
+        return frozenset()
+    tensors = [v for v in pytree.tree_leaves(example_value(node)) if isinstance(v, Tensor)]
+    if not all(isinstance(t, compat.FakeTensor) for t in tensors):
+        return frozenset()
+    return frozenset(compat.storage_key(t) for t in tensors)
+
+
 def changed_behind(gm: GraphModule, nodes: set[Node]) -> Node | None:
     """Return an op outside of `nodes` that may change one of their values in place, or None."""
     for node in gm.graph.nodes:
-        if node not in nodes and any(ancestors(n) & nodes for n in mutated(node)):
+        if node not in nodes and any(aliased(n) & nodes for n in mutated(node)):
             return node
     return None
 
 
 def written_inputs(gm: GraphModule) -> set[Node]:
     """Return the inputs of `gm` that some op changes in place, itself or through a view."""
-    sources: set[Node] = set()
-    for write in {m for node in gm.graph.nodes for m in mutated(node)}:
-        sources |= ancestors(write) if write not in sources else set()
-    return {n for n in sources if n.op == "placeholder"}
+    writes = {m for node in gm.graph.nodes for m in mutated(node)}
+    return {n for write in writes for n in aliased(write) if n.op == "placeholder"}
+
+
+def is_read(node: Node) -> bool:
+    """Return whether the value of `node` reaches the output, or an op that changes something."""
+    todo, seen = [node], {node}
+    while todo:
+        for user in todo.pop().users:
+            if user.op == "output" or mutated(user) or compat.is_higher_order(user.target):
+                return True
+            todo += {user} - seen
+            seen.add(user)
+    return False
 
 
 def erase_unused(gm: GraphModule, nodes: set[Node]) -> None:
@@ -308,7 +338,8 @@ def user_line(node: Node) -> str:
     """Return the last line of the user's code that made `node`, "" if unknown."""
     lines = (node.stack_trace or "").strip().splitlines()
     places = [i for i, line in enumerate(lines) if line.strip().startswith("File ")]
-    return " ".join(line.strip() for line in lines[places[-1] :]) if places else ""
+    mine = [line.strip() for line in lines[places[-1] :]] if places else []
+    return " ".join(line for line in mine if line.strip("^~ "))  # without the marks below it
 
 
 def restore_order(graph: Graph) -> None:

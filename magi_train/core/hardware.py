@@ -1,6 +1,7 @@
 """What the GPUs are and how fast: by the driver, without a CUDA context where that is enough."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,29 @@ def devices_in_use() -> dict[str, str]:
         return {}
     finally:
         pynvml.nvmlShutdown()
+
+
+def energy_counter() -> Callable[[], float] | None:
+    """Return a function that reads the joules that the current CUDA device has used; None without.
+
+    The driver counts since it was loaded, in millijoules (Volta and later).
+    """
+    if not torch.cuda.is_initialized():
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except (ImportError, AttributeError) as error:
+        logger.debug("no energy counter: %s", error)
+        return None
+    except pynvml.NVMLError as error:  # a slice of a GPU has none of its own
+        logger.debug("no energy counter: %s", error)
+        return None
+    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
 
 
 FP8_SINCE = (8, 9)

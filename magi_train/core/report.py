@@ -4,13 +4,17 @@ import json
 import os
 import platform
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from magi_train.core.errors import MagiError
+from magi_train.core.record import Steps
+
+FILE_NAME = "magi_report.json"
+"""Of the report in the folder of a run."""
 
 
 @dataclass
@@ -57,6 +61,8 @@ class Report:
         measured: Numbers by name; the unit is in the name.
         notes: Sentences on what happened later, for example steps that ran uncompiled.
         settings: The Config.
+        sources: {key of a setting: where it came from}, for those that are not the default.
+        steps: How the steps went.
     """
 
     tier: str = ""
@@ -66,6 +72,8 @@ class Report:
     measured: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    steps: Steps = field(default_factory=Steps)
     versions: dict[str, str] = field(
         default_factory=lambda: {"torch": torch.__version__, "python": platform.python_version()}
     )
@@ -97,24 +105,31 @@ class Report:
         return "\n".join(lines)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as JSON; an existing file is replaced in one step."""
-        write_atomically(Path(path), json.dumps(asdict(self), indent=2) + "\n")
+        """Write the report as JSON; an existing file is replaced in one step.
+
+        On one line: json's fast encoder knows no indents, and a run writes while it trains.
+        """
+        fields = {**vars(self), "rows": [vars(row) for row in self.rows], "steps": vars(self.steps)}
+        write_atomically(Path(path), json.dumps(fields) + "\n")
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Report":
-        """Read what `save` wrote.
+        """Read what `save` wrote; of a folder, the report in it.
 
         Raises:
             MagiError: The file is missing or is not a report.
         """
+        path = Path(path)
+        if path.is_dir():
+            path = path / FILE_NAME
         try:
-            data = json.loads(Path(path).read_text())
+            data = json.loads(path.read_text())
             rows = [PassRow(**row) for row in data.pop("rows")]
-            return Report(rows=rows, **data)
+            return Report(rows=rows, steps=Steps(**data.pop("steps", {})), **data)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise MagiError(
-                f"{path} is not a report of magi-train: {error}; `magi_train.report(module)"
-                ".save(path)` writes one"
+                f"{path} is not a report of magi-train: {error}; Config(run_folder=...) and "
+                "`magi_train.report(module).save(path)` write one"
             ) from error
 
 
@@ -122,6 +137,10 @@ def write_atomically(path: Path, text: str) -> None:
     """Write `text` to a neighbour of `path`, then rename it: readers never see half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    os.replace(name, path)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.replace(name, path)
+    except OSError:  # no space: what was there before stays, and nothing of ours beside it
+        os.unlink(name)
+        raise

@@ -331,6 +331,24 @@ def apply(config: Config, values: Mapping[str, Sourced]) -> tuple[Config, list[s
         raise SettingError(f"{error} (settings from {', '.join(sources)})") from error
 
 
+def sources(config: Config, outside: Mapping[str, Sourced]) -> dict[str, str]:
+    """Return {key: where it came from} of the settings of `config` that are not the default.
+
+    Args:
+        config: As it holds, `outside` applied.
+        outside: What came from files, variables and the command line.
+    """
+    found: dict[str, str] = {}
+    for key, setting in known_settings().items():
+        value = _field(config, key)
+        if value is _NO_PART or value == setting.default:
+            continue
+        given = outside.get(key)
+        mine = given is not None and given.value == value
+        found[key] = given.source if given is not None and mine else "Config in Python"
+    return found
+
+
 _NO_PART = object()
 
 

@@ -216,6 +216,27 @@ def test_a_mask_that_a_keyword_changes_in_place_keeps_the_change():
     assert "in place" in plan.left_alone[0][1]
 
 
+def test_a_result_that_is_changed_in_place_says_nothing_about_the_mask():
+    def function(q, k, v):
+        out = index_mask(causal)(q, k, v).sum()
+        out *= 0.5
+        return out
+
+    _, plan = plan_of(function, *qkv())
+    assert plan.causal
+
+
+def test_a_view_through_which_a_mask_is_changed_is_told_from_a_copy():
+    def function(q, k, v, change_a_copy):
+        mask = torch.ones(LENGTH, LENGTH).tril().bool()
+        rows = mask.clone() if change_a_copy else mask.view(LENGTH, LENGTH)
+        rows.chunk(2)[1].fill_(True)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    assert plan_of(lambda q, k, v: function(q, k, v, True), *qkv())[1].causal
+    assert not plan_of(lambda q, k, v: function(q, k, v, False), *qkv())[1].causal
+
+
 class Counts(nn.Module):
     """Changes buffers in place, as BatchNorm and moving averages do, beside an attention."""
 

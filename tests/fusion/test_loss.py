@@ -253,6 +253,18 @@ def test_dynamic_sizes_are_not_fixed():
     assert backend.plan.chunked
 
 
+def test_logits_that_are_read_for_nothing_are_not_kept():
+    def function(x, w, labels):
+        logits = F.linear(x, w)
+        logits.float().mul(2)  # as a wrapper around a model casts all that it returns
+        return F.cross_entropy(logits, labels)
+
+    x, labels = batch(ignored=3)
+    weight = torch.randn(VOCABULARY, WIDTH, requires_grad=True)
+    _, backend = compiled(function, x, weight, labels)
+    assert backend.plan.chunked, backend.plan
+
+
 # -- refusals -------------------------------------------------------------------------------------
 
 

@@ -40,7 +40,9 @@ def test_the_trainer_trains_and_logs_as_without_us(tmp_path, options):
     assert ours.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=limit)
     found = report(ours)
     assert found.tier == "graph", found.reason
-    assert any(row.name == "chunk_linear_cross_entropy" for row in found.rows)
+    plans = {row.name: row.plan for row in found.rows}
+    assert "chunk_linear_cross_entropy" in plans
+    assert plans["canonicalize_attention"]["causal"], "the Trainer scales the loss in place"
 
 
 def test_a_loss_of_the_users_own_is_captured(tmp_path):

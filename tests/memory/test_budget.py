@@ -65,8 +65,6 @@ def test_a_generous_budget_changes_nothing(unlimited):
     _, plan, _ = unlimited
     assert plan["planned_gib"] == plan["without_gib"] < 1.0
     assert plan["resident_gib"]["optimizer"] == 2 * plan["resident_gib"]["parameters"]
-    assert len(plan["largest"]) == 10
-    assert max(plan["timeline_gib"]) == pytest.approx(plan["planned_gib"], abs=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.8, pytest.param(0.65, marks=pytest.mark.full)])

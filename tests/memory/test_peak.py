@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from magi_train import Config, prepare, prepare_step, report
 from magi_train.memory import cost
 from magi_train.memory.peak import simulate
 from magi_train.memory.remat import checkpoints
@@ -171,3 +172,21 @@ def test_attention_costs_its_products_with_grouped_heads():
     whole = 4 * 2 * 8 * 64 * 64 * 16
     assert cost.flops(forward) == whole / 2
     assert cost.flops(backward) == 2.5 * whole / 2
+
+
+@pytest.mark.parametrize("budget", [None, 1.0])
+def test_the_report_holds_the_picture_with_and_without_a_budget(budget):
+    layers = nn.Sequential(*[Layer(0.0) for _ in range(4)])
+    config = Config(lowering="aot_eager", memory_budget_gib=budget)
+    prepared = prepare(layers, config=config)
+    step = prepare_step(lambda x: prepared(x).square().mean(), prepared)
+    step(torch.randn(64, 16)).backward()
+    plan = next(r.plan for r in report(prepared).rows if r.name == "step_memory")
+    assert max(plan["course_mib"]) == plan["peak_mib"] > 0
+    assert len(plan["largest"]) == 10
+    assert plan["largest"][0]["mib"] == 64 * 64 * 4 / 2**20
+    assert "torch.tanh(self.up(x))" in plan["largest"][0]["line"]
+    assert "^" not in plan["largest"][0]["line"]
+    assert 0 < plan["forward_part"] < 1
+    assert plan["forward_ms"] < plan["backward_ms"]
+    assert bool(plan["resident_mib"]) == (budget is not None)
