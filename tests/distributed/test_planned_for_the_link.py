@@ -156,7 +156,7 @@ def drifts(rank, world_size, every):
         model(tokens(rank), tokens(1)).backward()
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_replicas_that_differ_are_told_by_name(every):
     for outcome in run_ranks(drifts, every):
         assert "ReplicaMismatchError: a.weight is not the same on all ranks" in outcome.error
@@ -223,6 +223,7 @@ def explains(rank, world_size):
     return said.getvalue()
 
 
+@pytest.mark.full
 def test_explain_prints_the_link_once():
     first, second = values(run_ranks(explains))
     assert second == ""
