@@ -221,6 +221,9 @@ class FullyShard:
     def broadcast_state(self) -> None:
         """Do nothing: the weights were made equal while they were whole."""
 
+    def pin_plan(self) -> None:
+        """FSDP2 keeps its one group a block."""
+
     def compression_state(self) -> dict[str, dict[str, Tensor]]:
         """Return nothing: no codec keeps a residual here."""
         return {}

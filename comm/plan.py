@@ -4,8 +4,9 @@ The plan comes from the registered parameters alone, never from a captured graph
 make it before anything is compiled, and a compiled rank and an eager one execute the same sequence
 of collectives. Order: the reverse of registration, which is about the order in which a backward
 produces gradients. Method: Li et al. (2020), PyTorch Distributed, section 3.2.3 (bucketing).
-    Differs: bucket size follows the model (a sixteenth of the bytes), and the last bucket is an
-    eighth of the others, since nothing is left to hide it behind.
+    Differs: with a measured link, sizes are those that `comm.schedule` predicts to be best for it;
+    without, a sixteenth of the bytes. The last bucket is an eighth of the others, since nothing is
+    left to hide it behind. Once it was seen when gradients appear, that is the order.
 
 A bucket has one codec (`comm.codecs`). `CommConfig.compression` names it, or a level that stands
 for one, and these parameters are exempt from the lossy ones, in buckets of their own:
@@ -19,11 +20,13 @@ Only float32 parameters are encoded; others travel as they are.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from magi_train.comm.link import Link
+from magi_train.comm.schedule import SMALL, Message, Sizes, choose, exposed
 from magi_train.core import compat
 from magi_train.core.config import CommConfig
 from magi_train.core.passes import Plan
@@ -34,7 +37,6 @@ ALIGN_BYTES = 256
 AUTO_BUCKETS = 16
 AUTO_LEAST_BYTES, AUTO_MOST_BYTES = 8 * MIB, 128 * MIB
 """Below, latency counts more than an early start; above, nothing is gained."""
-LAST_BUCKET_FRACTION = 0.125
 BLOCK = 256
 """Elements that share a scale in int8 and fp8."""
 LEVELS = {"balanced": "int8", "aggressive": "powersgd"}
@@ -104,6 +106,10 @@ class Bucket:
             return sum(4 * self.rank * sum(matrix_shape(s.shape)) for s in self.slots)
         return n * (2 if self.codec == "bfloat16" else self.torch_dtype().itemsize)
 
+    def collectives(self) -> int:
+        """Return how many collectives follow each other."""
+        return 2 if self.codec in ("bfloat16", "int8", "fp8", "powersgd") else 1
+
 
 @dataclass(frozen=True)
 class CommPlan(Plan):
@@ -129,50 +135,108 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
+Named = list[tuple[str, torch.Tensor]]
+
+
 def plan_buckets(
-    parameters: Iterable[tuple[str, torch.Tensor]], config: CommConfig, world_size: int
+    parameters: Iterable[tuple[str, torch.Tensor]],
+    config: CommConfig,
+    world_size: int,
+    link: Link | None = None,
+    ready: Mapping[str, float] | None = None,
 ) -> CommPlan:
-    """Return the buckets of `parameters`, given in registration order, frozen ones left out."""
+    """Return the buckets of `parameters`, given in registration order, frozen ones left out.
+
+    Args:
+        parameters: By name.
+        config: A fixed size, codecs.
+        world_size: Ranks.
+        link: What sizes are to be best for; None for sizes by rule.
+        ready: Seconds from the first gradient to that of each parameter; those it does not name
+            have none until the end of the backward. None: not known.
+    """
     trainable = [(name, p) for name, p in parameters if p.requires_grad]
-    total = sum(p.numel() * p.element_size() for _, p in trainable)
-    if config.bucket_mib is not None:
-        cap = int(config.bucket_mib * MIB)
-    else:
-        cap = min(max(total // AUTO_BUCKETS, AUTO_LEAST_BYTES), AUTO_MOST_BYTES)
     codecs = _codecs(trainable, config)
-    open_groups: dict[tuple[torch.dtype, str, bool], _Group] = {}
+    ordered = trainable[::-1]
+    if ready is not None:
+        ordered.sort(key=lambda member: ready.get(member[0], math.inf))
+    total = sum(num_bytes(p) for _, p in trainable)
+
+    def buckets(sizes: Sizes) -> tuple[Bucket, ...]:
+        groups = _grouped(ordered, codecs, config, sizes)
+        return tuple(_bucket(g, codecs[g[0][0]], config, world_size) for g in groups)
+
+    if config.bucket_mib is not None or link is None or not trainable:
+        automatic = min(max(total // AUTO_BUCKETS, AUTO_LEAST_BYTES), AUTO_MOST_BYTES)
+        cap = automatic if config.bucket_mib is None else int(config.bucket_mib * MIB)
+        sizes = Sizes(cap, cap, int(cap * SMALL))
+    else:
+        known = link
+        sizes = choose(total, lambda each: predict(buckets(each), known, ready))
+    return CommPlan(buckets(sizes), world_size)
+
+
+def predict(
+    buckets: tuple[Bucket, ...], link: Link, ready: Mapping[str, float] | None = None
+) -> float:
+    """Return for how many seconds the all-reduces of `buckets` are expected to hold a step up."""
+    if ready is not None:
+        end = max(ready.values(), default=0.0)
+        at = [max(ready.get(s.name, end) for s in b.slots) for b in buckets]
+        return exposed(_messages(buckets, at), link, end)
+    total = sum(s.numel() for b in buckets for s in b.slots) or 1
+    parts, done = [], 0
+    for b in buckets:
+        done += sum(s.numel() for s in b.slots)
+        parts.append(done / total)
+    return exposed(_messages(buckets, parts), link)
+
+
+def _messages(buckets: tuple[Bucket, ...], ready: list[float]) -> list[Message]:
+    return [
+        Message(b.wire_bytes(), b.collectives(), at) for b, at in zip(buckets, ready, strict=True)
+    ]
+
+
+def num_bytes(parameter: torch.Tensor) -> int:
+    """Return the bytes of a parameter's gradient."""
+    return parameter.numel() * parameter.element_size()
+
+
+def _grouped(
+    ordered: Named, codecs: dict[str, str], config: CommConfig, sizes: Sizes
+) -> list[Named]:
+    """Divide parameters, in the order of their gradients, into buckets, in launch order."""
+    left, tail = sum(num_bytes(p) for _, p in ordered), False
+    filling: dict[tuple[torch.dtype, str, bool], _Group] = {}
     groups: list[_Group] = []
-    left, tail = total, False
-    for position, (name, p) in enumerate(reversed(trainable)):
-        num_bytes = p.numel() * p.element_size()
-        tail = tail or left <= cap * LAST_BUCKET_FRACTION
+    for position, (name, p) in enumerate(ordered):
+        tail = tail or left <= sizes.last
         exempt = config.compression is not None and p.dim() < 2
         key = (p.dtype, codecs[name], tail and not exempt)
-        if key not in open_groups or open_groups[key].num_bytes + num_bytes > cap:
-            open_groups[key] = _Group([])
-            groups.append(open_groups[key])
-        open_groups[key].add(name, p, position)
-        left -= num_bytes
+        cap = sizes.first if len(groups) == 1 else sizes.cap
+        if key not in filling or filling[key].num_bytes + num_bytes(p) > cap:
+            filling[key] = _Group([])
+            groups.append(filling[key])
+        filling[key].add(name, p, position)
+        left -= num_bytes(p)
     groups.sort(key=lambda group: group.complete_at)  # a bucket leaves with its last gradient
-    return CommPlan(
-        tuple(_bucket(g.members, codecs[g.members[0][0]], config, world_size) for g in groups),
-        world_size,
-    )
+    return [group.members for group in groups]
 
 
 @dataclass
 class _Group:
-    members: list[tuple[str, torch.Tensor]]
+    members: Named
     num_bytes: int = 0
     complete_at: int = 0
 
     def add(self, name: str, parameter: torch.Tensor, position: int) -> None:
         self.members.append((name, parameter))
-        self.num_bytes += parameter.numel() * parameter.element_size()
+        self.num_bytes += num_bytes(parameter)
         self.complete_at = position
 
 
-def _codecs(trainable: list[tuple[str, torch.Tensor]], config: CommConfig) -> dict[str, str]:
+def _codecs(trainable: Named, config: CommConfig) -> dict[str, str]:
     """Return each parameter's codec."""
     wanted: str | None = config.compression
     names = {name: str(p.dtype).removeprefix("torch.") for name, p in trainable}
@@ -197,9 +261,7 @@ def _codecs(trainable: list[tuple[str, torch.Tensor]], config: CommConfig) -> di
     return names
 
 
-def _bucket(
-    group: list[tuple[str, torch.Tensor]], codec: str, config: CommConfig, world_size: int
-) -> Bucket:
+def _bucket(group: Named, codec: str, config: CommConfig, world_size: int) -> Bucket:
     dtype = group[0][1].dtype
     align = max(ALIGN_BYTES // dtype.itemsize, 1)
     name = str(dtype).removeprefix("torch.")

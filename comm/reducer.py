@@ -19,6 +19,10 @@ backward does, in order:
    takes rank 0's buffers, and checks that every gradient was reduced exactly once. What codecs
    keep for the next step counts from here, if every gradient is finite.
 
+Where hooks launch on the CPU and the link is known, the first backwards are watched, and the ranks
+then agree once on buckets for the times at which gradients appear. A captured graph has its buckets
+inside, so there the first plan stays (`pin_plan`).
+
 The check at 4: after an in-graph reduction `.grad` must be the very memory of the bucket. If not,
 the parameter has another contribution, outside of the captured graph. On the first synchronised
 backward the ranks then agree to reduce everything from hooks from now on, and reduce once more:
@@ -35,10 +39,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from magi_train.comm import replicas
 from magi_train.comm.broadcast import broadcast
 from magi_train.comm.codecs import Scale
-from magi_train.comm.codecs.compressor import Compressor, Handle
-from magi_train.comm.plan import Bucket, CommPlan, plan_buckets
+from magi_train.comm.codecs.compressor import STATEFUL, Compressor, Handle
+from magi_train.comm.link import Link
+from magi_train.comm.plan import LEVELS, Bucket, CommPlan, plan_buckets, predict
+from magi_train.comm.schedule import Meter, Profile
+from magi_train.comm.trial import CODEC, FORMS, Trial
 from magi_train.core import compat
 from magi_train.core.config import CommConfig
 from magi_train.core.errors import MagiError, UnreducedGradientError
@@ -46,6 +54,9 @@ from magi_train.core.report import PassRow, Report
 from magi_train.core.world import World
 
 logger = logging.getLogger(__name__)
+
+LEAST_GAIN = 0.02
+"""Part of the backward that another plan must be predicted to save."""
 
 _reducers: "weakref.WeakValueDictionary[int, Reducer]" = weakref.WeakValueDictionary()
 _ordinals = itertools.count()
@@ -88,6 +99,7 @@ class Reducer:
         config: Buckets and wire format.
         timeout_seconds: For agreements between ranks.
         report: Gets the plan.
+        link: What the plan shall be best for; None for sizes by rule.
 
     Attributes:
         loss_scale: Returns what the loss is multiplied with before a backward.
@@ -100,6 +112,7 @@ class Reducer:
         config: CommConfig,
         timeout_seconds: float,
         report: Report,
+        link: Link | None = None,
     ) -> None:
         self.ordinal = next(_ordinals)
         _reducers[self.ordinal] = self
@@ -112,6 +125,14 @@ class Reducer:
         self._plans: dict[tuple[bool, ...], CommPlan] = {}
         self.loss_scale: Callable[[], Scale] = lambda: 1.0
         self.compressor: Compressor | None = None
+        self._link = link
+        self._ready: dict[str, float] | None = None
+        watched = link is not None and world.size > 1 and self._device().type == "cpu"
+        self._profile = Profile() if watched and config.bucket_mib is None else None
+        self._meter = Meter() if watched else None
+        level = config.compression in LEVELS and config.trial and world.size > 1
+        self._trial = Trial() if level else None
+        self._synchronised = 0
         self._autocast = (False, "")
         self._armed = (True, False)
         self._backward: _Backward | None = None
@@ -132,14 +153,7 @@ class Reducer:
         """Make and agree on the plan for the parameters that are trainable now."""
         signature = self._trainable()
         if signature not in self._plans:
-            plan = plan_buckets(self.parameters.items(), self.config, self.world.size)
-            self.world.agree(
-                "communication plan",
-                {"fingerprint": plan.fingerprint(), "trainable": sum(signature)},
-                self._timeout_seconds,
-            )
-            self._plans[signature] = plan
-            self.report.add(PassRow("communication_plan", "run_time", _summary(plan), 0.0))
+            self._plans[signature] = self._agreed(self._new_plan(), sum(signature))
         self._signature, self.plan = signature, self._plans[signature]
         self._make_compressor()
         self.planned = frozenset(s.name for b in self.plan.buckets for s in b.slots)
@@ -147,12 +161,60 @@ class Reducer:
             parameter = self.parameters[name]
             self._hooks[name] = parameter.register_post_accumulate_grad_hook(self._hook_for(name))
 
+    def _new_plan(self) -> CommPlan:
+        named, size = self.parameters.items(), self.world.size
+        return plan_buckets(named, self.config, size, self._link, self._ready)
+
+    def _agreed(self, plan: CommPlan, trainable: int) -> CommPlan:
+        self.world.agree(
+            "communication plan",
+            {"fingerprint": plan.fingerprint(), "trainable": trainable},
+            self._timeout_seconds,
+        )
+        row = _summary(plan, self._link, self._ready)
+        self.report.add(PassRow("communication_plan", "run_time", row, 0.0))
+        return plan
+
+    def pin_plan(self) -> None:
+        """Keep the buckets of the plan as they are: something was made for them."""
+        self._profile = None
+
+    def _plan_anew(self) -> None:
+        """Once enough was seen of when gradients appear, agree on buckets for that."""
+        profile = self._profile
+        if profile is None or self._link is None:
+            return
+        profile.end()
+        if not profile.done:
+            return
+        self._profile = None
+        mine = profile.ready()
+        answers = self.world.gather("when gradients appear", mine, self._timeout_seconds)
+        names = {name for answer in answers for name in answer}
+        ready = {n: max(answer.get(n, 0.0) for answer in answers) for n in sorted(names)}
+        before, self._ready = predict(self.plan.buckets, self._link, ready), ready
+        plan = self._new_plan()
+        gain = before - predict(plan.buckets, self._link, ready)
+        if gain <= LEAST_GAIN * max(ready.values(), default=0.0):
+            self.report.note(
+                f"the first communication plan stays: another would save {1e3 * gain:.1f} ms of "
+                f"{1e3 * before:.1f} ms exposed, as predicted"
+            )
+            return
+        self._plans = {self._signature: self._agreed(plan, sum(self._signature))}
+        self._flag_cache.clear()  # by the identity of buckets
+        if self._meter is not None:
+            self._meter.forget()
+        self.refresh()
+
     def _make_compressor(self) -> None:
         """Make the codecs of the plan; what those of another plan kept goes on in them."""
         before = self.compressor
         if self.world.size == 1 or (before is not None and before.plan is self.plan):
             return
         self.compressor = Compressor(self.plan, self.world, self._device())
+        if self._trial is not None:
+            self.compressor.instead = FORMS[self._trial.form]
         if before is not None and before.stateful:
             self.compressor.load(before.state())
 
@@ -221,7 +283,8 @@ class Reducer:
         """Wait until `flat`, which `launch` returned, holds the averages."""
         if self._backward is None or flat.data_ptr() not in self._backward.works:
             return
-        self._backward.works.pop(flat.data_ptr()).wait()
+        wait = self._backward.works.pop(flat.data_ptr()).wait
+        wait() if self._meter is None else self._meter.wait(wait)
 
     def _state(self) -> _Backward:
         if self._backward is None:
@@ -307,6 +370,8 @@ class Reducer:
     def _accumulated(self, name: str) -> None:
         state = self._state()
         state.ready.add(name)
+        if self._profile is not None and state.sync:
+            self._profile.mark(name)
         state.folded.pop(name, None)  # it is in the bucket, and will not be needed again
         grad = self.parameters[name].grad
         if grad is not None and not state.in_graph:
@@ -360,13 +425,39 @@ class Reducer:
                 self._backward = state = _Backward(sync=True, in_graph=False)
                 self._complete(state)
             self._settle()
-            if self.config.broadcast_buffers:
-                broadcast(self.world, self._buffers())
+            self._end_step()
         except BaseException as error:
             self.world.fail(error)
             raise
         finally:
             self._backward = None
+
+    def _end_step(self) -> None:
+        """What a synchronised backward does when its gradients are there; collectives."""
+        if self.config.broadcast_buffers:
+            broadcast(self.world, self._buffers())
+        if self._meter is not None:
+            self.report.measured |= self._meter.end()
+        self._synchronised += 1
+        every = self.config.check_replicas
+        if every is not None and self._synchronised % every == 0:
+            replicas.compare(self.parameters, self.world, self._device())
+        self._try_codec()
+        self._plan_anew()
+
+    def _try_codec(self) -> None:
+        """Let the codec of a level take turns with more exact forms, and choose in the end."""
+        trial = self._trial
+        if trial is None or trial.done or self.compressor is None or not self.compressor.stateful:
+            return
+        if trial.step():
+            answers = self.world.gather("the codec's gain", trial.medians(), self._timeout_seconds)
+            worst = {form: round(1e3 * s, 3) for form, s in trial.choose(answers).items()}
+            codecs = [c for c in self.plan.codecs() if c in STATEFUL]
+            chosen = codecs[0] if trial.form == CODEC else trial.form
+            row = {"codec": codecs[0], "milliseconds": worst, "chosen": chosen}
+            self.report.add(PassRow("codec_trial", "run_time", row, 0.0))
+        self.compressor.instead = FORMS[trial.form]
 
     def _restore(self, state: _Backward) -> None:
         """After torch.autograd.grad, which accumulates nothing: leave every `.grad` as it was."""
@@ -456,11 +547,20 @@ class Reducer:
                 self.parameters[slot.name].grad = slot.view(flat)
 
 
-def _summary(plan: CommPlan) -> dict[str, object]:
-    return {
+def _summary(
+    plan: CommPlan, link: Link | None, ready: dict[str, float] | None
+) -> dict[str, object]:
+    row: dict[str, object] = {
         "buckets": len(plan.buckets),
         "wire_bytes": plan.wire_bytes(),
         "parameters_by_codec": plan.codecs(),
         "world_size": plan.world_size,
         "fingerprint": plan.fingerprint(),
     }
+    if link is None or not plan.buckets:
+        return row
+    largest = max(b.flags_offset * b.torch_dtype().itemsize for b in plan.buckets)
+    row["largest_bucket_bytes"] = largest
+    row["backward"] = "assumed" if ready is None else "measured"
+    row["predicted_exposed_ms"] = round(1e3 * predict(plan.buckets, link, ready), 3)
+    return row

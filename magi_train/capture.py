@@ -190,6 +190,8 @@ class Region:
 
     def _take(self, tier: str, reason: str, output: Any) -> Any:
         self.tier = tier
+        if tier == "graph" and self.runtime.config.comm.in_graph:
+            self.runtime.reducer.pin_plan()
         report = self.runtime.report
         if not report.tier:
             report.tier, report.reason = tier, reason

@@ -3,8 +3,9 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from magi_train.core import settings
 from magi_train.core.errors import MagiError
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from magi_train.exporter import commands
 
             return commands.run(options)
-        return _explain(options)
+        return _explain_link(options) if options.link else _explain(options)
     except MagiError as error:
         sys.stderr.write(f"magi {given[0]}: {error}\n")
         return 2
@@ -54,6 +55,12 @@ def _parse(given: list[str]) -> argparse.Namespace:
         help="write one HTML page instead (default: magi_report.html beside the report)",
     )
     _add_fits(explain)
+    explain.add_argument(
+        "--link",
+        action="store_true",
+        help="measure the link between ranks instead: magi run --nproc 2 -m magi_train.cli explain "
+        "--link",
+    )
     doctor = commands.add_parser("doctor", help="examine this machine and what is installed")
     config = commands.add_parser("config", help="show settings and where they come from")
     if given[:1] and given[0] in (*EXPORTING, "-h", "--help"):  # torch is loaded for these alone
@@ -135,6 +142,34 @@ def _explain(options: argparse.Namespace) -> int:
     from magi_train.integrations.explain import explain
 
     return explain(options.report, options.html, as_json=options.json)
+
+
+def _explain_link(options: argparse.Namespace) -> int:
+    import torch
+
+    from magi_train.comm.link import find
+    from magi_train.core.world import join_from_environment
+
+    world = join_from_environment()
+    if world.size == 1:
+        raise MagiError(
+            "--link needs more than one rank; use `magi run --nproc 2 -m magi_train.cli explain "
+            "--link`"
+        )
+    on_gpu = torch.cuda.is_available() and world.backend != "gloo"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    row = find(world, device, timeout_seconds=60, remember=False).row()
+    if world.rank == 0:
+        sys.stdout.write(json.dumps(row, indent=2) + "\n" if options.json else _link_text(row))
+    world.close()
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+def _link_text(row: Mapping[str, Any]) -> str:
+    lines = [f"all-reduce: {row['latency_us']} us and {row['gbit_per_second']} Gbit/s of tensor"]
+    lines += [f"{b:>10} bytes {ms:10} ms" for b, ms in row["milliseconds_by_bytes"].items()]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

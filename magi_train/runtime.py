@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 
 from magi_train.comm.codecs.compressor import STATEFUL
 from magi_train.comm.fully_shard import FullyShard, device_for, local_part
-from magi_train.comm.plan import CommPlan
+from magi_train.comm.link import link_for
+from magi_train.comm.plan import CommPlan, num_bytes
 from magi_train.comm.reducer import Reducer
 from magi_train.core import compat, hardware, settings
 from magi_train.core.config import Config
@@ -100,19 +101,16 @@ class Runtime:
         if outside:
             self._tell_outside(settings.to_words(outside), overruled)
         self._agree(parameters)
+        gradient_bytes = sum(num_bytes(p) for p in parameters.values() if p.requires_grad)
         del parameters  # of whole weights, which sharding frees one block after the other
         self.fp8 = config.precision == "fp8" and self._fp8_everywhere()
         self.reducer: Reducer | FullyShard
         if config.engine == "fsdp2":
             self.reducer = FullyShard(module, self.world, config, self.report, optimizers)
         else:
-            self.reducer = Reducer(
-                module,
-                self.world,
-                config.comm,
-                config.timeout_seconds,
-                self.report,
-            )
+            seconds = config.timeout_seconds
+            link = link_for(config.comm, gradient_bytes, self.world, device, seconds, self.report)
+            self.reducer = Reducer(module, self.world, config.comm, seconds, self.report, link)
         self.reducer.broadcast_state()
         self.shadows = WeightShadows()
         self.narrow_gradients = NarrowGradients([])
@@ -130,6 +128,8 @@ class Runtime:
                 config.timeout_seconds,
                 self.report,
             )
+            assert isinstance(self.reducer, Reducer), "a budget is refused for sharded weights"
+            self.reducer.pin_plan()  # the budget counts its largest bucket
 
     @property
     def sharded(self) -> bool:

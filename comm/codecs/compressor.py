@@ -66,6 +66,7 @@ class Compressor:
 
     Attributes:
         exact: Which "safe" buckets travel in bfloat16.
+        instead: What lossy buckets travel in for now, "" for as they are; None for their codec.
         stateful: Whether a codec keeps anything from step to step.
 
     Raises:
@@ -83,6 +84,7 @@ class Compressor:
                 f"{world.backend} backend; use init_process_group('nccl')"
             )
         self.exact = ExactBuckets(plan)
+        self.instead: str | None = None
         self._codecs: dict[tuple[int, str], Codec] = {}
         self._lanes = Lanes.of(world) if encoded and not self.on_stream else None
         self._verdict: tuple[Tensor, Any] | None = None
@@ -111,6 +113,8 @@ class Compressor:
         self._decide()
         bucket = self.plan.buckets[index]
         name = self.exact.codec(autocast, index)
+        if self.instead is not None and name in STATEFUL:
+            name = self.instead or bucket.dtype
         what = f"bucket {index} ({bucket.slots[0].name} .. {bucket.slots[-1].name}) in {name}"
         if name == bucket.dtype or (self.on_stream and name == "bfloat16"):
             self._plain.append(flat)

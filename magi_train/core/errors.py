@@ -5,6 +5,7 @@ MagiError (RuntimeError)
 |-- PassError               a pass cannot do what its Config asks
 |-- PlanMismatchError       ranks decided differently before training
 |-- RemoteRankError         another rank failed, ended or stopped answering
+|-- ReplicaMismatchError    ranks hold different weights
 |-- SettingError            a file, MAGI_SETTINGS or an option holds a wrong setting
 |-- UnreducedGradientError  a gradient arrived that no collective covers
 `-- ExportError             a model could not be exported, or an artifact not loaded
@@ -29,6 +30,10 @@ class PlanMismatchError(MagiError):
 
 class RemoteRankError(MagiError):
     """Another rank failed, ended early or stopped answering while this rank was waiting for it."""
+
+
+class ReplicaMismatchError(MagiError):
+    """The ranks' copies of a parameter are no longer the same; names the first and the ranks."""
 
 
 class SettingError(MagiError, ValueError):
