@@ -416,6 +416,7 @@ def raises_in_step_three(rank, _):
         model(ids, tokens(1)).backward()
 
 
+@pytest.mark.full
 def test_a_rank_that_raises_ends_the_other():
     first, second = run_ranks(raises_in_step_three)
     assert second.error.startswith("IndexError")

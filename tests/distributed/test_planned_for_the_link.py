@@ -156,7 +156,8 @@ def drifts(rank, world_size, every):
         model(tokens(rank), tokens(1)).backward()
 
 
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.full), 2])
+@pytest.mark.full
+@pytest.mark.parametrize("every", [1, 2])
 def test_replicas_that_differ_are_told_by_name(every):
     for outcome in run_ranks(drifts, every):
         assert "ReplicaMismatchError: a.weight is not the same on all ranks" in outcome.error

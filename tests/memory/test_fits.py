@@ -93,6 +93,7 @@ def test_the_estimate_is_what_a_capture_plans_and_its_graphs_allocate(name, monk
     assert found.parameters == sum(p.numel() for p in make().parameters())
 
 
+@pytest.mark.full
 def test_a_gpu_its_ranks_and_the_optimizer_are_counted():
     def at(ranks, **config):
         setup = Setup(GPUS["h200"], ranks, Config(**config), torch.bfloat16)

@@ -186,7 +186,7 @@ def test_the_report_holds_the_picture_with_and_without_a_budget(budget):
     assert max(plan["course_mib"]) == plan["peak_mib"] > 0
     assert len(plan["largest"]) == 10
     assert plan["largest"][0]["mib"] == 64 * 64 * 4 / 2**20
-    assert "torch.tanh(self.up(x))" in plan["largest"][0]["line"]
+    assert "torch.tanh(" in plan["largest"][0]["line"]
     assert "^" not in plan["largest"][0]["line"]
     assert 0 < plan["forward_part"] < 1
     assert plan["forward_ms"] < plan["backward_ms"]
