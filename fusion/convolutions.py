@@ -92,7 +92,9 @@ class ChannelsLast:
     def plan(self, gm: GraphModule, context: PassContext) -> NamesPlan | None:
         """Return the convolutions whose weights change their layout."""
         nodes = [n for n in gm.graph.nodes if op_name(n) == "conv2d"]
-        nodes = [n for n in nodes if attribute(gm, n.args[1]) is not None]
+        nodes = [
+            n for n in nodes if attribute(gm, n.args[1]) is not None and example_value(n).dim() == 4
+        ]
         if not nodes or context.training:
             return None
         reason = "" if self.always else _no_gain(nodes, context)

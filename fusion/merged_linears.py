@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from magi_train.core.graph import (
+    aliased,
     attribute,
     example_value,
     insert_attribute,
@@ -108,7 +109,8 @@ def _unmergeable(gm: GraphModule, nodes: list[Node]) -> str:
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     x = nodes[0].args[0]
     between = [n for n in gm.graph.nodes if order[nodes[0]] < order[n] < order[nodes[-1]]]
-    if any(x in mutated(n) for n in between):
+    assert isinstance(x, Node), "what linears have in common"
+    if any(aliased(m) & aliased(x) for n in between for m in mutated(n)):
         return f"{x} is changed between them"
     total = sum(example_value(n).shape[-1] for n in nodes)
     values = {}

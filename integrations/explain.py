@@ -4,6 +4,7 @@ On a terminal, and with rich installed, the text has tables; else it is plain, o
 """
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -52,6 +53,7 @@ def explain(where: str, html: str | None, *, as_json: bool) -> int:
 
 def sparkline(values: Sequence[float]) -> str:
     """Return values as a row of bars from 0 to the highest, at most LINE_POINTS of them."""
+    values = [value for value in values if math.isfinite(value)]
     step = -(-len(values) // LINE_POINTS) or 1
     means = [
         sum(values[i : i + step]) / len(values[i : i + step]) for i in range(0, len(values), step)

@@ -201,6 +201,11 @@ def _captured(
     setup: Setup,
 ) -> Estimate:
     on_gpu, config = setup.gpu is not None, setup.config
+    if config.engine != "replicate":
+        raise MagiError(
+            f"--fits plans replicas, Config.engine 'replicate', and not {config.engine!r}; leave "
+            "that setting out"
+        )
     capture = dataclasses.replace(
         config, tier="graph", dynamic=False, tune=False, cuda_graphs="off",
         shard_optimizer=False, memory_budget_gib=None, precision="autocast",

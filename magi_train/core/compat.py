@@ -23,7 +23,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | placeholder._dynamo_source | a graph input that is no variable of the user's |
 | torch.amp.autocast_mode._enter_autocast | autocast inside of a captured graph |
 | output.meta["original_output_strides"] | what Inductor restores the layout of outputs to |
-| torch._inductor.aoti_compile_and_package, aoti_load_package | export to machine code |
+| torch._inductor.aoti_compile_and_package, package.load_package | export to machine code |
 | placeholder.meta["grapharg"] | the live tensor of a graph input, and how Dynamo reads it |
 | Optimizer.step.hooked, ._init_group, ._opt_called | give an optimizer another class |
 | _torchdynamo_orig_callable | a method of an optimizer that Dynamo replaced |
@@ -120,7 +120,7 @@ TorchDispatchMode: Any = (
 )
 GraphAppendingTracer: Any = _lookup("torch.fx.proxy", "GraphAppendingTracer")
 aoti_compile: Callable[..., Any] = _lookup("torch._inductor", "aoti_compile_and_package")
-aoti_load: Callable[..., Any] = _lookup("torch._inductor", "aoti_load_package")
+aoti_load: Callable[..., Any] = _lookup("torch._inductor.package", "load_package")
 FSDPAllGather: Any = _lookup("torch.distributed.fsdp._fully_shard._fsdp_api", "AllGather") or object
 FSDPReduceScatter: Any = (
     _lookup("torch.distributed.fsdp._fully_shard._fsdp_api", "ReduceScatter") or object

@@ -6,6 +6,7 @@ every target has the same simple interface and a loaded file needs none of the m
 
 import copy
 import inspect
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from magi_train.exporter.contract import (
     flatten,
     names_in,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ def sort_arguments(module: nn.Module, example_inputs: Sequence[Any] | Mapping[st
             names.append(key)
     positional = tuple(names[: len(args)])
     given = {**dict(zip(positional, args, strict=True)), **kwargs}
+    # as the signature has them, whatever order a mapping came in: later calls may be positional
+    given = {n: given[n] for n in [*(n for n in names if n in given), *(given.keys() - {*names})]}
     tensors, constants = {}, {}
     for name, value in given.items():
         if isinstance(value, Tensor):
@@ -134,15 +139,24 @@ class Captured:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Context in evaluation mode without gradients; every submodule's mode is put back."""
+    """Context in evaluation mode without gradients; modes and buffers are put back.
+
+    Only the flag is set: a `train()` of the module's own may rewrite its weights.
+    """
     training = [m for m in module.modules() if m.training]
-    module.eval()
+    kept = [(b, b.clone()) for b in module.buffers()]
+    for each in training:
+        each.training = False
     try:
         with torch.no_grad():
             yield
     finally:
         for each in training:
             each.training = True
+        with torch.no_grad():
+            for buffer, before in kept:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
 
 
 def in_precision(module: nn.Module, dtype: torch.dtype, buffers: bool) -> nn.Module:
@@ -185,9 +199,18 @@ def capture(
     specs = shapes.specs_for(examples, places, limits, declared)
     with evaluating(module):
         reference, skeleton, dropped = _reference(module, call, examples, outputs)
+    with evaluating(module):  # anew: the file holds the buffers as they are
         graph = _trace(module, call, examples, specs, outputs, precision)
     fakes = dict(zip(examples, _inputs(graph), strict=True))
     notes = [f"output {name} is left out of the file" for name in dropped]
+    for size, where in places.items():
+        low, high = _proven(module, graph, call, examples, fakes, where, limits[size], outputs)
+        if (low, high) != limits[size]:
+            sentence = f"{size} must lie in {low}..{high or ''}: the model's code depends on it"
+            if not only_try and (low, high) != (2, limits[size][1]):
+                raise ExportError(f"{sentence}; declare that range")
+            notes.append(sentence)
+            limits = {**limits, size: (low, high)}
     found, symbols = shapes.captured_sizes(fakes, specs, places, limits)
     for size, where in places.items():
         fixed = [key for key, dim in where.items() if isinstance(found[key][dim], int)]
@@ -203,6 +226,57 @@ def capture(
     return Captured(
         graph, tuple(specs.values()), contract, tuple(examples.values()), reference, notes
     )
+
+
+def _proven(
+    module: nn.Module,
+    graph: GraphModule,
+    call: Call,
+    examples: Mapping[str, Tensor],
+    fakes: Mapping[str, Any],
+    where: Mapping[str, int],
+    limits: tuple[int, int | None],
+    outputs: Sequence[str] | None,
+) -> tuple[int, int | None]:
+    """Return the part of `limits` for which the graph is what the module computes.
+
+    The tracer keeps the bounds that branches of the module imply. It never sees the size 1, which
+    is tried instead.
+    """
+    low, high = limits
+    sizes = [compat.known_size(fakes[key].shape[dim]) for key, dim in where.items()]
+    bounds = [compat.symbol_bounds(size) for size in sizes if not isinstance(size, int)]
+    for least, most in bounds:
+        low = max(low, least) if least > 2 else low
+        high = most if high is None else high if most is None else min(high, most)
+    if low == 1 and bounds:
+        rows = [t.narrow(where[k], 0, 1) if k in where else t for k, t in examples.items()]
+        low = 1 if _same_results(module, graph, call, rows, outputs) else 2
+    return low, high
+
+
+def _same_results(
+    module: nn.Module,
+    graph: GraphModule,
+    call: Call,
+    tensors: Sequence[Tensor],
+    outputs: Sequence[str] | None,
+) -> bool:
+    args, kwargs = call.fill([t.clone() for t in tensors])
+    with evaluating(module), evaluating(graph):
+        try:
+            wanted = flatten(module(*args, **kwargs), outputs)[0]
+            got = graph(*(t.clone() for t in tensors))
+        except Exception as error:  # noqa: BLE001  (the user's code may raise anything)
+            logger.debug("a size of 1 cannot be run: %s", error)
+            return False
+    return all(map(_alike, got, wanted))
+
+
+def _alike(got: Tensor, wanted: Tensor) -> bool:
+    if got.shape != wanted.shape:
+        return False
+    return torch.allclose(got.double(), wanted.double(), 0.1, 0.1, equal_nan=True)
 
 
 def _reference(

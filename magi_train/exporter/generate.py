@@ -247,7 +247,8 @@ def load_decoder(path: str | os.PathLike[str], *, cuda_graphs: bool = False) -> 
             used = manifest["decoder"]["weights"]
             graphs = {
                 name: _graph(Path(archive.extract(f"decoder/{name}.pt2", folder)),
-                             manifest["target"], [weights[key] for key in used[name]])
+                             manifest["target"], [weights[key] for key in used[name]],
+                             recorded=cuda_graphs)
                 for name in used
             }  # fmt: skip
     except Exception as error:
@@ -255,8 +256,11 @@ def load_decoder(path: str | os.PathLike[str], *, cuda_graphs: bool = False) -> 
     return Decoder(graphs, manifest, replayer)
 
 
-def _graph(file: Path, target: str, weights: list[Tensor]) -> Graph:
-    run = compat.aoti_load(str(file)) if target == "pt2" else torch.export.load(file).module()
+def _graph(file: Path, target: str, weights: list[Tensor], *, recorded: bool) -> Graph:
+    if target == "pt2":
+        run = compat.aoti_load(str(file), run_single_threaded=recorded)
+    else:
+        run = torch.export.load(file).module()
     # compiled code reads its inputs as dense rows and does not look at their strides; the cache is
     # dense already, so what is written in place is the caller's
     return lambda *inputs: run(weights, *(t.contiguous() for t in inputs))[0]

@@ -85,7 +85,9 @@ class Loaded:
         if size == rows:
             return tensors
         return [
-            torch.cat([t, t[-1:].expand(size - rows, *t.shape[1:])]) if _is_batch(s.shape[0]) else t
+            torch.cat([t, t[-1:].expand(size - rows, *t.shape[1:])])
+            if s.shape and _is_batch(s.shape[0])
+            else t
             for t, s in zip(tensors, self.contract.inputs, strict=True)
         ]
 
@@ -115,7 +117,7 @@ def load(
     artifact.check_host(path, manifest)
     contract = Contract.from_dict(manifest["contract"])
     try:
-        run = _runner(path, manifest["target"], contract, runners)
+        run = _runner(path, manifest["target"], contract, runners, recorded=cuda_graphs)
     except ExportError:
         raise
     except Exception as error:
@@ -135,13 +137,15 @@ def load(
     return Loaded(run, manifest, contract, buckets)
 
 
-def _runner(path: Path, target: str, contract: Contract, runners: int) -> Runner:
+def _runner(path: Path, target: str, contract: Contract, runners: int, *, recorded: bool) -> Runner:
     if target == "onnx":
         from magi_train.exporter.onnx_file import onnx_runner
 
         return onnx_runner(path, contract)
     if target == "pt2":
-        return compat.aoti_load(str(path), num_runners=runners)
+        # compiled code asks events of its own between calls, which a recording forbids
+        count = 1 if recorded else runners
+        return compat.aoti_load(str(path), run_single_threaded=recorded, num_runners=count)
     return torch.export.load(path).module()
 
 

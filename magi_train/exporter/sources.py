@@ -65,7 +65,9 @@ def find_prefix(have: Iterable[str], wanted: Iterable[str], what: str) -> str:
     if not names:
         return ""
     candidates = [k.removesuffix(names[0]) for k in known if k.endswith(names[0])]
-    candidates = sorted({"", *(c for c in candidates if c == "" or c.endswith("."))}, key=len)
+    candidates = sorted(
+        {"", *(c for c in candidates if c == "" or c.endswith("."))}, key=lambda c: (len(c), c)
+    )
     missing = {c: [n for n in names if c + n not in known] for c in candidates}
     best = min(candidates, key=lambda c: len(missing[c]))
     if missing[best]:

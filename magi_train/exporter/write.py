@@ -24,7 +24,7 @@ from magi_train.core.graph import drop_unread
 from magi_train.core.passes import Pass, PassContext, Stage, registered_passes, run_passes
 from magi_train.core.report import Report
 from magi_train.exporter import artifact, shapes, sources
-from magi_train.exporter.capture import Captured, capture
+from magi_train.exporter.capture import Captured, capture, evaluating
 from magi_train.exporter.settings import ExportConfig
 from magi_train.fusion.attention import CanonicalizeAttention
 from magi_train.fusion.constants import FoldConstants, RemoveNoOps
@@ -132,7 +132,7 @@ def check_numbers(captured: Captured, config: ExportConfig, report: Report) -> N
     Raises:
         ExportError: Further than the settings allow.
     """
-    with torch.no_grad():
+    with evaluating(captured.graph):
         got = captured.graph(*(t.clone() for t in captured.inputs))
     limit = config.max_error
     for spec, result, wanted in zip(
@@ -145,7 +145,8 @@ def check_numbers(captured: Captured, config: ExportConfig, report: Report) -> N
             report.measured[f"same_argmax_{spec.name}"] = float(same)
         dtype = wanted.dtype if wanted.is_floating_point() else torch.float32
         allowed = torch.finfo(dtype).eps ** 0.5 if limit is None else limit
-        if (limit is not None or config.precision is None) and not error <= allowed:
+        checked = limit is not None or config.precision is None or error == float("inf")
+        if checked and not error <= allowed:
             raise ExportError(
                 f"{spec.name} moved by {error:.1e} (relative), and {allowed:.1e} is allowed; set "
                 "ExportConfig.max_error, or turn passes off one by one to find the one that did it"

@@ -179,6 +179,7 @@ def test_values_that_are_no_numbers_are_left_out():
 def test_text_forms(tmp_path, capsys):
     assert sparkline([0, 1, 2]) == "▁▄█"
     assert len(sparkline(range(1000))) <= 48
+    assert sparkline([0, float("nan"), 2, float("inf")]) == "▁█"
     assert sparkline([]) == ""
     assert short_line(LINE) == "model.py:7: return self.down(self.up(x))"
     assert short_line("something else") == "something else"

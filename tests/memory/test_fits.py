@@ -226,6 +226,7 @@ def test_the_command_searches_the_largest_batch(script, capsys):
         (["SCRIPT:values"], "failed on tensors without data.*must not look at values"),
         (["SCRIPT:early"], "embedding.weight was made before build"),
         (["SCRIPT", "--gpu", "h2000"], "no GPU 'h2000' is known, only b200, h200"),
+        (["SCRIPT", "--magi.engine=fsdp2"], "--fits plans replicas"),
         (["SCRIPT", "--gib", "0.5"], "nothing is left"),
         (["SCRIPT", "--ranks", "0"], "must be 1 or more"),
     ],

@@ -1,0 +1,128 @@
+"""An exported file computes what the module does, and the module stays as it was."""
+
+import pytest
+import torch
+from torch import nn
+
+import magi_train
+from magi_train import ExportConfig
+from magi_train.core.errors import ExportError
+
+
+class Function(nn.Module):
+    """Calls a function with a linear of its own."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.linear = function, nn.Linear(8, 8)
+
+    def forward(self, x):
+        """Return what the function makes of the linear's result."""
+        return self.function(self.linear(x))
+
+
+class Ordered(nn.Module):
+    def forward(self, ids, mask, types):
+        return ids + 10 * mask + 100 * types
+
+
+def test_a_mapping_in_another_order_is_called_as_the_signature_says(tmp_path):
+    given = {name: torch.full((2, 3), float(i)) for i, name in enumerate(["types", "ids", "mask"])}
+    path = tmp_path / "m.pt2"
+    magi_train.export(Ordered(), given, path, target="program")
+    wanted = Ordered()(given["ids"], given["mask"], given["types"])
+    got = magi_train.load(path)(given["ids"], given["mask"], given["types"])
+    assert torch.equal(got, wanted)
+
+
+class Merging(nn.Linear):
+    """Rewrites its weight when its mode changes, as adapters do, and counts its calls."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def train(self, mode=True):
+        with torch.no_grad():
+            self.weight.add_(1.0 if mode else -1.0)
+        return super().train(mode)
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return super().forward(x) + self.calls
+
+
+def test_the_module_is_left_as_it_was(tmp_path):
+    module = nn.Sequential(Merging(), nn.Dropout(0.5))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    x, path = torch.randn(2, 8), tmp_path / "m.pt2"
+    magi_train.export(module, (x,), path, target="program")
+    assert all(m.training for m in module.modules())
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert torch.allclose(magi_train.load(path)(x), module[0](x))
+
+
+def test_a_branch_on_a_size_is_not_promised(tmp_path):
+    module = Function(lambda y: y * 2 if y.shape[0] > 4 else y * 3)
+    x, path = torch.randn(8, 8), tmp_path / "m.pt2"
+    with pytest.raises(ExportError, match=r"batch must lie in 5\.\.64"):
+        magi_train.export(module, (x,), path, target="program", dynamic={"batch": (1, 64)})
+    magi_train.export(module, (x,), path, target="program", dynamic={"batch": (5, 64)})
+    assert torch.allclose(magi_train.load(path)(x[:5]), module(x[:5]))
+
+
+def test_a_size_of_one_that_the_code_tells_apart_is_not_promised(tmp_path):
+    module = Function(lambda y: y - y.mean(0) if y.shape[0] > 1 else y)
+    x, path = torch.randn(8, 8), tmp_path / "m.pt2"
+    magi_train.export(module, (x,), path, target="program", dynamic={"batch": (1, 64)})
+    run = magi_train.load(path)
+    with pytest.raises(ExportError, match="2"):
+        run(x[:1])
+    assert torch.allclose(run(x[:2]), module(x[:2]), atol=1e-6)
+
+
+class ThroughAView(nn.Module):
+    """Changes what two linears share, between them, through a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        """Return both."""
+        x = x * 1
+        q = self.a(x)
+        x[:, 0].add_(1)
+        return q + self.b(x)
+
+
+def test_linears_stay_apart_where_their_input_changes_through_a_view(tmp_path):
+    module, x, path = ThroughAView(), torch.randn(4, 8), tmp_path / "m.pt2"
+    config = ExportConfig(merge_linears=True)
+    magi_train.export(module, (x,), path, target="program", config=config)
+    assert torch.allclose(magi_train.load(path)(x), module(x), atol=1e-6)
+
+
+class Scaled(nn.Module):
+    def forward(self, x, scale):
+        return x * scale
+
+
+def test_buckets_take_inputs_without_dimensions(tmp_path):
+    x, scale, path = torch.randn(4, 8), torch.tensor(2.0), tmp_path / "m.pt2"
+    magi_train.export(Scaled(), (x, scale), path, target="program", dynamic="batch")
+    run = magi_train.load(path, buckets=(4,))
+    assert torch.equal(run(x[:3], scale), x[:3] * 2)
+
+
+def test_a_convolution_without_a_batch_exports(tmp_path):
+    module, x, path = nn.Conv2d(32, 32, 3), torch.ones(32, 8, 8), tmp_path / "m.pt2"
+    magi_train.export(module, (x,), path, target="program")
+    assert torch.allclose(magi_train.load(path)(x), module(x), atol=1e-5)
+
+
+def test_compiled_code_loads_and_runs(tmp_path):
+    module, x, path = nn.Linear(8, 8), torch.randn(4, 8), tmp_path / "m.pt2"
+    magi_train.export(module, (x,), path, target="pt2")
+    for runners in (1, 2):
+        assert torch.allclose(magi_train.load(path, runners=runners)(x), module(x), atol=1e-6)
