@@ -97,7 +97,7 @@ class FullyShard:
         for part in (*self.blocks, module):
             self._shard(part, device, optimizers)
         self._materialize(device)
-        if not world.uses_nccl(device):
+        if not world.uses_nccl(device) and compat.FSDPAllGather is not object:
             for part in (*self.blocks, module):
                 assert isinstance(part, FSDPModule)
                 part.set_custom_all_gather(_AllGather(world))
@@ -281,7 +281,8 @@ def _exchange(optimizer: Optimizer, new: dict[int, nn.Parameter]) -> None:
 def _cut(value: Any, old: Tensor, p: nn.Parameter) -> Any:
     if not isinstance(value, Tensor) or value.shape != old.shape or not isinstance(p, DTensor):
         return value
-    return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+    part = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+    return part.to(local_part(p).device)  # with offload that is the host
 
 
 class _AllGather(compat.FSDPAllGather):  # type: ignore[misc]

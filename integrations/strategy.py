@@ -175,7 +175,7 @@ class MagiStrategyMixin:
         if step % (trainer.log_every_n_steps or 1) == 0:
             self._logged_at = step
             figures = runtime.recorder.figures()
-            exposed = runtime.report.measured.get("exposed_comm_ms")
+            exposed = runtime.report.measured.get("exposed_communication_ms")
             figures |= {} if exposed is None else {"magi/exposed_comm_ms": exposed}
             for each in trainer.loggers if figures else ():
                 each.log_metrics(figures, step=step)

@@ -60,7 +60,10 @@ def save_checkpoint(
     if world.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
     broadcast(world, [b for b in _own(module).buffers() if not isinstance(b, DTensor)])
+    fresh = optimizer is not None and not optimizer.state
     state = _state(module, optimizer)
+    if fresh:  # torch has filled it by a step on zeros, which shall not count
+        _rewind(optimizer)
     _together(world, "checkpoint begins", "")
     try:
         with _quiet():
@@ -70,6 +73,8 @@ def save_checkpoint(
         why = "; ".join(f"on rank {r}, {_cause(each)}" for r, each in error.failures.items())
     except Exception as error:  # noqa: BLE001  whatever it is, the others must hear of it
         why = f"{type(error).__name__}: {error}"
+    if fresh and optimizer is not None:
+        optimizer.state.clear()
     reasons = _together(world, "checkpoint is written", why)
     if reasons:
         raise MagiError(
@@ -78,6 +83,12 @@ def save_checkpoint(
     if world.rank == 0:
         _rename(partial, final)
     _together(world, "checkpoint is in place", "")
+
+
+def _rewind(optimizer: Optimizer | None) -> None:
+    for each in optimizer.state.values() if optimizer is not None else ():
+        if torch.is_tensor(each.get("step")):
+            each["step"].zero_()
 
 
 def load_checkpoint(

@@ -193,8 +193,13 @@ class Runtime:
         own = ("run_folder", "progress")  # what rank 0 writes and shows changes no training
         shared = {k: v for k, v in self.config.as_dict().items() if k not in own}
         ask("settings", {**shared, **more}, seconds)
-        shapes = {n: [list(p.shape), str(p.dtype), p.requires_grad] for n, p in parameters.items()}
-        buffers = {n: [list(b.shape), str(b.dtype)] for n, b in self.module.named_buffers()}
+        shapes = {
+            n: [list(p.shape), str(p.dtype), p.requires_grad, *_meta(p)]
+            for n, p in parameters.items()
+        }
+        buffers = {
+            n: [list(b.shape), str(b.dtype), *_meta(b)] for n, b in self.module.named_buffers()
+        }
         ask("model", {"parameters": shapes, "buffers": buffers}, seconds)
 
     def _tell_outside(self, words: str, overruled: Sequence[str]) -> None:
@@ -324,6 +329,11 @@ class Runtime:
             yield
         finally:
             self.inside = before
+
+
+def _meta(tensor: torch.Tensor) -> list[str]:
+    """Return what tells a tensor without data from one with: ranks must not mix them."""
+    return ["on the meta device"] if tensor.is_meta else []
 
 
 def _write(report: Report, path: Path) -> None:

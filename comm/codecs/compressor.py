@@ -141,6 +141,8 @@ class Compressor:
             return
         found = [c.finite for c in self._codecs.values() if c.finite is not None]
         found += [flat.isfinite().all() for flat in plain]
+        if not found:
+            return
         finite = torch.stack(found).all()
         if finite.is_cuda:
             copy = torch.empty((), dtype=torch.bool, pin_memory=True)

@@ -69,12 +69,13 @@ NEWEST_TORCH_SEEN = (2, 13)
 _missing: list[str] = []
 
 
-def _lookup(module: str, name: str) -> Any:
-    """Return `name` of `module`, or None after noting that it is missing."""
+def _lookup(module: str, name: str, *, required: bool = True) -> Any:
+    """Return `name` of `module`, or None after noting that it is missing, if capture needs it."""
     try:
         return getattr(__import__(module, fromlist=[name]), name)
     except (ImportError, AttributeError) as error:
-        _missing.append(f"{module}.{name} ({error})")
+        if required:
+            _missing.append(f"{module}.{name} ({error})")
         return None
 
 
@@ -119,12 +120,13 @@ TorchDispatchMode: Any = (
     _lookup("torch.utils._python_dispatch", "TorchDispatchMode") or contextlib.nullcontext
 )
 GraphAppendingTracer: Any = _lookup("torch.fx.proxy", "GraphAppendingTracer")
-aoti_compile: Callable[..., Any] = _lookup("torch._inductor", "aoti_compile_and_package")
-aoti_load: Callable[..., Any] = _lookup("torch._inductor.package", "load_package")
-FSDPAllGather: Any = _lookup("torch.distributed.fsdp._fully_shard._fsdp_api", "AllGather") or object
-FSDPReduceScatter: Any = (
-    _lookup("torch.distributed.fsdp._fully_shard._fsdp_api", "ReduceScatter") or object
+aoti_compile: Callable[..., Any] = _lookup(
+    "torch._inductor", "aoti_compile_and_package", required=False
 )
+aoti_load: Callable[..., Any] = _lookup("torch._inductor.package", "load_package", required=False)
+_FSDP = "torch.distributed.fsdp._fully_shard._fsdp_api"
+FSDPAllGather: Any = _lookup(_FSDP, "AllGather", required=False) or object
+FSDPReduceScatter: Any = _lookup(_FSDP, "ReduceScatter", required=False) or object
 get_default_store: Callable[..., Any] = _lookup(
     "torch.distributed.distributed_c10d", "_get_default_store"
 )
