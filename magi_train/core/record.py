@@ -212,13 +212,22 @@ class Recorder:
         self._next_look = now + LOOK_SECONDS
         self._take_memory()
         self._before = torch.cuda.memory_allocated() if self._cuda else None
-        if self._joules_at is None and self.joules is not None:
-            self._joules_at = self.joules(), self.steps.samples
+        if self._joules_at is None:
+            joules = self._read_joules()
+            self._joules_at = None if joules is None else (joules, self.steps.samples)
         if self.tell is not None:
             self.tell(self.steps)
         if now >= self._next_write:
             self.flush()
             self._next_write = self._clock() + WRITE_SECONDS
+
+    def _read_joules(self) -> float | None:
+        try:
+            return None if self.joules is None else self.joules()
+        except Exception as error:  # noqa: BLE001  a driver's, of several kinds: training goes on
+            logger.debug("energy is counted no more: %s", error)
+            self.joules = None
+            return None
 
     def _take_memory(self) -> None:
         steps = self.steps
@@ -249,9 +258,10 @@ class Recorder:
         self._collect()
         if self.steps.count:
             self._take_memory()
-        if self._joules_at is not None and self.joules is not None:
+        now = self._read_joules() if self._joules_at is not None else None
+        if self._joules_at is not None and now is not None:
             joules, samples = self._joules_at
-            self.steps.joules = round(self.joules() - joules, 3)
+            self.steps.joules = round(now - joules, 3)
             self.steps.joules_samples = self.steps.samples - samples
         if self.resident is not None and self.steps.count:
             self.steps.resident_mib |= self.resident()  # what is gone by now was there

@@ -170,3 +170,18 @@ def test_evaluation_is_no_step(tmp_path):
         with torch.no_grad():
             prepared(torch.ones(1, 1))
     assert magi_train.report(prepared).steps == Steps()
+
+
+def test_an_energy_counter_that_fails_ends_the_count_and_not_the_training():
+    def fails():
+        raise RuntimeError("the driver is gone")
+
+    steps = Steps()
+    recorder = Recorder(steps, "cpu", clock=iter(range(1000)).__next__)
+    recorder.joules = fails
+    for _ in range(4):
+        recorder.begin(0, True, (torch.ones(2),), {})
+        recorder.end(0, torch.ones(()))
+    recorder.close()
+    assert steps.joules is None
+    assert steps.count == 3
