@@ -19,7 +19,7 @@ from magi_train.integrations import _autoload
 from magi_train.integrations.rank_files import RankFiles, print_one_line
 
 
-def _replace_ddp() -> None:
+def replace_ddp() -> None:
     """Make the name DistributedDataParallel mean ours, wherever scripts look for it."""
     import torch
 
@@ -45,7 +45,10 @@ def main() -> None:
             check(own_view="--own-view" in options)
         if files is not None:
             files.start()
-        _run(script, arguments, options)
+        _autoload.register()
+        if "--replace-ddp" in options:
+            replace_ddp()
+        run_script(script, arguments, as_module="--module" in options)
     except Exception as error:
         if files is not None:
             files.record(error)
@@ -55,12 +58,10 @@ def main() -> None:
             files.close()
 
 
-def _run(script: str, arguments: list[str], options: list[str]) -> None:
-    _autoload.register()
-    if "--replace-ddp" in options:
-        _replace_ddp()
+def run_script(script: str, arguments: list[str], as_module: bool = False) -> None:
+    """Run a script, or a module by its name, as `python script arguments` would."""
     sys.argv = [script, *arguments]
-    if "--module" in options:
+    if as_module:
         sys.path[0] = os.getcwd()
         runpy.run_module(script, run_name="__main__", alter_sys=True)
     else:

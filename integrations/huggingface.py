@@ -102,7 +102,9 @@ class _Attached:
             return result
         self.runtime = runtime = Runtime(result, self.config)
         self._loss = None
-        forward = _Forward(Region(runtime, result.forward, type(result).__name__), result.forward)
+        forward = CapturedForward(
+            Region(runtime, result.forward, type(result).__name__), result.forward
+        )
         result.__dict__["forward"] = forward
         result.__dict__["no_sync"] = runtime.no_sync
         self._take_over()
@@ -131,7 +133,7 @@ class _Attached:
         return self._loss(model, inputs, *args, **kwargs)
 
 
-class _Forward:
+class CapturedForward:
     """A model's `forward`: the region, unless it runs inside another region of the model."""
 
     def __init__(self, region: Region, function: Callable[..., Any]) -> None:
@@ -139,6 +141,7 @@ class _Forward:
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the region, or the plain forward inside of one."""
         if torch.compiler.is_compiling() or self.region.runtime.inside:
             return self.function(*args, **kwargs)
         return self.region(*args, **kwargs)

@@ -22,6 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from magi_train.integrations.launcher import launch
 
             return launch(given[1:])
+        if given[:1] == ["bench"] and "--mine" in given:  # what follows the script is the script's
+            from magi_train.integrations.mine import command
+
+            return command(given[1:])
         options = _parse(given)
         if options.command == "config":
             return _show_config(options) if options.what == "show" else _show_keys()

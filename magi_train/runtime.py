@@ -179,7 +179,7 @@ class Runtime:
         """
         if self.world.rank != 0:
             return
-        taken = {r.record_path for ref in _runtimes.values() if (r := ref()) and not r.closed}
+        taken = {runtime.record_path for runtime in live_runtimes()}
         names = (path.with_stem(f"{path.stem}_{i}") for i in itertools.count(2))
         while path in taken:
             path = next(names)
@@ -341,6 +341,12 @@ def _write(report: Report, path: Path) -> None:
         report.save(path)
 
 
+def live_runtimes() -> list[Runtime]:
+    """Return the runtimes of this process that are not closed, the newest last."""
+    alive = [runtime for ref in _runtimes.values() if (runtime := ref()) is not None]
+    return [runtime for runtime in alive if not runtime.closed]
+
+
 def _end_record(recorder: Recorder, progress: Progress) -> None:
     recorder.close()
     recorder.write = recorder.resident = recorder.tell = None
@@ -373,8 +379,7 @@ def _explain_uncaught() -> None:
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        alive = [runtime for ref in _runtimes.values() if (runtime := ref()) is not None]
-        trained = [runtime for runtime in alive if not runtime.closed]
+        trained = live_runtimes()
         if is_exhausted(error) and trained:
             explain(error, trained[-1].memory)
         previous(kind, error, trace)
