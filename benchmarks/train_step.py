@@ -36,7 +36,6 @@ import json
 import os
 import queue
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -51,6 +50,7 @@ from torch import nn
 
 from benchmarks import records
 from benchmarks.cases import CASES, Batch, Case, fold_masks_by_hand
+from magi_train.integrations.peers import measure, wait
 
 WARM_UP, TIMED = 20, 20  # CUDA graphs are chosen in the first 13 steps
 LOSS_BATCHES = 4
@@ -89,41 +89,10 @@ def worker(variant: str, case: Case, trace: bool) -> dict[str, Any]:
         optimizer.zero_grad()
         return loss.detach()
 
-    step(0)
-    torch.cuda.synchronize()
-    first = time.perf_counter() - start
-    for i in range(1, WARM_UP):
-        step(i)
-    torch.cuda.synchronize()
-    warm = time.perf_counter() - start
-    torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for i in range(TIMED):
-        barrier(world)
-        begin = time.perf_counter()
-        loss = step(WARM_UP + i)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    barrier(world)
-    begin = time.perf_counter()
-    for i in range(TIMED):
-        loss = step(WARM_UP + TIMED + i)
-    torch.cuda.synchronize()
-    back_to_back = (time.perf_counter() - begin) / TIMED
-    result = {
-        "step_ms": statistics.median(seconds) * 1e3,
-        "step_ms_p10": statistics.quantiles(seconds, n=10)[0] * 1e3,
-        "step_ms_p90": statistics.quantiles(seconds, n=10)[-1] * 1e3,
-        "back_to_back_ms": back_to_back * 1e3,
-        "samples_per_second_per_gpu": case.samples / back_to_back,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "reserved_gib": torch.cuda.memory_reserved() / 2**30,
-        "first_step_s": first,
-        "warm_up_s": warm,
-        "loss": float(loss),
-    }
+    result = measure(step, device, WARM_UP, TIMED, start)
+    result["samples_per_second_per_gpu"] = case.samples / result["back_to_back_ms"] * 1e3
     if trace:
-        result |= profile(step, world) if world > 1 else kernels(step)
+        result |= profile(step) if world > 1 else kernels(step)
     if variant.startswith("magi") and rank == 0:
         import magi_train
 
@@ -212,16 +181,9 @@ def compile_head_and_loss(model: nn.Module) -> None:
         model.loss_function = torch.compile(model.loss_function)
 
 
-def barrier(world: int) -> None:
-    """Wait for the device and all ranks."""
-    torch.cuda.synchronize()
-    if world > 1:
-        dist.barrier(device_ids=[torch.cuda.current_device()])
-
-
-def profile(step: Any, world: int) -> dict[str, float]:
+def profile(step: Any) -> dict[str, float]:
     """Return, for one step, the union of collectives and the part that nothing else covers."""
-    barrier(world)
+    wait(torch.device("cuda", torch.cuda.current_device()))
     activity = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activity) as traced:
         for i in range(3):

@@ -114,7 +114,12 @@ def command(arguments: Sequence[str]) -> int:
     verdict = judge(plain, ours, agreement)
     seen = runs[True][0][0]
     if options.json:
-        found: dict[str, Any] = {"without": plain, "with": ours, "losses": agreement, "verdict": verdict}
+        found: dict[str, Any] = {
+            "without": plain,
+            "with": ours,
+            "losses": agreement,
+            "verdict": verdict,
+        }
         text = json.dumps({k: asdict(v) for k, v in found.items()} | _captured(seen), indent=2)
     else:
         text = as_text(plain, ours, agreement, verdict, seen, options.tolerance)

@@ -22,10 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from magi_train.integrations.launcher import launch
 
             return launch(given[1:])
-        if given[:1] == ["bench"] and "--mine" in given:  # what follows the script is the script's
-            from magi_train.integrations.mine import command
-
-            return command(given[1:])
+        if given[:1] == ["bench"] and ("--mine" in given or "--inference" not in given):
+            return _bench_training(given[1:])
         options = _parse(given)
         if options.command == "config":
             return _show_config(options) if options.what == "show" else _show_keys()
@@ -41,6 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MagiError as error:
         sys.stderr.write(f"magi {given[0]}: {error}\n")
         return 2
+
+
+def _bench_training(given: list[str]) -> int:
+    """Compare a script with itself, or a module's step with its peers."""
+    if "--mine" in given:  # what follows the script is the script's
+        from magi_train.integrations import mine
+
+        return mine.command(given)
+    from magi_train.integrations import peers
+
+    return peers.command(given)
 
 
 def _parse(given: list[str]) -> argparse.Namespace:

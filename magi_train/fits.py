@@ -114,7 +114,8 @@ def estimate(build: Build, setup: Setup, batch_size: int | None = None) -> Estim
         MagiError: What `build` returns is of no use, or the step cannot be captured whole.
     """
     with compat.without_data():
-        module, batch, loss, optimizer = _built(build)
+        module, batch, loss, optimizer = built(build)
+        _check_tensors(module, batch)
         if batch_size is not None:
             batch = resized(batch, batch_size)
         with contextlib.ExitStack() as around:
@@ -126,13 +127,18 @@ def estimate(build: Build, setup: Setup, batch_size: int | None = None) -> Estim
             return _captured(module, batch, loss, optimizer, setup)
 
 
-def _built(build: Build) -> tuple[nn.Module, Any, Callable[[Any, Any], Tensor], Optimizer]:
+def built(build: Build) -> tuple[nn.Module, Any, Callable[[Any, Any], Tensor], Optimizer]:
+    """Return module, batch, loss and optimizer; `estimate` says what may be left out.
+
+    Raises:
+        MagiError: `build` fails, or returns something else; says what.
+    """
     try:
         made = build()
     except Exception as error:
         raise MagiError(
-            f"build() failed on tensors without data: {type(error).__name__}: {error}. It must "
-            "build the model from its configuration, on the CPU, and must not look at values"
+            f"build() failed: {type(error).__name__}: {error}. It must build the model from its "
+            "configuration, on the CPU; where it is run without data, it must not look at values"
         ) from error
     if not isinstance(made, tuple) or not 2 <= len(made) <= 4:
         raise MagiError(f"{FORM}; got {type(made).__name__}")
@@ -142,7 +148,6 @@ def _built(build: Build) -> tuple[nn.Module, Any, Callable[[Any, Any], Tensor], 
         raise MagiError(f"{FORM}; the first is a {type(module).__name__}, not a module")
     if loss is not None and not callable(loss):
         raise MagiError(f"{FORM}; the loss is a {type(loss).__name__}, not a function or None")
-    _check_tensors(module, batch)
     if optimizer is None:
         optimizer = torch.optim.AdamW(module.parameters())
     return module.train(), batch, loss or _loss_of, optimizer

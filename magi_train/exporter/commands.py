@@ -38,7 +38,9 @@ def add_parsers(commands: Commands) -> None:
     write.add_argument("--precision", choices=("bfloat16", "float16"))
     write.add_argument("--without", action="append", default=[], choices=ExportConfig.switches(),
                        metavar="PASS", help=f"of {', '.join(ExportConfig.switches())}")  # fmt: skip
-    measure = commands.add_parser("bench", help="measure an exported file")
+    measure = commands.add_parser(
+        "bench", help="measure a training step, your script, or an exported file"
+    )
     measure.add_argument("--inference", metavar="PATH", required=True)
     _model(measure, required=False)
     measure.add_argument("--size", action="append", default=[], metavar="NAME=N")

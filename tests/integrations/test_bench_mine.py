@@ -100,7 +100,9 @@ def test_a_plain_loop_is_captured_and_agrees(tmp_path):
         pytest.param(DDP, "give --nproc", marks=pytest.mark.full),
         pytest.param(
             "import magi_train\n"
-            + PLAIN.format(steps=20).replace("for step", "magi_train.prepare(model)\nfor step"),
+            + PLAIN.format(steps=20).replace(
+                "for step", "model = magi_train.prepare(model)\nfor step"
+            ),
             "through magi_train already",
             marks=pytest.mark.full,
         ),
