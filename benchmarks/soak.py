@@ -14,7 +14,7 @@ disturbed run, through magi, meets besides, at steps drawn from `--seed`:
 So both runs take the same steps. What must hold: the smoothed losses (means of WINDOW steps) differ
 by less than TOLERANCE, all kills were survived, and no process grows: its resident memory at the
 end is at most FLAT times that after its first third, where every shape has been compiled.
-MAGI_SETTINGS holds for the disturbed run, as everywhere: `lowering=aot_eager` compiles in less time.
+MAGI_SETTINGS holds for the disturbed run, as everywhere: `lowering=aot_eager` compiles faster.
 """
 
 import argparse

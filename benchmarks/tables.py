@@ -21,7 +21,7 @@ RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
 OURS, RATIO = "magi", "to the best peer"
 HEAD = """# Results
 
-Made by `python -m benchmarks.tables` from the files in [benchmarks/results](../benchmarks/results);
+Made by `python -m benchmarks.tables` from the files in `benchmarks/results`;
 negative results included. "to the best peer" is the speed beside the fastest row of the same case
 and call that is not ours, by the tenth percentile of steps; above 1 is faster. Each section names
 its command; figures of different sections come from different calls and do not compare.
