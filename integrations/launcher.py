@@ -32,6 +32,12 @@ from magi_train.integrations.watchdog import DEFAULT_SECONDS, Watchdog
 
 BOOTSTRAP = "magi_train.integrations.bootstrap"
 USAGE_ERROR = 2
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""torchrun's variable: ranks get a store of their own at every start.
+
+Without it (torch 2.13) restarted ranks find the addresses and NCCL ids of those that have ended in
+the agent's store, which outlives them: whoever reads before the new ones are written fails or hangs.
+"""
 
 
 def launch(arguments: list[str]) -> int:
@@ -57,6 +63,8 @@ def launch(arguments: list[str]) -> int:
         return _become_rank(options, slurm, environment)
     notes = _set_defaults(options, arguments, slurm)
     environment |= _thread_defaults(int(options.nproc_per_node), os.environ)
+    if int(options.max_restarts) > 0 and OWN_STORE not in os.environ:
+        environment[OWN_STORE] = "1"
     for note in [*notes, *(f"{k}={shlex.quote(v)}" for k, v in environment.items())]:
         sys.stderr.write(f"magi run: {note}\n")
     if options.dry_run:

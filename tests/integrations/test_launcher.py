@@ -54,6 +54,18 @@ if dist.get_rank() == 1:
     waits_for_nothing()
 dist.all_reduce(torch.ones(7))
 """
+RESTARTS = """
+import os, signal, sys, time, torch, torch.distributed as dist
+again = os.environ["TORCHELASTIC_RESTART_COUNT"] == "1"
+if again and os.environ["RANK"] == "0":
+    time.sleep(3)  # rank 1 looks for rank 0's address before there is a new one
+dist.init_process_group("gloo")
+if not again and dist.get_rank() == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+total = torch.ones(1)
+dist.all_reduce(total)
+sys.stdout.write(f"sum {total.item()}\\n")
+"""
 TUTORIAL = """
 import torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -141,6 +153,12 @@ def test_a_rank_that_hangs_is_shown_and_the_job_restarted(tmp_path):
     assert "gloo:all_reduce of [4], number 3" in one
     assert "because it hung" in err
     magi(tmp_path, HANGS, *options, "--max-restarts", "1")
+
+
+@pytest.mark.full
+def test_restarted_ranks_meet_each_other_and_not_those_that_ended(tmp_path):
+    options = ("--nproc", "2", "--no-preflight", "--max-restarts", "1")
+    assert magi(tmp_path, RESTARTS, *options).stdout.count("sum 2.0") == 2
 
 
 @pytest.mark.full
