@@ -35,8 +35,8 @@ USAGE_ERROR = 2
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """torchrun's variable: ranks get a store of their own at every start.
 
-Without it (torch 2.13) restarted ranks find the addresses and NCCL ids of those that have ended in
-the agent's store, which outlives them: whoever reads before the new ones are written fails or hangs.
+Without it (torch 2.13) restarted ranks find the addresses of those that ended in the agent's store,
+which outlives them: a rank that reads before the new ones are written fails.
 """
 
 

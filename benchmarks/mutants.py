@@ -1,0 +1,125 @@
+"""Mutation testing: change one thing in a file at a time, and list the changes no test notices.
+
+    python -m benchmarks.mutants comm/plan.py tests/comm/test_plan.py [--every 2] [--output FILE]
+
+Changes: comparisons (< to <=, == to !=, in to not in), arithmetic (+ to -, * to //), `and` to `or`,
+`not` dropped, whole numbers plus one, True to False. A mutant runs in a fork of a process that has
+imported torch, with the file compiled from the changed tree: nothing on disk changes, and a mutant
+takes as long as its tests. mutmut and cosmic-ray copy or rewrite the source tree, which the links
+in magi_train/ do not survive. A survivor is to be looked at: some change nothing that can be seen.
+"""
+
+import ast
+import contextlib
+import copy
+import importlib.machinery
+import io
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import pytest
+import torch  # noqa: F401  once, for all forks
+
+from benchmarks import records
+
+COMPARE: dict[type, type] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
+}  # fmt: skip
+ARITHMETIC: dict[type, type] = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.FloorDiv: ast.Mult,
+    ast.Div: ast.Mult, ast.Mod: ast.Mult,
+}  # fmt: skip
+
+
+def change(node: Any) -> bool:
+    """Change a node in place; return whether there was something to change."""
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARE:
+        node.ops[0] = COMPARE[type(node.ops[0])]()
+    elif isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
+        node.op = ARITHMETIC[type(node.op)]()
+    elif isinstance(node, ast.BoolOp):
+        node.op = ast.Or() if isinstance(node.op, ast.And) else ast.And()
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        node.op = ast.UAdd()  # +True is 1: as good as True
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        node.value = not node.value
+    elif isinstance(node, ast.Constant) and type(node.value) is int:
+        node.value += 1
+    else:
+        return False
+    return True
+
+
+def mutants(tree: ast.Module) -> Iterator[tuple[int, str, ast.Module]]:
+    """Yield line, the changed line's text, and a changed copy of the tree, one a change."""
+    count = sum(1 for _ in ast.walk(tree))
+    for i in range(count):
+        mutant = copy.deepcopy(tree)
+        statements: dict[int, ast.stmt] = {}
+        nodes = list(ast.walk(mutant))
+        for parent in nodes:  # the innermost statement around each node; walk goes outside in
+            inner = [parent] if isinstance(parent, ast.stmt) else []
+            for child in ast.iter_child_nodes(parent):
+                around = statements.get(id(parent)) if not inner else inner[0]
+                if around is not None:
+                    statements[id(child)] = around
+        if change(nodes[i]):
+            where = statements.get(id(nodes[i]), nodes[i])
+            yield nodes[i].lineno, ast.unparse(where).splitlines()[0], mutant
+
+
+def survives(path: Path, mutant: ast.Module, tests: list[str], seconds: int) -> bool:
+    """Run the tests in a fork with the mutant in the file's place."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(seconds)  # an endless loop is noticed, too
+        real = importlib.machinery.SourceFileLoader.get_code
+
+        def get_code(self: Any, name: str) -> CodeType | None:
+            if self.path and Path(self.path).resolve() == path:
+                return compile(ast.fix_missing_locations(mutant), str(path), "exec")
+            return real(self, name)
+
+        importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
+        status = 1
+        out, err = (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        )
+        with out, err, contextlib.suppress(BaseException):
+            status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+        os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def main() -> int:
+    """Run the mutants of a file; return 1 if some survive."""
+    parser = records.parser_of(__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("tests", nargs="+")
+    parser.add_argument("--every", type=int, default=1, help="take one mutant of so many")
+    parser.add_argument("--seconds", type=int, default=120, help="limit for one mutant")
+    options = parser.parse_args()
+    path = options.file.resolve()
+    tree = ast.parse(path.read_text())
+    if not survives(path, tree, options.tests, options.seconds):
+        sys.exit(f"{' '.join(options.tests)} fail without a mutant")
+    taken = list(mutants(tree))[:: options.every]
+    left = []
+    for line, text, mutant in taken:
+        if survives(path, mutant, options.tests, options.seconds):
+            left.append({"line": line, "became": text})
+            print(f"{options.file}:{line}: {text}", flush=True)
+    print(f"{len(taken) - len(left)} of {len(taken)} mutants were noticed")
+    records.save("mutants", options, file=str(options.file), taken=len(taken), left=left)
+    return 1 if left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
