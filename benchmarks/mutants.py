@@ -17,7 +17,6 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -40,7 +39,7 @@ ARITHMETIC: dict[type, type] = {
 def change(node: Any) -> bool:
     """Change a node in place; return whether there was something to change."""
     if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARE:
-        node.ops[0] = COMPARE[type(node.ops[0])]()
+        node.ops = [COMPARE[type(node.ops[0])](), *node.ops[1:]]
     elif isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
         node.op = ARITHMETIC[type(node.op)]()
     elif isinstance(node, ast.BoolOp):
@@ -56,22 +55,18 @@ def change(node: Any) -> bool:
     return True
 
 
-def mutants(tree: ast.Module) -> Iterator[tuple[int, str, ast.Module]]:
-    """Yield line, the changed line's text, and a changed copy of the tree, one a change."""
-    count = sum(1 for _ in ast.walk(tree))
-    for i in range(count):
-        mutant = copy.deepcopy(tree)
-        statements: dict[int, ast.stmt] = {}
-        nodes = list(ast.walk(mutant))
-        for parent in nodes:  # the innermost statement around each node; walk goes outside in
-            inner = [parent] if isinstance(parent, ast.stmt) else []
-            for child in ast.iter_child_nodes(parent):
-                around = statements.get(id(parent)) if not inner else inner[0]
-                if around is not None:
-                    statements[id(child)] = around
-        if change(nodes[i]):
-            where = statements.get(id(nodes[i]), nodes[i])
-            yield nodes[i].lineno, ast.unparse(where).splitlines()[0], mutant
+def places(tree: ast.Module) -> list[int]:
+    """Return which nodes, in the order of `ast.walk`, can be changed."""
+    return [i for i, node in enumerate(ast.walk(tree)) if change(copy.copy(node))]
+
+
+def mutant_of(tree: ast.Module, place: int) -> tuple[int, str, ast.Module]:
+    """Return line, the changed line's text, and a changed copy of the tree."""
+    mutant = copy.deepcopy(tree)
+    node: Any = list(ast.walk(mutant))[place]
+    change(node)
+    around = [s for s in ast.walk(mutant) if isinstance(s, ast.stmt) and node in ast.walk(s)]
+    return node.lineno, ast.unparse(around[-1]).splitlines()[0], mutant  # walk: the innermost last
 
 
 def survives(path: Path, mutant: ast.Module, tests: list[str], seconds: int) -> bool:
@@ -110,9 +105,10 @@ def main() -> int:
     tree = ast.parse(path.read_text())
     if not survives(path, tree, options.tests, options.seconds):
         sys.exit(f"{' '.join(options.tests)} fail without a mutant")
-    taken = list(mutants(tree))[:: options.every]
+    taken = places(tree)[:: options.every]
     left = []
-    for line, text, mutant in taken:
+    for place in taken:
+        line, text, mutant = mutant_of(tree, place)
         if survives(path, mutant, options.tests, options.seconds):
             left.append({"line": line, "became": text})
             print(f"{options.file}:{line}: {text}", flush=True)
