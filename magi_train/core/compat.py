@@ -508,6 +508,13 @@ def empty_like_inputs(
         return torch.empty(numel, dtype=dtype, device=device)
 
 
+def give_up_memory(examples: Iterable[torch.Tensor]) -> None:
+    """Free what example inputs of a compilation take; torch 2.11 keeps real ones for good."""
+    for example in examples:
+        if not isinstance(example, FakeTensor):
+            example.untyped_storage().resize_(0)
+
+
 def is_higher_order(target: object) -> bool:
     """Return whether a node calls an operator that takes graphs, such as a checkpointed region."""
     return isinstance(target, torch._ops.HigherOrderOperator)
