@@ -31,6 +31,35 @@ def test_the_last_bucket_is_small():
     assert sizes[-1] <= 2 * MIB / 8 < sizes[0]
 
 
+def test_a_mebibyte_is_two_to_the_twentieth_bytes():
+    # in numbers of this file's own: a constant that changes with the code guards nothing
+    quarters = parameters(*[(65536,)] * 16)  # 256 KiB each
+    found = names(plan_buckets(quarters, CommConfig(bucket_mib=1), 2))
+    assert found[0] == ["p15", "p14", "p13", "p12"]
+
+
+def test_sizes_without_a_setting_have_bounds():
+    def largest(count, elements):
+        with torch.device("meta"):
+            made = parameters(*[(elements,)] * count)
+        return max(b.flags_offset * 4 for b in plan_buckets(made, CommConfig(), 2).buckets)
+
+    assert largest(160, 4 << 20) == 134217728  # of 2.5 GiB in pieces of 16 MiB: 128 MiB
+    assert 4 << 20 <= largest(80, 1 << 16) <= 8388608  # of 20 MiB in pieces of 256 KiB
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_encoded_buckets_are_whole_blocks_on_every_rank(world):
+    plan = plan_buckets(
+        parameters((64, 64), (31, 64), (64, 64)), CommConfig(compression="int8"), world
+    )
+    encoded = [b for b in plan.buckets if b.codec == "int8"]
+    assert encoded
+    for bucket in encoded:
+        assert bucket.flags_offset % (256 * world) == 0
+        assert all(slot.offset % 256 == 0 for slot in bucket.slots)
+
+
 def test_slots_are_aligned_and_disjoint():
     plan = plan_buckets(parameters((3,), (5, 7), (1,)), CommConfig(), 2)
     for bucket in plan.buckets:
