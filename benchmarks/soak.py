@@ -111,6 +111,13 @@ class Training:
             self.path.with_suffix(".new").replace(self.path)
         dist.barrier()
 
+    def tell(self, folder: Path) -> None:
+        """Let rank 0 write the report of a model that is being trained through us."""
+        if self.disturbed and dist.get_rank() == 0:
+            import magi_train
+
+            (folder / "report.txt").write_text(str(magi_train.report(self.prepared)))
+
     def take_step(self, poison: bool) -> float | None:
         """Take one step; return its loss, None where it was skipped."""
         loss = self.loss_of(batch_of(self.step, dist.get_rank()))
@@ -159,11 +166,10 @@ def worker(options: argparse.Namespace) -> None:
             if loss is not None and training.step % options.every == 0:
                 training.save()
                 if options.disturbed:
+                    training.tell(folder)
                     training.make()
-        if options.disturbed and rank == 0:
-            import magi_train
-
-            (folder / "report.txt").write_text(str(magi_train.report(training.prepared)))
+        if training.step % options.every:
+            training.tell(folder)
     dist.barrier()
     del training
     dist.destroy_process_group()
