@@ -67,6 +67,7 @@ class Zero:
 
     Attributes:
         engine: DeepSpeed's.
+        module: The user's, whose parameters and buffers the engine's has.
         stage: 1, 2 or 3.
         blocks: What is gathered as one at stage 3, without the root; else empty.
         parameters: The parameters by name.
@@ -93,7 +94,7 @@ class Zero:
         self.world, self.sync = world, True
         self._broadcasts, self._synced = config.comm.broadcast_buffers, True
         self.loss_scale: Any = None  # of codecs, which this engine has none of
-        self.stage, self._module = stage_of(settings), module
+        self.stage, self.module = stage_of(settings), module
         self.parameters = dict(module.named_parameters())
         sizes = {n: p.numel() * p.element_size() for n, p in self.parameters.items()}
         leaves = self.stage == 3 and config.tier != "eager"
@@ -131,7 +132,7 @@ class Zero:
         assert not in_graph
         self.world.check()
         if self._broadcasts and self._synced:  # as DDP, once a step
-            broadcast(self.world, list(self._module.buffers()))
+            broadcast(self.world, list(self.module.buffers()))
         self._synced = self.sync
 
     def take_over(self, optimizer: Optimizer) -> None:
