@@ -191,7 +191,12 @@ class Zero:
         """Ignore `state`: this engine has no codecs with residuals."""
 
     def close(self) -> None:
-        """Do nothing: the engine lives as long as its model is trained or saved."""
+        """Do nothing: the engine lives as long as its model is tested or saved."""
+
+    def destroy(self) -> None:
+        """Take DeepSpeed's hooks off the model, for another engine; weights stay where they are."""
+        self._leaves.close()
+        self.engine.destroy()
 
 
 class _Inside:

@@ -15,7 +15,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from magi_train.comm.zero import Zero
 from magi_train.core.errors import MagiError
@@ -76,6 +77,44 @@ def read(zero: Zero, folder: Path, *, strict: bool = True) -> dict[str, Any]:
         return _load(zero, folder, UNIVERSAL, strict)
     finally:
         settings.load_universal_checkpoint = before
+
+
+def load_weights(
+    module: nn.Module, state: dict[str, Tensor], rank: int, *, sharded: bool, strict: bool = True
+) -> None:
+    """Load plain weights and buffers into a model that DeepSpeed has; on all ranks, one by one.
+
+    Args:
+        module: The user's.
+        state: Whole tensors by their plain names.
+        rank: This process's; weights that are sharded are taken from rank 0.
+        sharded: Whether the model is at stage 3.
+        strict: All names must be there, and no others.
+
+    Raises:
+        MagiError: Names differ, and `strict` is True; names some.
+    """
+    import deepspeed
+
+    wrong = sorted(module.state_dict().keys() ^ state.keys())
+    if wrong and strict:
+        raise MagiError(f"the checkpoint and the model do not have the same names: {wrong[:4]}")
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            with deepspeed.zero.GatheredParameters([p], modifier_rank=0, enabled=sharded):
+                if name in state and (rank == 0 or not sharded):
+                    p.copy_(state[name])
+        for name, buffer in module.named_buffers():
+            if name in state:
+                buffer.copy_(state[name])
+
+
+def client_state(folder: Path) -> dict[str, Any]:
+    """Return what the caller of `write` added, read without an engine."""
+    must_be_whole(folder)
+    names = sorted((folder / TAG).glob("*mp_rank_00_model_states.pt"))
+    state: dict[str, Any] = torch.load(names[0], map_location="cpu", weights_only=False)
+    return {k: v for k, v in state.items() if k not in ("module", "optimizer", BUFFERS)}
 
 
 def plain(folder: Path) -> dict[str, Tensor]:
@@ -156,3 +195,4 @@ def _convert(folder: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         ds_to_universal.main(options)
     partial.rename(done)
+    (folder / "latest_universal").write_text(UNIVERSAL)  # for DeepSpeed's own users

@@ -74,6 +74,8 @@ class Runtime:
         earlier = _runtimes.get(module, lambda: None)()
         if earlier is not None:
             earlier.close()
+            if isinstance(earlier.reducer, Zero):
+                earlier.reducer.destroy()
         _runtimes[module] = weakref.ref(self)
         self.module = module
         self.closed = False
