@@ -160,13 +160,13 @@ class Zero:
                     return original(*args, **kwargs)
                 raise MagiError(
                     f"{type(optimizer).__name__}.{name}() would see this rank's part only under "
-                    "engine 'deepspeed'; use magi_train.save_checkpoint() and load_checkpoint(), and "
-                    "make all groups before prepare()"
+                    "engine 'deepspeed'; use magi_train.save_checkpoint() and load_checkpoint(), "
+                    "and make all groups before prepare()"
                 )
 
             return method
 
-        methods = {"step": step, "zero_grad": zero_grad}
+        methods: dict[str, Callable[..., Any]] = {"step": step, "zero_grad": zero_grad}
         methods |= {n: refused(n) for n in ("state_dict", "load_state_dict", "add_param_group")}
         for name, method in methods.items():
             setattr(optimizer, name, types.MethodType(method, optimizer))
@@ -220,7 +220,8 @@ def _initialize(
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     if not dist.is_initialized():  # one process: DeepSpeed needs a group all the same
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     return deepspeed.initialize(
         args=argparse.Namespace(device_rank=local_rank),
         model=shell,
@@ -231,19 +232,15 @@ def _initialize(
     )[0]
 
 
-def must_suit(optimizers: Sequence[Optimizer], scaler: object | None = None) -> None:
-    """Raise unless DeepSpeed can drive these.
+def one_of(optimizers: Sequence[Optimizer]) -> Optimizer:
+    """Return the only one.
 
     Raises:
-        ValueError: Not one optimizer, or a loss scaler.
+        ValueError: There are none, or several.
     """
     if len(optimizers) != 1:
         raise ValueError(
             f"engine 'deepspeed' needs one optimizer, got {len(optimizers)}: "
             "prepare(model, optimizer, config=...)"
         )
-    if scaler is not None:
-        raise ValueError(
-            "engine 'deepspeed' takes no grad_scaler: DeepSpeed scales the loss by itself; use "
-            "bfloat16, or Lightning's precision='16-mixed' with strategy='magi_deepspeed'"
-        )
+    return optimizers[0]

@@ -44,8 +44,8 @@ def must_be_installed() -> None:
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise MagiError(
-            "engine 'deepspeed' needs DeepSpeed, which is not installed: DS_BUILD_OPS=0 pip install "
-            "--no-build-isolation 'magi-train[deepspeed]'; engine='fsdp2' shards without it"
+            "engine 'deepspeed' needs DeepSpeed, which is not installed: DS_BUILD_OPS=0 pip "
+            "install --no-build-isolation 'magi-train[deepspeed]'; engine='fsdp2' shards without it"
         )
 
 
@@ -70,8 +70,8 @@ def zero_config(config: Config, owner: str = "Config") -> dict[str, Any]:
     stage = _get(merged, ("zero_optimization", "stage"))
     if stage not in (None, 1, 2, 3):
         raise ValueError(
-            f"{source} has zero_optimization.stage = {stage!r}, but engine 'deepspeed' is for stages "
-            "1, 2 and 3; engine='replicate' shards nothing"
+            f"{source} has zero_optimization.stage = {stage!r}, but engine 'deepspeed' is for "
+            "stages 1, 2 and 3; engine='replicate' shards nothing"
         )
     for path, (value, ours) in _asked_for(config, stage or 2).items():
         _put(merged, path, value, source, ours)

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ TIMEOUT_SECONDS = 1800.0
 """How long ranks wait for the one that converts."""
 
 
-def is_zero_checkpoint(folder: str | Path) -> bool:
+def is_zero_checkpoint(folder: str | os.PathLike[str]) -> bool:
     """Return whether a folder is, or was to be, a checkpoint of DeepSpeed's."""
     folder = Path(folder)
     return (folder / LIST).is_file() or (folder / "latest").is_file() or (folder / TAG).is_dir()

@@ -1,7 +1,7 @@
 """What a block must be given to be one of DeepSpeed's leaves at ZeRO stage 3.
 
-DeepSpeed sums a leaf's gradients in a full backward hook, which torch runs when the gradients of the
-positional inputs are there. Where no such input needs a gradient (the first block behind frozen
+DeepSpeed sums a leaf's gradients in a full backward hook, which torch runs when the gradients of
+the positional inputs are there. Where no such input needs a gradient (the first block behind frozen
 embeddings, or fed with the batch itself) the hook runs before the gradients of the weights; where a
 block runs twice in one forward, it runs twice. Both end in errors deep inside of DeepSpeed. So the
 first is cured, by asking for a gradient that nobody reads, and the rest is refused by name.

@@ -216,8 +216,13 @@ class MagiStrategyMixin:
         super().save_checkpoint(checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load as Lightning does, and what gradient compression carried on."""
-        checkpoint: dict[str, Any] = super().load_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        """Load as Lightning does, and what gradient compression carried on.
+
+        Raises:
+            MagiError: The file was cut short or damaged; names it.
+        """
+        with opt.named_if_damaged(args[0] if args else kwargs["checkpoint_path"]):
+            checkpoint: dict[str, Any] = super().load_checkpoint(*args, **kwargs)  # type: ignore[misc]
         self._compression_state = checkpoint.get(CHECKPOINT_KEY, {})  # configure_ddp comes later
         return checkpoint
 

@@ -1,15 +1,15 @@
-"""`strategy="magi_deepspeed"`: Lightning's DeepSpeedStrategy with our settings and our passes inside.
+"""`strategy="magi_deepspeed"`: Lightning's DeepSpeedStrategy with our passes inside.
 
 Lightning's class is kept, since Lightning asks for it by type (precision, refusals of callbacks,
 model summary). What differs from it:
 
-* DeepSpeed's settings come from `Config` (comm/zero_config.py); the trainer's clipping and precision
-  join them, and what contradicts is an error instead of being ignored.
+* DeepSpeed's settings come from `Config` (comm/zero_config.py); the trainer's clipping and
+  precision join them, and what contradicts is an error instead of being ignored.
 * Accumulation is Lightning's: a step is taken when Lightning takes one.
 * It runs on CPU ranks too, where Lightning's refuses.
 * A checkpoint is a folder that replaces the last one when it is whole, is refused when it was cut
-  short, and resumes on any number of ranks at its stage. A single file, of any other strategy, gives
-  its weights.
+  short, and resumes on any number of ranks at its stage. A single file, of any other strategy,
+  gives its weights.
 """
 
 import argparse
@@ -54,9 +54,12 @@ class MagiDeepSpeedMixin:
     """
 
     _taken = frozenset(
-        "accelerator parallel_devices cluster_environment precision_plugin process_group_backend "
-        "timeout logging_level exclude_frozen_parameters loss_scale initial_scale_power "
-        "loss_scale_window hysteresis min_loss_scale".split()
+        (
+            *("accelerator", "parallel_devices", "cluster_environment", "precision_plugin"),
+            *("process_group_backend", "timeout", "logging_level", "exclude_frozen_parameters"),
+            *("loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis"),
+            "min_loss_scale",
+        )
     )
 
     def __init__(self, *, config: Config | None = None, **options: Any) -> None:
@@ -73,7 +76,7 @@ class MagiDeepSpeedMixin:
                 "Config(engine='deepspeed', sharding=ShardingConfig(zero_stage=..., deepspeed=...))"
             )
         must_be_installed()
-        super().__init__(config=zero_config(self.magi_config), **options)
+        super().__init__(config=zero_config(self.magi_config), **options)  # type: ignore[call-arg]
         self.runtime: Runtime | None = None
         self._region: Region | None = None
         self._recorder: Recorder | None = None
@@ -131,8 +134,8 @@ class MagiDeepSpeedMixin:
             there = strategy.config.get(key, {}).get("enabled")
             if there is not None and there != (_PRECISION.get(precision) == key):
                 raise ValueError(
-                    f"ShardingConfig.deepspeed has {key}.enabled = {there!r}, but Trainer.precision "
-                    f"is {precision!r}; change one of the two"
+                    f"ShardingConfig.deepspeed has {key}.enabled = {there!r}, but "
+                    f"Trainer.precision is {precision!r}; change one of the two"
                 )
         super()._format_config()  # type: ignore[misc]
 

@@ -12,7 +12,9 @@ Engine "deepspeed" writes DeepSpeed's own files instead (comm/zero_files.py), un
 
 import contextlib
 import os
+import pickle
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +39,7 @@ from magi_train.comm import zero_files
 from magi_train.comm.broadcast import broadcast
 from magi_train.comm.zero import Zero
 from magi_train.core.errors import MagiError
-from magi_train.core.world import World
+from magi_train.core.world import HEARTBEAT_SECONDS, World
 from magi_train.memory.sharded_optimizer import is_sharded
 
 TIMEOUT_SECONDS = 600.0
@@ -111,6 +113,7 @@ def save_zero(
     try:
         zero_files.write(zero, partial, state or {})
     except Exception as error:
+        _wait_for_the_cause(world)
         failed = MagiError(
             f"{final} could not be written: on rank {world.rank}, {type(error).__name__}: {error}; "
             "what was there before is kept"
@@ -121,6 +124,14 @@ def save_zero(
     if world.rank == 0:
         _rename(partial, final)
     _together(world, "checkpoint is in place", "")
+
+
+def _wait_for_the_cause(world: World) -> None:
+    """Raise RemoteRankError if another rank failed first, which broke what this one waited for."""
+    deadline = time.monotonic() + 2 * HEARTBEAT_SECONDS
+    while world.size > 1 and time.monotonic() < deadline:
+        world.check()
+        time.sleep(0.1)
 
 
 def _zero_of(module: nn.Module) -> Zero | None:
@@ -148,8 +159,8 @@ def load_checkpoint(
     if zero is not None:
         if not zero_files.is_zero_checkpoint(folder):
             raise MagiError(
-                f"{folder} is no checkpoint of engine 'deepspeed'; load its weights before prepare(): "
-                "model.load_state_dict(magi_train.plain_state_dict(folder))"
+                f"{folder} is no checkpoint of engine 'deepspeed'; load its weights before "
+                "prepare(): model.load_state_dict(magi_train.plain_state_dict(folder))"
             )
         zero_files.read(zero, Path(folder))
         return
@@ -231,6 +242,19 @@ def _must_be_whole(folder: str | os.PathLike[str]) -> None:
             f"{folder} holds no whole checkpoint: it has no .metadata; name a folder that "
             "save_checkpoint() wrote"
         )
+    try:
+        places = FileSystemReader(Path(folder)).read_metadata().storage_data or {}
+    except (EOFError, pickle.UnpicklingError) as error:
+        raise MagiError(f"{Path(folder) / '.metadata'} was cut short: {error}") from error
+    ends: dict[Path, int] = {}
+    for place in places.values():
+        path = Path(folder) / place.relative_path
+        ends[path] = max(ends.get(path, 0), place.offset + place.length)
+    for path, end in ends.items():
+        got = path.stat().st_size if path.is_file() else None
+        if got is None or got < end:
+            what = "is missing" if got is None else f"has {got} bytes instead of {end}"
+            raise MagiError(f"{path} {what}: the checkpoint was cut short; use an earlier one")
 
 
 def _rename(partial: Path, final: Path) -> None:

@@ -21,7 +21,7 @@ from magi_train.comm.fully_shard import FullyShard, device_for, local_part
 from magi_train.comm.link import link_for
 from magi_train.comm.plan import CommPlan, num_bytes
 from magi_train.comm.reducer import Reducer
-from magi_train.comm.zero import Zero, must_suit
+from magi_train.comm.zero import Zero, one_of
 from magi_train.comm.zero_config import must_be_installed, stage_of, zero_config
 from magi_train.core import compat, hardware, settings
 from magi_train.core.config import Config
@@ -146,14 +146,14 @@ class Runtime:
 
     def _with_deepspeed(self, config: Config, optimizers: Sequence[Optimizer]) -> Zero:
         """Set up DeepSpeed's engine around the model."""
-        must_suit(optimizers)
+        optimizer = one_of(optimizers)
         settings = zero_config(config)
         if config.tier == "graph" and stage_of(settings) == 3:
             raise ValueError(
-                "Config.tier is 'graph', but at ZeRO stage 3 a weight is whole only while its block "
-                "runs; leave tier at 'auto', or use a lower stage"
+                "Config.tier is 'graph', but at ZeRO stage 3 a weight is whole only while its "
+                "block runs; leave tier at 'auto', or use a lower stage"
             )
-        return Zero(self.module, optimizers[0], self.world, settings, self.report, config)
+        return Zero(self.module, optimizer, self.world, settings, self.report, config)
 
     def _with_engine(
         self, config: Config, device: torch.device, optimizers: Sequence[Optimizer]
@@ -246,7 +246,10 @@ class Runtime:
     def scale_by(self, scaler: torch.amp.GradScaler | None) -> None:
         """Let residuals of gradient compression be kept without `scaler`'s loss scale."""
         if scaler is not None and isinstance(self.reducer, Zero):
-            must_suit(["one"], scaler)
+            raise ValueError(
+                "engine 'deepspeed' takes no grad_scaler: DeepSpeed scales the loss by itself; use "
+                "bfloat16, or Lightning's precision='16-mixed' with strategy='magi_deepspeed'"
+            )
         if scaler is not None:
             self.reducer.loss_scale = lambda: compat.loss_scale(scaler)
 
@@ -327,6 +330,13 @@ class Runtime:
             return
         assert isinstance(self.reducer, Reducer), "a budget is refused for sharded weights"
         self.memory.begin(batch, self.shadows.num_bytes, buffer_bytes(self.reducer.plan))
+
+    def reopen(self) -> None:
+        """Go on after `close`, with the weights as they are cut, and record on."""
+        self.closed, path, self.record_path = False, self.record_path, None
+        self._record(torch.device(self.device_type))
+        if path is not None and self.record_path is None:
+            self.record_to(path)
 
     def close(self) -> None:
         """Take everything of ours off the model: it is a plain module again."""

@@ -310,8 +310,8 @@ class Config:
         given = [n for n in ("zero_stage", "deepspeed") if getattr(self.sharding, n) is not None]
         if given and self.engine != "deepspeed":
             raise ValueError(
-                f"ShardingConfig.{given[0]} is for Config(engine='deepspeed'), but Config.engine is "
-                f"{self.engine!r}; set the engine, or leave it out"
+                f"ShardingConfig.{given[0]} is for Config(engine='deepspeed'), but Config.engine "
+                f"is {self.engine!r}; set the engine, or leave it out"
             )
 
     def _check_sharded(self) -> None:
