@@ -43,6 +43,7 @@ def test_rank_0_out_of_disk_leaves_the_previous_checkpoint(tmp_path):
     assert torch.load(path, weights_only=False)["global_step"] == 1
 
 
+@pytest.mark.full
 def test_a_file_cut_short_is_refused_by_name(tmp_path):
     feature = features.Feature("magi", tmp_path, devices=1)
     model, trainer = feature.Model(), feature.trainer(max_epochs=1, use_distributed_sampler=False)
