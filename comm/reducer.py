@@ -213,8 +213,7 @@ class Reducer:
         if self.world.size == 1 or (before is not None and before.plan is self.plan):
             return
         self.compressor = Compressor(self.plan, self.world, self._device())
-        if self._trial is not None:
-            self.compressor.instead = FORMS[self._trial.form]
+        self._follow_trial(self.compressor)
         if before is not None and before.stateful:
             self.compressor.load(before.state())
 
@@ -457,7 +456,16 @@ class Reducer:
             chosen = codecs[0] if trial.form == CODEC else trial.form
             row = {"codec": codecs[0], "milliseconds": worst, "chosen": chosen}
             self.report.add(PassRow("codec_trial", "run_time", row, 0.0))
-        self.compressor.instead = FORMS[trial.form]
+        self._follow_trial(self.compressor)
+
+    def _follow_trial(self, compressor: Compressor) -> None:
+        """Let `compressor` send what the trial says; once another form is chosen, for good."""
+        trial = self._trial
+        instead = None if trial is None else FORMS[trial.form]
+        if trial is not None and trial.done and instead is not None:
+            compressor.drop(instead)
+        else:
+            compressor.instead = instead
 
     def _restore(self, state: _Backward) -> None:
         """After torch.autograd.grad, which accumulates nothing: leave every `.grad` as it was."""

@@ -67,7 +67,7 @@ class Compressor:
     Attributes:
         exact: Which "safe" buckets travel in bfloat16.
         instead: What lossy buckets travel in for now, "" for as they are; None for their codec.
-        stateful: Whether a codec keeps anything from step to step.
+        stateful: Whether a codec in use keeps anything from step to step.
 
     Raises:
         MagiError: The process group cannot carry the codec on this device.
@@ -157,6 +157,16 @@ class Compressor:
         for codec in self._codecs.values():
             codec.discard()
 
+    def drop(self, instead: str) -> None:
+        """Give lossy codecs up for good, with all that they keep.
+
+        Args:
+            instead: As the attribute; not None.
+        """
+        self.forget()
+        self.instead, self.stateful = instead, False
+        self._codecs = {k: codec for k, codec in self._codecs.items() if k[1] not in STATEFUL}
+
     def _decide(self) -> None:
         if self._verdict is None:
             return
@@ -189,9 +199,13 @@ class Compressor:
     def load(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Go on from what `state` returned; parameters it does not name start afresh.
 
+        Does nothing once the codecs were dropped: their residuals would never be sent.
+
         Raises:
             ValueError: A residual does not have its parameter's shape; names it.
         """
+        if not self.stateful:
+            return
         self.forget()
         for index, bucket in enumerate(self.plan.buckets):
             if bucket.codec not in STATEFUL:
