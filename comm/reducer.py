@@ -43,6 +43,7 @@ from magi_train.comm import replicas
 from magi_train.comm.broadcast import broadcast
 from magi_train.comm.codecs import Scale
 from magi_train.comm.codecs.compressor import STATEFUL, Compressor, Handle
+from magi_train.comm.host_memory import HostMemory
 from magi_train.comm.link import Link
 from magi_train.comm.plan import LEVELS, Bucket, CommPlan, plan_buckets, predict
 from magi_train.comm.schedule import Meter, Profile
@@ -132,6 +133,7 @@ class Reducer:
         self._meter = Meter() if watched else None
         level = config.compression in LEVELS and config.trial and world.size > 1
         self._trial = Trial() if level else None
+        self._memory = HostMemory()
         self._synchronised = 0
         self._autocast = (False, "")
         self._armed = (True, False)
@@ -203,6 +205,7 @@ class Reducer:
             return
         self._plans = {self._signature: self._agreed(plan, sum(self._signature))}
         self._flag_cache.clear()  # by the identity of buckets
+        self._memory = HostMemory()  # of other sizes
         if self._meter is not None:
             self._meter.forget()
         self.refresh()
@@ -337,9 +340,13 @@ class Reducer:
         return self._flag_cache[key]
 
     def _new_flat(self, bucket: Bucket) -> Tensor:
-        """Return memory for a bucket: zeros where a codec also sees what lies between slots."""
-        make = torch.empty if self.config.compression is None else torch.zeros
-        return make(bucket.numel, dtype=bucket.torch_dtype(), device=self._device())
+        """Return memory for a bucket, with zeros between slots where all of it is looked at."""
+        flat = self._memory.empty(bucket.numel, dtype=bucket.torch_dtype(), device=self._device())
+        if self.config.compression is not None:
+            ends = [*(s.offset for s in bucket.slots[1:]), bucket.flags_offset]
+            for slot, end in zip(bucket.slots, ends, strict=True):
+                flat[slot.offset + slot.numel() : end].zero_()
+        return flat
 
     def _see(self, name: str, gradient: Tensor) -> None:
         if self.compressor is not None and self.compressor.exact.undecided(self._autocast):

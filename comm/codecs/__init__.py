@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from magi_train.comm.host_memory import HostMemory
 from magi_train.comm.plan import Bucket
 
 Scale = float | Tensor
@@ -39,10 +40,12 @@ class Collective:
             "all_gather" (the result has a row more of each rank), or "all_reduce" (the sum, in
             place).
         tensor: What this rank gives, contiguous.
+        out: Where the result goes, contiguous; None for `tensor` itself, in an all-reduce.
     """
 
     kind: Literal["all_to_all", "all_gather", "all_reduce"]
     tensor: Tensor
+    out: Tensor | None = None
 
 
 Exchange = Generator[Collective, Tensor, None]
@@ -55,18 +58,33 @@ class Codec(ABC):
         bucket: Whose gradients.
         rank: This process.
         world_size: Ranks.
+        memory: For what an exchange needs; shared by the codecs of a plan.
 
     Attributes:
         finite: After an exchange: whether every decoded number is finite, a bool tensor `[]`, the
             same on all ranks. None for codecs that keep nothing.
     """
 
-    def __init__(self, bucket: Bucket, rank: int, world_size: int) -> None:
+    def __init__(
+        self, bucket: Bucket, rank: int, world_size: int, memory: HostMemory | None = None
+    ) -> None:
         self.bucket, self.rank, self.world_size = bucket, rank, world_size
+        self._memory = memory or HostMemory()
         self.finite: Tensor | None = None
         self._kept: Any = None  # what counts, and what the last exchange would leave
         self._pending: Any = None
         self._flag_cache: dict[tuple[bool, ...], Tensor] = {}
+
+    def _all_to_all(self, rows: Tensor) -> Collective:
+        """Ask for row r `[ranks, n]` of this rank to go to rank r, for a row of each."""
+        out = self._memory.empty(*rows.shape, dtype=rows.dtype, device=rows.device)
+        return Collective("all_to_all", rows, out)
+
+    def _all_gather(self, tensor: Tensor) -> Collective:
+        """Ask for everybody's `tensor`, one behind the other."""
+        numel = self.world_size * tensor.numel()
+        out = self._memory.empty(numel, dtype=tensor.dtype, device=tensor.device)
+        return Collective("all_gather", tensor, out)
 
     @abstractmethod
     def exchange(self, flat: Tensor, used: set[str], scale: Scale) -> Exchange:

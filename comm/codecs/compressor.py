@@ -24,6 +24,7 @@ from magi_train.comm.codecs.exact import Autocast, ExactBuckets
 from magi_train.comm.codecs.lanes import Lanes, StreamExchange, ThreadExchange, run
 from magi_train.comm.codecs.low_rank import LowRank
 from magi_train.comm.codecs.two_shot import FORMATS, TwoShot
+from magi_train.comm.host_memory import HostMemory
 from magi_train.comm.plan import CommPlan
 from magi_train.core.errors import MagiError
 from magi_train.core.world import World
@@ -85,6 +86,7 @@ class Compressor:
             )
         self.exact = ExactBuckets(plan)
         self.instead: str | None = None
+        self._memory = HostMemory()
         self._codecs: dict[tuple[int, str], Codec] = {}
         self._lanes = Lanes.of(world) if encoded and not self.on_stream else None
         self._verdict: tuple[Tensor, Any] | None = None
@@ -95,7 +97,8 @@ class Compressor:
         if (index, name) not in self._codecs:
             kind = LowRank if name == "powersgd" else TwoShot
             bucket = replace(self.plan.buckets[index], codec=name)  # "safe" was decided
-            self._codecs[index, name] = kind(bucket, self.world.rank, self.world.size)
+            codec = kind(bucket, self.world.rank, self.world.size, self._memory)
+            self._codecs[index, name] = codec
         return self._codecs[index, name]
 
     def start(

@@ -34,15 +34,15 @@ T = TypeVar("T")
 _lanes: "weakref.WeakKeyDictionary[World, Lanes]" = weakref.WeakKeyDictionary()
 
 
-def begin(request: Collective, world_size: int, group: Any) -> tuple[Tensor, "dist.Work"]:
+def begin(request: Collective, group: Any) -> tuple[Tensor, "dist.Work"]:
     """Start a collective; return where its result will be, and its handle."""
     tensor = request.tensor
     if request.kind == "all_reduce":
         return tensor, dist.all_reduce(tensor, group=group, async_op=True)
+    result = request.out
+    assert result is not None, "only an all-reduce works in place"
     if request.kind == "all_to_all":
-        result = torch.empty_like(tensor)
         return result, dist.all_to_all_single(result, tensor, group=group, async_op=True)
-    result = tensor.new_empty(world_size * tensor.numel())
     gather = getattr(dist, "all_gather_single", None)  # the name since torch 2.13
     gather = gather or dist.all_gather_into_tensor
     return result, gather(result, tensor, group=group, async_op=True)
@@ -57,7 +57,7 @@ def run(exchange: Generator[Collective, Tensor, T], world: World, device: torch.
                 request = exchange.send(value)
             except StopIteration as stop:
                 return stop.value  # type: ignore[no-any-return]
-            value, work = begin(request, world.size, None)
+            value, work = begin(request, None)
             world.wait(work, device, "an exchange of gradients' residuals")
 
 
@@ -137,7 +137,7 @@ class Lanes:
         try:
             with torch.no_grad():
                 request = each.exchange.send(value)  # type: ignore[arg-type]
-            result, work = begin(request, each.world.size, self._groups[lane])
+            result, work = begin(request, self._groups[lane])
         except StopIteration:
             each.done.set_result(None)
         except BaseException as error:  # noqa: BLE001  (whoever waits gets it)

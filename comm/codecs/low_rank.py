@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from magi_train.comm.codecs import Codec, Collective, Exchange, Scale
+from magi_train.comm.host_memory import HostMemory
 from magi_train.comm.plan import Bucket, Slot, matrix_shape
 
 PARALLEL = 1e-5
@@ -54,8 +55,10 @@ class LowRank(Codec):
     is not committed.
     """
 
-    def __init__(self, bucket: Bucket, rank: int, world_size: int) -> None:
-        super().__init__(bucket, rank, world_size)
+    def __init__(
+        self, bucket: Bucket, rank: int, world_size: int, memory: HostMemory | None = None
+    ) -> None:
+        super().__init__(bucket, rank, world_size, memory)
         self.groups: dict[tuple[int, int], list[Slot]] = {}
         for slot in bucket.slots:
             self.groups.setdefault(matrix_shape(slot.shape), []).append(slot)
