@@ -21,6 +21,7 @@ Methods take turns of a few steps, so that a busy host slows all alike. A row:
 | column | is |
 |---|---|
 | median_seconds, least_seconds | of a step, on the slowest rank |
+| cpu_seconds | of a step, over all threads of rank 0: what it takes from a backward on few cores |
 | speedup_over_ddp | by medians |
 | sent_megabytes | what a rank sent in a step, by the device's own counter |
 | floor_seconds | max(nosync's step, its forward + sent bytes / measured bandwidth): no step that sends as many bytes can be faster |
@@ -115,6 +116,7 @@ class Method:
     seconds: list[float] = field(default_factory=list)
     forward_seconds: list[float] = field(default_factory=list)
     sent_bytes: list[int] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
 
     def step(self, record: bool = True) -> None:
         """Train for one step, from a barrier to the end of the optimizer's."""
@@ -122,7 +124,7 @@ class Method:
         x, y = (t.to(self.device) for t in draw(self.text, seed, BATCH, LENGTH))
         self.steps += 1
         dist.barrier()
-        sent, start = bytes_sent(), time.perf_counter()
+        sent, cpu, start = bytes_sent(), time.process_time(), time.perf_counter()
         quiet = self.model.no_sync() if self.spec == "nosync" else contextlib.nullcontext()
         with quiet:
             loss = self.model(x, y)
@@ -135,6 +137,7 @@ class Method:
         if record:
             self.seconds.append(time.perf_counter() - start)
             self.forward_seconds.append(forward)
+            self.cpu_seconds.append(time.process_time() - cpu)
             self.sent_bytes.append(bytes_sent() - sent)
 
     def _idle(self) -> None:
@@ -243,6 +246,7 @@ def row(method: Method, device: torch.device) -> dict[str, Any]:
         "method": method.spec,
         "median_seconds": round(times[0], 4),
         "least_seconds": round(times[1], 4),
+        "cpu_seconds": round(statistics.median(method.cpu_seconds), 4),
         "sent_megabytes": round(statistics.median(method.sent_bytes) / 1e6, 2),
         "steps": len(method.seconds),
     }

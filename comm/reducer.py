@@ -45,6 +45,7 @@ from magi_train.comm.codecs import Scale
 from magi_train.comm.codecs.compressor import STATEFUL, Compressor, Handle
 from magi_train.comm.host_memory import HostMemory
 from magi_train.comm.link import Link
+from magi_train.comm.nodes import node_size
 from magi_train.comm.plan import LEVELS, Bucket, CommPlan, plan_buckets, predict
 from magi_train.comm.schedule import Meter, Profile
 from magi_train.comm.trial import CODEC, FORMS, Trial
@@ -135,6 +136,7 @@ class Reducer:
         self._trial = Trial() if level else None
         self._memory = HostMemory()
         self._synchronised = 0
+        self._node_size = node_size(config, world, timeout_seconds, report)
         self._autocast = (False, "")
         self._armed = (True, False)
         self._backward: _Backward | None = None
@@ -165,7 +167,8 @@ class Reducer:
 
     def _new_plan(self) -> CommPlan:
         named, size = self.parameters.items(), self.world.size
-        return plan_buckets(named, self.config, size, self._link, self._ready)
+        nodes = self._node_size
+        return plan_buckets(named, self.config, size, self._link, self._ready, nodes)
 
     def _agreed(self, plan: CommPlan, trainable: int) -> CommPlan:
         self.world.agree(

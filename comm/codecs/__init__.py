@@ -10,6 +10,7 @@ threads beside gloo, a stream beside NCCL.
 |---|---|---|
 | bfloat16 | halves, summed in float32 (two_shot) | no |
 | int8, fp8 | a byte an element and a float32 scale for 256 of them, summed in float32 | yes |
+| hierarchical | float32 inside of a node, int8 between nodes (hierarchical) | yes |
 | powersgd | two thin factors of each matrix (low_rank) | yes |
 
 Rules for all of them, which the tests hold: the result is the same bit for bit on all ranks, since
@@ -29,6 +30,7 @@ from magi_train.comm.host_memory import HostMemory
 from magi_train.comm.plan import Bucket
 
 Scale = float | Tensor
+Among = Literal["all", "node", "across"]
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,14 @@ class Collective:
             place).
         tensor: What this rank gives, contiguous.
         out: Where the result goes, contiguous; None for `tensor` itself, in an all-reduce.
+        among: All ranks, those of this rank's node, or one rank of each node: those with the same
+            place in it.
     """
 
     kind: Literal["all_to_all", "all_gather", "all_reduce"]
     tensor: Tensor
     out: Tensor | None = None
+    among: Among = "all"
 
 
 Exchange = Generator[Collective, Tensor, None]
@@ -63,7 +68,10 @@ class Codec(ABC):
     Attributes:
         finite: After an exchange: whether every decoded number is finite, a bool tensor `[]`, the
             same on all ranks. None for codecs that keep nothing.
+        among: Whom `world_size` counts.
     """
+
+    among: Among = "all"
 
     def __init__(
         self, bucket: Bucket, rank: int, world_size: int, memory: HostMemory | None = None
@@ -78,13 +86,17 @@ class Codec(ABC):
     def _all_to_all(self, rows: Tensor) -> Collective:
         """Ask for row r `[ranks, n]` of this rank to go to rank r, for a row of each."""
         out = self._memory.empty(*rows.shape, dtype=rows.dtype, device=rows.device)
-        return Collective("all_to_all", rows, out)
+        return Collective("all_to_all", rows, out, self.among)
 
     def _all_gather(self, tensor: Tensor) -> Collective:
         """Ask for everybody's `tensor`, one behind the other."""
         numel = self.world_size * tensor.numel()
         out = self._memory.empty(numel, dtype=tensor.dtype, device=tensor.device)
-        return Collective("all_gather", tensor, out)
+        return Collective("all_gather", tensor, out, self.among)
+
+    def _all_reduce(self, tensor: Tensor) -> Collective:
+        """Ask for the sum, in place."""
+        return Collective("all_reduce", tensor, None, self.among)
 
     @abstractmethod
     def exchange(self, flat: Tensor, used: set[str], scale: Scale) -> Exchange:

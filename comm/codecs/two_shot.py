@@ -179,28 +179,40 @@ class TwoShot(Codec):
         self, bucket: Bucket, rank: int, world_size: int, memory: HostMemory | None = None
     ) -> None:
         super().__init__(bucket, rank, world_size, memory)
-        self.format = FORMATS[bucket.codec]
+        self.format = FORMATS[self.wire_format]
         self.feedback = self.format.largest is not None
-        self.part = bucket.flags_offset // world_size
+        self.start, self.length = 0, bucket.flags_offset
+        self.part = self.length // world_size
         self._device = torch.device("cpu")  # until an exchange
         self._kept: tuple[Tensor, Tensor] | None = None
         self._pending: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def wire_format(self) -> str:
+        """Return the name of what travels, in FORMATS."""
+        return self.bucket.codec
+
     def exchange(self, flat: Tensor, used: set[str], scale: Scale) -> Exchange:
         """See Codec.exchange."""
-        bucket, n, part = self.bucket, self.world_size, self.part
-        body = flat[: bucket.flags_offset]
         self._device = flat.device
-        flags = self.used_flags(used, torch.uint8, flat.device)
+        votes = yield from self._shots(flat[: self.length], used, scale)
+        flat[self.bucket.flags_offset :] = votes
+
+    def _shots(
+        self, body: Tensor, used: set[str], scale: Scale
+    ) -> Generator[Collective, Tensor, Tensor]:
+        """Average `body` `[length]` over the ranks; return how many of them used each slot."""
+        bucket, n, part = self.bucket, self.world_size, self.part
+        flags = self.used_flags(used, torch.uint8, body.device)
         absent = [s for s in bucket.slots if s.name not in used]
         kept = self._kept
         first, residual = body, None if kept is None else kept[0].view(n, part)
         if self.feedback:
-            first = self._empty(bucket.flags_offset)
-        if absent and residual is not None:  # these parameters keep theirs
-            residual = residual.clone()
-            for slot in absent:
-                slot.view(residual.view(-1)).zero_()
+            first = self._empty(self.length)
+        if absent and kept is not None:  # these parameters keep theirs
+            residual = kept[0].clone().view(n, part)
+            for low, high in self._ranges(absent, self.start, self.length):
+                residual.view(-1)[low:high] = 0
         row = self.format.row_bytes(part)
         width = -(-(row + len(flags)) // 4) * 4
         wire = self._empty(n, width, dtype=torch.uint8)
@@ -218,11 +230,11 @@ class TwoShot(Codec):
         everything = yield self._all_gather(out)
 
         self.format.decode(everything.view(n, row), body.view(n, part))
-        flat[bucket.flags_offset :] = votes
         if self.feedback:
             self.finite = self.format.scales(everything.view(n, row), part).isfinite().all()
             self._pending = (_unscaled(first, scale), _unscaled(mean, scale))
             self._spare(absent, unused)
+        return votes
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self._memory.empty(*shape, dtype=dtype, device=self._device)
@@ -235,13 +247,12 @@ class TwoShot(Codec):
             self.format.add(row.unsqueeze(0), total, self._memory)
         return total.div_(self.world_size)
 
-    def _in_part(self, slots: list[Slot]) -> list[tuple[int, int]]:
-        """Return where the elements of `slots` lie in the part that this rank owns."""
-        start = self.rank * self.part
+    def _ranges(self, slots: list[Slot], start: int, length: int) -> list[tuple[int, int]]:
+        """Return where the elements of `slots` lie in a part of the bucket, from `start` on."""
         ranges = []
         for slot in slots:
             low = max(slot.offset - start, 0)
-            high = min(slot.offset + slot.numel() - start, self.part)
+            high = min(slot.offset + slot.numel() - start, length)
             if low < high:
                 ranges.append((low, high))
         return ranges
@@ -250,25 +261,25 @@ class TwoShot(Codec):
         """Leave the residuals of parameters as they were that have no gradient."""
         assert self._pending is not None
         first, mean = self._pending
-        for slot in absent:
-            old = 0.0 if self._kept is None else slot.view(self._kept[0])
-            slot.view(first).copy_(torch.as_tensor(old))
-        for low, high in self._in_part(unused):
+        for low, high in self._ranges(absent, self.start, self.length):
+            first[low:high] = 0.0 if self._kept is None else self._kept[0][low:high]
+        for low, high in self._ranges(unused, self.start + self.rank * self.part, self.part):
             mean[:, low:high] = 0.0 if self._kept is None else self._kept[1][:, low:high]
 
     def mean_residual(self) -> Generator[Collective, Tensor, Tensor | None]:
         """See Codec.mean_residual."""
         if not self.feedback or self._kept is None:  # alike on all ranks: they commit together
             return None
-        total = yield Collective("all_reduce", self._kept[0].clone())
+        total = yield self._all_reduce(self._kept[0].clone())
         owned = yield self._all_gather(self._kept[1].flatten())
         return total.div_(self.world_size).add_(owned.flatten())
 
     def load_residual(self, mean: Tensor) -> None:
         """See Codec.load_residual."""
         if self.feedback:
-            owned = mean.view(self.world_size, self.part)[self.rank]
-            self._kept = (torch.zeros_like(mean), owned.clone().unsqueeze(0))
+            mine = mean[self.start : self.start + self.length]
+            owned = mine.view(self.world_size, self.part)[self.rank]
+            self._kept = (torch.zeros_like(mine), owned.clone().unsqueeze(0))
 
 
 def _add(x: Tensor, residual: Tensor | None, scale: Scale, out: Tensor) -> None:

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 Tier = Literal["graph", "region", "eager"]
-Compression = Literal["safe", "balanced", "aggressive", "bfloat16", "int8", "fp8", "powersgd"]
+Compression = Literal[
+    "safe", "balanced", "aggressive", "bfloat16", "int8", "fp8", "hierarchical", "powersgd"
+]
 Lowering = Literal["inductor", "aot_eager"]
 CudaGraphs = Literal["auto", "on", "off"]
 Precision = Literal["autocast", "fp8"]
@@ -104,11 +106,17 @@ class CommConfig:
     compression: Compression | None = None
     """How float32 gradients travel; they add up in float32 on each rank in any case. None: as they
     are. "safe": weights whose gradients bfloat16 holds exactly, because autocast's backward made
-    them so, in bfloat16; all others as they are. "bfloat16": all in half the bytes. "balanced" is
-    "int8": a quarter of the bytes, with error feedback. "fp8": the same in e4m3. "aggressive" is
-    "powersgd": matrices as factors of `low_rank` columns with error feedback, for links under
-    1 Gbit/s; compare losses. int8, fp8 and powersgd leave parameters of one dimension in float32
-    and small ends of the model in bfloat16, and keep residuals: up to 12 bytes a weight."""
+    them so, in bfloat16; all others as they are. "bfloat16": all in half the bytes. "int8": a
+    quarter of the bytes, with error feedback. "fp8": the same in e4m3. "hierarchical": as they are
+    inside of a node, int8 between nodes. "powersgd": matrices as factors of `low_rank` columns with
+    error feedback. "balanced" is "int8", or "hierarchical" for several nodes of several ranks.
+    "aggressive" is "powersgd", for links under 1 Gbit/s; compare losses. Codecs with error feedback
+    leave parameters of one dimension in float32 and small ends of the model in bfloat16, and keep
+    residuals: up to 12 bytes a weight."""
+
+    node_size: int | None = None
+    """Ranks in a node, the same in all nodes, which follow each other. None: as the launcher says
+    (LOCAL_WORLD_SIZE), else by host names. Only "hierarchical" and "balanced" ask."""
 
     low_rank: int = 4
     """Columns of the factors for "powersgd". More: more bytes, smaller error."""
@@ -134,6 +142,7 @@ class CommConfig:
     def __post_init__(self) -> None:
         _check_positive("CommConfig", "bucket_mib", self.bucket_mib)
         _check_positive("CommConfig", "low_rank", self.low_rank)
+        _check_positive("CommConfig", "node_size", self.node_size)
         _check_positive("CommConfig", "check_replicas", self.check_replicas)
         if self.link not in ("auto", "measure", "off") and link_from_text(self.link) is None:
             raise ValueError(
