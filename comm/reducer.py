@@ -46,6 +46,7 @@ from magi_train.comm.codecs.compressor import STATEFUL, Compressor, Handle
 from magi_train.comm.host_memory import HostMemory
 from magi_train.comm.link import Link
 from magi_train.comm.nodes import node_size
+from magi_train.comm.outer import MOMENTUM, OuterLoop
 from magi_train.comm.plan import LEVELS, Bucket, CommPlan, plan_buckets, predict
 from magi_train.comm.schedule import Meter, Profile
 from magi_train.comm.trial import CODEC, FORMS, Trial
@@ -136,9 +137,16 @@ class Reducer:
         self._trial = Trial() if level else None
         self._memory = HostMemory()
         self._synchronised = 0
+        self.outer: OuterLoop | None = None
+        if config.outer_steps is not None and world.size > 1:
+            self.outer = OuterLoop(module, world, config, report)
+            self._trial = self._profile = self._meter = None  # these are about every step
+            row = {"steps": config.outer_steps, "lr": config.outer_lr}
+            row["momentum"] = config.outer_momentum
+            report.add(PassRow("outer_loop", "run_time", row, 0.0))
         self._node_size = node_size(config, world, timeout_seconds, report)
         self._autocast = (False, "")
-        self._armed = (True, False)
+        self._armed, self._counts = (True, False), True
         self._backward: _Backward | None = None
         self._proven = False
         self._flag_cache: dict[tuple[int, tuple[str, ...]], Tensor] = {}
@@ -250,8 +258,14 @@ class Reducer:
                 "the process group that this model was prepared for is gone; prepare it again"
             )
         if self._trainable() != self._signature:
+            self.exchange_weights()  # what is frozen now has been trained
             self.refresh()
-        self._armed = (self.sync, in_graph and not self.hooks_only)
+        if self.outer is not None:
+            assert self.compressor is not None
+            self.outer.begin(self.compressor)
+        self._counts = self.sync
+        sends = self.sync and self.outer is None
+        self._armed = (sends, in_graph and not self.hooks_only)
         device = self._device().type
         enabled = self.config.compression == "safe" and torch.is_autocast_enabled(device)
         self._autocast = (enabled, str(torch.get_autocast_dtype(device)) if enabled else "")
@@ -293,7 +307,8 @@ class Reducer:
 
     def _state(self) -> _Backward:
         if self._backward is None:
-            if not self._armed[1] and self._trainable() != self._signature:
+            stays = self._armed[1] or self.outer is not None
+            if not stays and self._trainable() != self._signature:
                 self.refresh()  # toggled since the forward; a graph keeps the plan it has
             self._backward = _Backward(*self._armed)
             compat.queue_backward_callback(self._finish)
@@ -415,6 +430,8 @@ class Reducer:
         state = self._backward
         self._armed = (self._armed[0], False)  # a backward without a new forward goes by hooks
         if state is None or not state.sync:
+            if self.outer is not None and self._counts and state is not None and state.ready:
+                self.outer.count()
             self._backward = None
             return
         try:
@@ -507,13 +524,26 @@ class Reducer:
             self.report.add(PassRow("safe_compression", "run_time", row, 0.0))
 
     def compression_state(self) -> dict[str, dict[str, Tensor]]:
-        """Return what codecs keep, by parameter; see Compressor.state."""
-        return {} if self.compressor is None else self.compressor.state()
+        """Return what codecs and the outer loop keep, by parameter; see Compressor.state."""
+        if self.compressor is None:
+            return {}
+        self.exchange_weights()
+        found = self.compressor.state()
+        for name, momentum in ({} if self.outer is None else self.outer.state()).items():
+            found.setdefault(name, {})[MOMENTUM] = momentum
+        return found
+
+    def exchange_weights(self) -> None:
+        """Make the outer step of an outer loop now, if there is one; a collective."""
+        if self.outer is not None and self.compressor is not None:
+            self.outer.exchange(self.compressor)
 
     def load_compression_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Go on from what `compression_state` returned."""
         if self.compressor is not None:
             self.compressor.load(state)
+        if self.outer is not None:
+            self.outer.load({n: kept[MOMENTUM] for n, kept in state.items() if MOMENTUM in kept})
 
     def _prove(self, irregular: str | None) -> str | None:
         """Agree, once, whether in-graph reduction covers everything; return why it does not."""

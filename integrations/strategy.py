@@ -17,6 +17,7 @@ from torch import Tensor
 
 from magi_train.capture import Region
 from magi_train.core.config import Config
+from magi_train.core.errors import MagiError
 from magi_train.core.facts import recording
 from magi_train.core.report import Report
 from magi_train.integrations import options as opt
@@ -122,6 +123,11 @@ class MagiStrategyMixin:
 
     def configure_ddp(self) -> None:
         """Set up ranks, plan and captured region; the model stays unwrapped."""
+        if self.magi_config.comm.outer_steps is not None:
+            raise MagiError(
+                "CommConfig.outer_steps needs a training loop of your own, which calls "
+                "exchange_weights before it saves and evaluates; Lightning's does not"
+            )
         module: Any = self.model  # type: ignore[attr-defined]
         self.runtime = Runtime(module, self.magi_config)
         trainer = getattr(module, "_trainer", None)

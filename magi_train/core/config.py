@@ -127,6 +127,19 @@ class CommConfig:
     the other makes the slowest rank's step over 3 % faster. A codec that is named is not tried. On
     GPUs these steps are synchronised."""
 
+    outer_steps: int | None = None
+    """For links under 1 Gbit/s, and another algorithm (DiLoCo): no gradients are sent; after so
+    many steps each, ranks exchange how far their weights have come, in `compression`'s codec, and
+    take one outer step of SGD with Nesterov momentum. Between exchanges ranks hold different
+    weights: call `magi_train.exchange_weights(model)` on all ranks before saving or evaluating.
+    Compare losses; 50 to 500 is usual. None: gradients are averaged in every step."""
+
+    outer_lr: float = 0.7
+    """Of the outer step; 1 with `outer_momentum` 0 is the plain mean of the ranks' weights."""
+
+    outer_momentum: float = 0.9
+    """Of the outer step."""
+
     check_replicas: int | None = None
     """Compare the weights of all ranks after the backward of every so many synchronised steps, and
     fail with the first parameter that differs. Reads the weights once and sends 8 bytes for each
@@ -143,6 +156,18 @@ class CommConfig:
         _check_positive("CommConfig", "bucket_mib", self.bucket_mib)
         _check_positive("CommConfig", "low_rank", self.low_rank)
         _check_positive("CommConfig", "node_size", self.node_size)
+        _check_positive("CommConfig", "outer_steps", self.outer_steps)
+        _check_positive("CommConfig", "outer_lr", self.outer_lr)
+        if not 0 <= self.outer_momentum < 1:
+            raise ValueError(
+                "CommConfig.outer_momentum must be at least 0 and less than 1, got "
+                f"{self.outer_momentum}"
+            )
+        if self.outer_steps is not None and self.check_replicas is not None:
+            raise ValueError(
+                "CommConfig.check_replicas compares weights that outer_steps lets differ between "
+                "exchanges; remove one of the two"
+            )
         _check_positive("CommConfig", "check_replicas", self.check_replicas)
         if self.link not in ("auto", "measure", "off") and link_from_text(self.link) is None:
             raise ValueError(
@@ -300,8 +325,24 @@ class Config:
                     "of the two"
                 )
 
+        if self.comm.outer_steps is not None:
+            self._check_outer_loop()
         if self.engine == "fsdp2":
             self._check_sharded()
+
+    def _check_outer_loop(self) -> None:
+        """Refuse what needs equal weights in every step, or plans for all memory."""
+        wrong = {
+            f"engine={self.engine!r}": self.engine != "replicate",
+            "shard_optimizer=True": self.shard_optimizer,
+            "memory_budget_gib": self.memory_budget_gib is not None,
+        }
+        given = [name for name, is_given in wrong.items() if is_given]
+        if given:
+            raise ValueError(
+                f"CommConfig.outer_steps does not go with {', '.join(given)}: ranks hold whole "
+                "weights of their own between exchanges, and two more copies; remove one of the two"
+            )
 
     def _check_sharded(self) -> None:
         """Refuse what needs whole weights, or a graph of the whole model."""
