@@ -81,6 +81,7 @@ def run_ranks(command: Sequence[str], rate: str, gpus: int, timeout_seconds: flo
         RuntimeError: A rank failed or took too long.
     """
     ranks, port = gpus or 2, random.randint(20000, 32000)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # namespaces are taken away then, too
     with slow_link("none" if gpus else rate) as links:
         prefixes = [[]] * ranks if gpus else links
         running = [

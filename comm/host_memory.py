@@ -37,6 +37,11 @@ class HostMemory:
             storages.append(torch.UntypedStorage(num_bytes))
             return _on(storages[-1], shape, dtype)
 
+    def forget(self) -> None:
+        """Keep nothing of what was given out so far; tensors that are in use keep their memory."""
+        with self._lock:
+            self._kept.clear()
+
 
 def _on(storage: torch.UntypedStorage, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     strides = torch.empty(shape, device="meta").stride()

@@ -216,7 +216,7 @@ class Reducer:
             return
         self._plans = {self._signature: self._agreed(plan, sum(self._signature))}
         self._flag_cache.clear()  # by the identity of buckets
-        self._memory = HostMemory()  # of other sizes
+        self._memory.forget()  # buckets of other sizes
         if self._meter is not None:
             self._meter.forget()
         self.refresh()

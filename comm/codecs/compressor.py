@@ -176,6 +176,7 @@ class Compressor:
         self.forget()
         self.instead, self.stateful = instead, False
         self._codecs = {k: codec for k, codec in self._codecs.items() if k[1] not in STATEFUL}
+        self._memory.forget()
 
     def _decide(self) -> None:
         if self._verdict is None:

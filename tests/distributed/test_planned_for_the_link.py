@@ -124,12 +124,13 @@ def tries(rank, world_size, costs, trial):
     rows = [r.plan for r in magi_train.report(ours).rows if r.name == "codec_trial"]
     trained = gradients(ours)
     kept = [len(magi_train.compression_state(ours))]
+    held = sum(len(storages) for storages in owner.compressor._memory._kept.values())
     magi_train.load_compression_state(ours, {"a.weight": {"residual": torch.ones(32, 32)}})
     kept.append(len(magi_train.compression_state(ours)))
     ours.b.requires_grad_(False)  # another plan
     ours(tokens(rank), tokens(1)).backward()
     kept.append(len(magi_train.compression_state(ours)))
-    return errors, rows, trained, kept
+    return errors, rows, trained, kept, held
 
 
 @pytest.mark.parametrize(
@@ -138,9 +139,10 @@ def tries(rank, world_size, costs, trial):
 def test_a_level_stays_on_only_where_it_gains(none, codec, chosen, two_ranks):
     costs = {"none": none, "bfloat16": 2.0, "codec": codec}
     first, second = values(two_ranks(tries, costs, chosen is not None))
-    errors, rows, grads, kept = first
+    errors, rows, grads, kept, held = first
     assert all(torch.equal(g, second[2][n]) for n, g in grads.items())
     assert all(bool(k) == (chosen != "none") for k in kept), "a dropped codec keeps nothing"
+    assert bool(held) == (chosen != "none"), "nor does the memory that it had"
     exact = [error <= tolerance(torch.float32, 64) for error in errors]
     turns = [form == "none" for form in FORMS] * ROUNDS
     if chosen is None:
