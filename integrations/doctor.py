@@ -12,13 +12,13 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import Literal
 
 import torch
 
 from magi_train.core import compat, hardware, settings
 from magi_train.core.errors import SettingError
+from magi_train.core.versions import installed, own
 
 Status = Literal["ok", "warn", "fail"]
 OPTIONAL = {
@@ -78,17 +78,9 @@ def diagnose() -> list[Finding]:
     return [finding for check in checks for finding in check()]
 
 
-def installed(name: str) -> str | None:
-    """Return a distribution's version, None if it is not installed."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _python() -> Iterable[Finding]:
     yield Finding("python", "ok", f"{platform.python_version()}, {sys.executable}")
-    yield Finding("magi-train", "ok", f"{installed('magi-train') or 'a checkout'}")
+    yield Finding("magi-train", "ok", own())
 
 
 def _torch() -> Iterable[Finding]:

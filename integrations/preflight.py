@@ -18,14 +18,13 @@ import sys
 import time
 import traceback
 from datetime import timedelta
-from importlib import metadata
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from magi_train.core import settings
+from magi_train.core import settings, versions
 from magi_train.core.errors import MagiError
 
 LIMIT_SECONDS = 60.0
@@ -140,10 +139,6 @@ def _device() -> torch.device:
 
 def facts() -> dict[str, Any]:
     """Return what this rank is: `equal` must be so on all ranks, the rest is looked at."""
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = "none"
     found: dict[str, Any] = {
         "host": socket.gethostname(),
         "gpus": torch.cuda.device_count(),
@@ -151,8 +146,8 @@ def facts() -> dict[str, Any]:
         "free_disk_bytes": shutil.disk_usage(os.getcwd()).free,
         "equal": {
             "torch": torch.__version__,
-            "triton": triton,
-            "magi-train": metadata.version("magi-train"),
+            "triton": versions.installed("triton") or "none",
+            "magi-train": versions.own(),
             "python": platform.python_version(),
             settings.VARIABLE: os.environ.get(settings.VARIABLE, ""),
         },

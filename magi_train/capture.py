@@ -440,6 +440,8 @@ class Region:
             limit=limit,
             blocks=shares,
         )
+        if shadowed is not None:
+            compat.give_up_memory(inputs[-len(shadowed[2].layout.inputs) :])
         for row in rows:
             runtime.report.add(row)
             if runtime.memory is not None and row.name == FitBudget.name:

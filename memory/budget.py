@@ -15,8 +15,8 @@ of the backward, have left their gradients.
 
 What is not predicted: fragmentation and the CUDA context (the budget bounds what is allocated, as
 `torch.cuda.max_memory_allocated` counts it), workspaces of kernels other than cuBLAS and attention,
-what Inductor saves by reusing buffers in place, and in the REGION tier everything outside of the
-blocks. The peak of the first real step is compared with the plan, and corrects it once.
+and in the REGION tier everything outside of the blocks. The peak of the first real step is compared
+with the plan, and corrects it once.
 """
 
 import copy

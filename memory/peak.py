@@ -12,9 +12,9 @@ hands out. Inputs of the forward are not counted: who owns them holds them for t
 
 Generated code does not store every value: with `fused`, a pointwise node whose readers all lie in
 front of the next kernel of a library (a product, a convolution, an attention) has no storage of its
-own, and its inputs live as long as its readers need them. An approximation: Inductor also reuses
-buffers in place, reorders, and fuses across such kernels, which lowers the real peak. The measured
-peak of the first step corrects it.
+own, and its inputs live as long as its readers need them. What is stored is written over an input
+of the same size that is read for the last time. An approximation: Inductor also reorders, and fuses
+across such kernels, which lowers the real peak. The measured peak of the first step corrects it.
 
 Source: lifetime analysis as in register allocation; Inductor's own estimate
 (torch/_inductor/memory.py). Differs: needs no scheduler, so it can judge a plan before lowering.
@@ -156,13 +156,14 @@ def walk(
             live.add(s)
             maker[s] = node
             now += storages.size[s]
-        sizes.append(now + _workspace(node, storages.device_type))
+        freed = [s for s in frees.get(i, ()) if s in live and s not in kept]
+        over = _written_over(node, made, freed, storages) if storages.fused else 0
+        sizes.append(now - over + _workspace(node, storages.device_type))
         if sizes[-1] > peak:
             peak, peak_at, at_peak = sizes[-1], i, set(live)
-        for s in frees.get(i, ()):
-            if s in live and s not in kept:
-                live.discard(s)
-                now -= storages.size[s]
+        for s in freed:
+            live.discard(s)
+            now -= storages.size[s]
     made = [s for s in at_peak if s in maker]  # by name among equals: all runs tell the same
     by_size = sorted(made, key=lambda s: (-storages.size[s], maker[s].name))[:LARGEST]
     largest = tuple(Tensor(maker[s].name, storages.size[s], user_line(maker[s])) for s in by_size)
@@ -198,6 +199,21 @@ def _lifetimes(
         if is_view(node) and isinstance(seen, Node) and seen in place:
             stored[i] = stored[place[seen]]
     return stored, last_use
+
+
+def _written_over(
+    node: Node, made: Sequence[int], freed: Sequence[int], storages: Storages
+) -> int:
+    """Return the bytes of a result that generated code writes over an input that it read last."""
+    if not is_pointwise(node):
+        return 0
+    left = [storages.size[s] for s in freed if s not in made]
+    over = 0
+    for size in (storages.size[s] for s in made):
+        if size in left:
+            left.remove(size)
+            over += size
+    return over
 
 
 def _kernels_before(order: Sequence[Node]) -> list[int]:

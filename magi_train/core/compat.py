@@ -42,6 +42,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._C._distributed_c10d._dump_fr_trace_json, _dump_nccl_trace_json | the last collective |
 | GradScaler._get_scale_async | the loss scale, without waiting for the device |
 | torch._subclasses.fake_tensor.FakeTensorMode | building a model without its memory |
+| torch._dispatch.python.enable_python_dispatcher | fake values of sizes that vary |
 | torch._C._ExcludeDispatchKeyGuard, Library._destroy | autocast on the CPU as on CUDA |
 | torch.nn.init._no_grad_trunc_normal_ | which asks for values, so never ends without any |
 | SymInt.node.expr, .hint | symbols of a dynamic size, and its size while compiling |
@@ -118,6 +119,9 @@ extract_tensor_metadata: Callable[..., Any] = _lookup(
 cache_dir: Callable[[], str] = _lookup("torch._inductor.runtime.cache_dir_utils", "cache_dir")
 TorchDispatchMode: Any = (
     _lookup("torch.utils._python_dispatch", "TorchDispatchMode") or contextlib.nullcontext
+)
+python_dispatcher: Callable[[], contextlib.AbstractContextManager[None]] = _lookup(
+    "torch._dispatch.python", "enable_python_dispatcher"
 )
 GraphAppendingTracer: Any = _lookup("torch.fx.proxy", "GraphAppendingTracer")
 aoti_compile: Callable[..., Any] = _lookup(
@@ -502,6 +506,13 @@ def empty_like_inputs(
     fakes = [x for x in inputs if isinstance(x, FakeTensor)]
     with fakes[0].fake_mode if fakes else contextlib.nullcontext():
         return torch.empty(numel, dtype=dtype, device=device)
+
+
+def give_up_memory(examples: Iterable[torch.Tensor]) -> None:
+    """Free what example inputs of a compilation take; torch 2.11 keeps real ones for good."""
+    for example in examples:
+        if not isinstance(example, FakeTensor):
+            example.untyped_storage().resize_(0)
 
 
 def is_higher_order(target: object) -> bool:

@@ -82,7 +82,7 @@ def _describe(node: Node, like: Node) -> None:
     key = "example_value" if "example_value" in like.meta else "val"
     node.stack_trace = like.stack_trace
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta[key])
-    with _fake_mode(like.graph):
+    with _fake_mode(like.graph), compat.python_dispatcher():
         if node.op == "call_method":
             node.meta[key] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:

@@ -23,6 +23,7 @@ from magi_train.core.errors import ExportError, PassError
 from magi_train.core.graph import drop_unread
 from magi_train.core.passes import Pass, PassContext, Stage, registered_passes, run_passes
 from magi_train.core.report import Report
+from magi_train.core.versions import own
 from magi_train.exporter import artifact, shapes, sources
 from magi_train.exporter.capture import Captured, capture, evaluating
 from magi_train.exporter.settings import ExportConfig
@@ -170,12 +171,10 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 
 def versions() -> dict[str, str]:
     """Return the versions that the file depends on."""
-    from importlib.metadata import version
-
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "magi_train": version("magi-train"),
+        "magi_train": own(),
     }
 
 

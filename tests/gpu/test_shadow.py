@@ -1,6 +1,7 @@
 """Weight shadows kept by the optimizer's kernel on a real device. Needs CUDA."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -42,6 +43,18 @@ def train(model, steps, *, shadows, tier="auto", dtype=torch.bfloat16, between=N
     torch.cuda.synchronize()
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     return torch.stack(losses).tolist(), weights, prepared
+
+
+def test_nothing_stays_but_one_copy_of_the_weights():
+    taken, models = {}, []
+    for shadows in (False, False, True):  # the first warms up
+        before = torch.cuda.memory_allocated()
+        models.append(llama(**SIZES).cuda())
+        models.append(train(models[-1], 3, shadows=shadows)[2])
+        gc.collect()
+        taken[shadows] = torch.cuda.memory_allocated() - before
+    shadow_bytes = models[-1]._magi_runtime.shadows.num_bytes
+    assert 0 < taken[True] - taken[False] < 1.5 * shadow_bytes
 
 
 @pytest.mark.parametrize(
