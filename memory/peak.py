@@ -201,9 +201,7 @@ def _lifetimes(
     return stored, last_use
 
 
-def _written_over(
-    node: Node, made: Sequence[int], freed: Sequence[int], storages: Storages
-) -> int:
+def _written_over(node: Node, made: Sequence[int], freed: Sequence[int], storages: Storages) -> int:
     """Return the bytes of a result that generated code writes over an input that it read last."""
     if not is_pointwise(node):
         return 0

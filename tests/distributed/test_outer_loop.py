@@ -107,6 +107,7 @@ def saves(rank, world_size, compression, folder):
     other, inner = prepared(compression)
     other.load_state_dict(saved)
     magi_train.load_compression_state(other, state)
+    again = magi_train.compression_state(other)
     magi_train.load_compression_state(model, state)  # residuals are now means, here as there
     for each, its in ((model, optimizer), (other, inner)):
         for number in range(H):
@@ -117,15 +118,17 @@ def saves(rank, world_size, compression, folder):
         said = ""
     except ValueError as error:
         said = str(error)
-    return state, saved, weights(model), weights(other), said
+    return state, saved, weights(model), weights(other), said, again
 
 
 @pytest.mark.parametrize("compression", [None, "int8"])
 def test_state_goes_on(compression, two_ranks, tmp_path):
     first, second = values(two_ranks(saves, compression, str(tmp_path)))
-    state, saved, ours, theirs, said = first
+    state, saved, ours, theirs, said, again = first
     assert all(torch.equal(w, second[1][n]) for n, w in saved.items()), "equal before a checkpoint"
     assert all(kept["outer_momentum"].abs().max() > 0 for kept in state.values())
+    for name, kept in state.items():
+        assert torch.equal(again[name]["outer_momentum"], kept["outer_momentum"])
     assert ("residual" in state["a.weight"]) == (compression is not None)
     assert all(torch.equal(w, theirs[n]) for n, w in ours.items())
     assert "the outer momentum of a.bias has shape [1], the parameter [32]" in said
