@@ -35,6 +35,8 @@ from magi_train.memory.remat import Joint, Row, SavedSet
 from magi_train.memory.step import GIB, Limit, shares
 
 SHOWN_OPS = 6
+CUTS_TRIED = 5
+"""How often a plan whose cut comes out larger than predicted makes room for a smaller one."""
 Partition = tuple[GraphModule, GraphModule]
 
 
@@ -117,11 +119,23 @@ class FitBudget:
             if self.limit.strict:
                 raise PassError(self._impossible(row, least))
             chosen = least
-        cut = default
-        if chosen is not row.default:
-            with compat.saving(chosen.saved):
-                cut = compat.min_cut_partition(_copy(joint), inputs, **rest)
+
+        def cut_for(plan: SavedSet) -> Partition:
+            if plan is row.default:
+                return default
+            with compat.saving(plan.saved):
+                return compat.min_cut_partition(_copy(joint), inputs, **rest)
+
+        cut = cut_for(chosen)
         course = simulate(*cut, **on)
+        for _ in range(CUTS_TRIED):  # the partitioner may order nodes otherwise than the row does
+            beyond = self._step_bytes(course, row, chosen) - self.limit.budget_bytes
+            fitting = self._peak(row, chosen) - beyond
+            lower = row.choose(lambda p: self._peak(row, p), fitting) if beyond > 0 else None
+            if lower is None:
+                break
+            chosen, cut = lower, cut_for(lower)
+            course = simulate(*cut, **on)
         plan = self._plan(row, chosen, course)
         if self.limit.survey:
             raise SurveyedError(plan, course)
@@ -129,7 +143,10 @@ class FitBudget:
         return cut
 
     def _peak(self, row: Row, plan: SavedSet) -> int:
-        return self.limit.step_bytes(row.timeline(plan).peak, row.saved_bytes(plan))
+        return self._step_bytes(row.timeline(plan), row, plan)
+
+    def _step_bytes(self, course: Timeline, row: Row, plan: SavedSet) -> int:
+        return self.limit.step_bytes(course.peak, row.saved_bytes(plan))
 
     def _milliseconds(self, plan: SavedSet) -> float:
         return round(plan.seconds * 1e3 * self.limit.blocks, 6)
@@ -157,7 +174,7 @@ class FitBudget:
         survey = row.frontier(lambda plan: self._peak(row, plan)) if limit.survey else []
         return BudgetPlan(
             budget_gib=_gib(limit.budget_bytes),
-            planned_gib=_gib(limit.step_bytes(course.peak, row.saved_bytes(chosen))),
+            planned_gib=_gib(self._step_bytes(course, row, chosen)),
             without_gib=_gib(self._peak(row, row.default)),
             recompute_ms=self._milliseconds(chosen),
             step_ms=round(graph.forward_seconds * 1e3 * limit.blocks, 6),

@@ -6,9 +6,10 @@ cuBLAS; on a CUDA device also everything else that is allocated when the first s
 take the largest sum of all, so equal graphs are cut equally. Gradients belong to the backward, and
 are there, whole, during the optimizer's step, with its temporaries.
 
-From the second step on the real peak is compared with the plan. If it is beyond, or so far below
-that a faster plan may fit, what was found is added to the resident bytes, and the step is planned
-anew, once. For that the peak statistics of the device are reset at the second step.
+From the second step on the real peak is compared with the plan. If it is beyond, what was found is
+added to the resident bytes, and the step is planned anew, once. So it is if the peak is so far
+below that a faster plan may fit; as plans err by different amounts, that one is watched like the
+first. For this the peak statistics of the device are reset at the second step under a plan.
 """
 
 import logging
@@ -122,7 +123,7 @@ class StepMemory:
         self._planned_bytes = 0
         self._bounded = False
         self._correction = 0
-        self._calls, self._done = 0, False
+        self._plans, self._calls, self._done = 1, 0, False
 
     def know(self, optimizers: Iterable[Optimizer]) -> None:
         """Take note of the optimizers of the model, all of them; those before are forgotten."""
@@ -185,7 +186,7 @@ class StepMemory:
             speed_of(self._device_type),
             fused,
             blocks,
-            strict=not self._done,
+            strict=self._plans == 1,
         )
         least = limit.step_bytes(0, 0)
         if limit.strict and least > limit.budget_bytes:
@@ -220,16 +221,17 @@ class StepMemory:
         if mine is None:
             self._done = True
             return False
-        peak, planned = max(self._gather(f"peak {self._calls}", mine)), self._planned_bytes
+        question = f"peak {self._plans}.{self._calls}"
+        peak, planned = max(self._gather(question, mine)), self._planned_bytes
         self._report.measured["step_peak_gib"] = peak / GIB
         beyond = peak > self.budget_bytes
-        wasteful = (
-            self._calls == STEPS_UNTIL_WASTE and self._bounded and peak < planned * (1 - TOLERANCE)
-        )
+        below = self._bounded and peak < planned * (1 - TOLERANCE)
+        wasteful = below and self._plans == 1 and self._calls == STEPS_UNTIL_WASTE
         if not beyond and not wasteful:
             return False
-        self._done = True
-        self._correction, self._planned_bytes = peak - planned, 0
+        self._done = beyond
+        self._plans, self._calls, self._bounded = self._plans + 1, 0, False
+        self._correction, self._planned_bytes = self._correction + peak - planned, 0
         self._report.note(
             f"the step was planned anew: its peak was {peak / GIB:.3f} GiB, the plan "
             f"{planned / GIB:.3f} GiB"

@@ -128,6 +128,9 @@ aoti_compile: Callable[..., Any] = _lookup(
     "torch._inductor", "aoti_compile_and_package", required=False
 )
 aoti_load: Callable[..., Any] = _lookup("torch._inductor.package", "load_package", required=False)
+AOTI_LOADER_MAY_CRASH = tuple(int(x) for x in torch.__version__.split(".")[:2]) < (2, 13)
+"""Torch 2.11.0+cu130 was seen to end with a segmentation fault in the loader, for CPU and CUDA, and
+for a plain linear layer as well."""
 _FSDP = "torch.distributed.fsdp._fully_shard._fsdp_api"
 FSDPAllGather: Any = _lookup(_FSDP, "AllGather", required=False) or object
 FSDPReduceScatter: Any = _lookup(_FSDP, "ReduceScatter", required=False) or object

@@ -21,11 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from magi_train.core import compat
 from magi_train.core.errors import ExportError
 from magi_train.core.report import Report
 from magi_train.exporter import artifact
 from magi_train.exporter.capture import Captured, capture, evaluating, in_precision
+from magi_train.exporter.machine_code import compile_program
 from magi_train.exporter.settings import ExportConfig
 from magi_train.exporter.write import check_numbers, optimize, versions
 
@@ -247,7 +247,7 @@ def _write_graph(
     if target == "program":
         torch.export.save(program, file)
     else:
-        compat.aoti_compile(program, package_path=str(file), inductor_configs=dict(config.inductor))
+        compile_program(program, file, config.inductor)
     return keys
 
 

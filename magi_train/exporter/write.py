@@ -18,7 +18,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from magi_train.core import compat
 from magi_train.core.errors import ExportError, PassError
 from magi_train.core.graph import drop_unread
 from magi_train.core.passes import Pass, PassContext, Stage, registered_passes, run_passes
@@ -26,6 +25,7 @@ from magi_train.core.report import Report
 from magi_train.core.versions import own
 from magi_train.exporter import artifact, shapes, sources
 from magi_train.exporter.capture import Captured, capture, evaluating
+from magi_train.exporter.machine_code import compile_program
 from magi_train.exporter.settings import ExportConfig
 from magi_train.fusion.attention import CanonicalizeAttention
 from magi_train.fusion.constants import FoldConstants, RemoveNoOps
@@ -205,9 +205,7 @@ def write(
             if target == "program":
                 torch.export.save(program, package)
             else:
-                compat.aoti_compile(
-                    program, package_path=str(package), inductor_configs=dict(config.inductor)
-                )
+                compile_program(program, package, config.inductor)
             artifact.append_manifest(package, manifest)
             os.replace(package, name)
     except ExportError:

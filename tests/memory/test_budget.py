@@ -1,6 +1,7 @@
 """The budget of a whole step: kept, monotonic, without a change of gradients, or an error."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ import torch.nn.functional as F
 import magi_train
 from magi_train import Config, MagiError
 from magi_train.core.errors import CaptureError
+from magi_train.memory import budget as memory_budget
 from magi_train.memory import step as step_memory
+from magi_train.memory.peak import simulate
 from tests.models import GraphBreak, Small, llama, loss_of, tokens
 from tests.ranks import values
 
@@ -186,3 +189,44 @@ def test_without_a_captured_graph_the_budget_is_an_error():
     module._magi_region.compile_graph = refuse
     with pytest.raises(CaptureError, match="needs a captured graph, but the EAGER tier"):
         module(input_ids=tokens(0), labels=tokens(0))
+
+
+def test_a_cut_that_comes_out_larger_makes_room(unlimited, monkeypatch):
+    """The plan holds for what PyTorch's partitioner cuts, not only for what the row assumed."""
+    model, free, want = unlimited
+    budget = between(free, 0.9)
+    told = []
+
+    def larger(*cut, **on):
+        course = simulate(*cut, **on)
+        told.append(course.peak)
+        return dataclasses.replace(
+            course, peak=course.peak + int((budget - between(free, 0.85)) * GIB)
+        )
+
+    monkeypatch.setattr(memory_budget, "simulate", larger)
+    plans, got = run(copy.deepcopy(model), budget)
+    assert len(told) > 1
+    assert plans[0]["planned_gib"] <= budget
+    assert all(torch.equal(got[n], g) for n, g in want.items())
+
+
+def test_a_plan_that_wasted_memory_is_watched_again(unlimited, monkeypatch):
+    model, free, _ = unlimited
+    budget = between(free, 0.9)
+    module, step = prepared(copy.deepcopy(model), budget)
+    planned = []
+
+    def measured():
+        planned.append(module._magi_runtime.memory.planned_bytes)
+        return int(planned[-1] * 0.8 if planned[-1] == planned[0] else budget * 1.02 * GIB)
+
+    monkeypatch.setattr(step_memory, "measured_peak", measured)
+    for _ in range(12):
+        step(tokens(0, 16) % 32).backward()
+    report = magi_train.report(module)
+    plans = [r.plan for r in report.rows if r.name == "fit_budget"]
+    corrections = [plan["resident_gib"].get("correction", 0) for plan in plans]
+    assert len(plans) == 3
+    assert corrections[0] == 0 > corrections[2] > corrections[1]
+    assert plans[2]["planned_gib"] <= budget
