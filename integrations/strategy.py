@@ -123,13 +123,13 @@ class MagiStrategyMixin:
 
     def configure_ddp(self) -> None:
         """Set up ranks, plan and captured region; the model stays unwrapped."""
-        if self.magi_config.comm.outer_steps is not None:
+        module: Any = self.model  # type: ignore[attr-defined]
+        self.runtime = Runtime(module, self.magi_config)
+        if self.runtime.config.comm.outer_steps is not None:
             raise MagiError(
                 "CommConfig.outer_steps needs a training loop of your own, which calls "
                 "exchange_weights before it saves and evaluates; Lightning's does not"
             )
-        module: Any = self.model  # type: ignore[attr-defined]
-        self.runtime = Runtime(module, self.magi_config)
         trainer = getattr(module, "_trainer", None)
         if self.report_path is not None and trainer is not None and not self.runtime.record_path:
             self.runtime.record_to(Path(trainer.default_root_dir) / self.report_path)
