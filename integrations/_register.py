@@ -21,7 +21,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "magi_find_unused_parameters_false": {"find_unused_parameters": False},
 }
 FULLY_SHARDED = "magi_fsdp"
-"""Of Trainer only: Fabric makes the optimizer before the weights are cut."""
+DEEPSPEED = "magi_deepspeed"
+"""These two of Trainer only: Fabric makes the optimizer before the weights are cut."""
 
 
 def _class_name(namespace: str) -> str:
@@ -57,6 +58,22 @@ def create_fully_sharded(namespace: str, **options: Any) -> Any:
     return fully_sharded_class(namespace)(**options)
 
 
+@functools.cache
+def deepspeed_class(namespace: str) -> type:
+    """Return MagiDeepSpeedStrategy for one of `NAMESPACES`."""
+    from magi_train.integrations.zero_strategy import MagiDeepSpeedMixin
+
+    module = importlib.import_module(namespace + ".strategies.deepspeed")
+    body = {"__module__": __name__, "__doc__": MagiDeepSpeedMixin.__doc__}
+    name = _class_name(namespace).replace("Magi", "MagiDeepSpeed", 1)
+    return type(name, (MagiDeepSpeedMixin, module.DeepSpeedStrategy), body)
+
+
+def create_deepspeed(namespace: str, **options: Any) -> Any:
+    """Return a strategy for "magi_deepspeed"."""
+    return deepspeed_class(namespace)(**options)
+
+
 def create(namespace: str, **options: Any) -> Any:
     """Return a strategy; what the registry calls when a name is used."""
     return strategy_class(namespace)(**options)
@@ -80,6 +97,12 @@ def register_into(namespace: str, strategies: ModuleType) -> None:
             functools.partial(create_fully_sharded, namespace),
             description="training with weights sharded by fully_shard (magi-train)",
         )
+    if namespace in NAMESPACES and DEEPSPEED not in registry:
+        registry.register(
+            DEEPSPEED,
+            functools.partial(create_deepspeed, namespace),
+            description="training with DeepSpeed's ZeRO through captured graphs (magi-train)",
+        )
 
 
 def __getattr__(name: str) -> Any:
@@ -88,4 +111,6 @@ def __getattr__(name: str) -> Any:
             return strategy_class(namespace)
         if name == _class_name(namespace).replace("Magi", "MagiFullySharded", 1):
             return fully_sharded_class(namespace)
+        if name == _class_name(namespace).replace("Magi", "MagiDeepSpeed", 1):
+            return deepspeed_class(namespace)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from magi_train.capture import Region
 from magi_train.core.config import Config
 from magi_train.core.report import Report
+from magi_train.integrations.options import is_alone
 from magi_train.runtime import Runtime
 from magi_train.sharded_region import region_for
 
@@ -72,6 +73,8 @@ class MagiFullyShardedMixin:
         strategy: Any = self
         strategy.accelerator.setup(trainer)
         strategy.model = strategy.precision_plugin.convert_module(strategy.model)
+        if is_alone(self):  # a replica: planned for where it lies
+            strategy.model_to_device()
         self._shard(strategy.model)
         strategy.model_to_device()
         strategy.barrier()
@@ -81,7 +84,7 @@ class MagiFullyShardedMixin:
 
     def _shard(self, module: Any) -> None:
         if self.runtime is not None and self.runtime.module is module:
-            self.runtime.closed = False  # fit, then test: it is cut already
+            self.runtime.reopen()  # fit, then test or fit: it is cut already
         else:
             self.runtime = Runtime(module, self.magi_config)
             for name in STEPS:

@@ -14,14 +14,17 @@ from magi_train.integrations import _autoload
 from magi_train.integrations._register import (
     FABRICS,
     NAMESPACES,
+    deepspeed_class,
     fully_sharded_class,
     strategy_class,
 )
 
-__all__ = [  # noqa: F822  the first three are made by __getattr__
+__all__ = [  # noqa: F822  the first four are made by __getattr__
+    "MagiDeepSpeedStrategy",
     "MagiFabricStrategy",
     "MagiFullyShardedStrategy",
     "MagiStrategy",
+    "deepspeed_class",
     "fully_sharded_class",
     "strategy_class",
 ]
@@ -40,6 +43,7 @@ def __getattr__(name: str) -> Any:
     kinds = {
         "MagiStrategy": NAMESPACES,
         "MagiFullyShardedStrategy": NAMESPACES,
+        "MagiDeepSpeedStrategy": NAMESPACES,
         "MagiFabricStrategy": FABRICS,
     }
     if name not in kinds:
@@ -48,5 +52,8 @@ def __getattr__(name: str) -> Any:
     usable = loaded or [n for n in kinds[name] if _installed(n)]
     if not usable:
         raise ImportError(f"{name} needs Lightning: pip install 'magi-train[lightning]'")
-    make = fully_sharded_class if name == "MagiFullyShardedStrategy" else strategy_class
-    return make(usable[0])
+    makers = {
+        "MagiFullyShardedStrategy": fully_sharded_class,
+        "MagiDeepSpeedStrategy": deepspeed_class,
+    }
+    return makers.get(name, strategy_class)(usable[0])

@@ -1,8 +1,12 @@
 """What both strategies of Lightning share: the options they take, and no group for one process."""
 
+import contextlib
+import pickle
+from collections.abc import Iterator
 from typing import Any
 
 from magi_train.core.config import CommConfig, Config
+from magi_train.core.errors import MagiError
 
 _WITHOUT_EFFECT = {"find_unused_parameters", "gradient_as_bucket_view", "static_graph"}
 _COMM = {"bucket_cap_mb": "bucket_mib", "broadcast_buffers": "broadcast_buffers"}
@@ -53,3 +57,19 @@ def refuse_unknown(strategy: Any) -> None:
 def is_alone(strategy: Any) -> bool:
     """Return whether the job is this one process, which then needs no process group."""
     return bool(strategy.num_nodes * strategy.num_processes == 1)
+
+
+@contextlib.contextmanager
+def named_if_damaged(path: Any) -> Iterator[None]:
+    """Name the file where reading a checkpoint fails as it does for one that was cut short.
+
+    Raises:
+        MagiError: It failed so.
+    """
+    try:
+        yield
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise MagiError(
+            f"{path} cannot be read as a checkpoint: it was cut short or damaged ({error}); use an "
+            "earlier checkpoint"
+        ) from error

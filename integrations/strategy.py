@@ -54,6 +54,25 @@ class Recorder:
         self.calls.append(("log_dict", (dictionary, *args), kwargs))
 
 
+@contextlib.contextmanager
+def recorded(module: Any, recorder: Recorder) -> Iterator[None]:
+    """Shadow the logging methods of a LightningModule, then replay what was recorded."""
+    recorder.calls.clear()
+    own = {name: module.__dict__.get(name) for name in ("log", "log_dict")}
+    module.__dict__.update(log=recorder.log, log_dict=recorder.log_dict)
+    try:
+        yield
+    finally:
+        for name, before in own.items():
+            if before is None:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = before
+    for method, args, kwargs in recorder.calls:
+        getattr(module, method)(*args, **kwargs)
+    recorder.calls.clear()
+
+
 class MagiStrategyMixin:
     """Train as under DDP, with the training step captured and optimized.
 
@@ -170,7 +189,7 @@ class MagiStrategyMixin:
             if self._recorder is None:
                 self.runtime.reducer.begin(in_graph=False)
                 return self.lightning_module.training_step(*args, **kwargs)  # type: ignore[attr-defined]
-            with self._recorded(self._recorder):
+            with recorded(self.lightning_module, self._recorder):  # type: ignore[attr-defined]
                 return self._region(*args, **kwargs)
 
     def _log_figures(self, trainer: Any, runtime: Runtime) -> None:
@@ -185,25 +204,6 @@ class MagiStrategyMixin:
             figures |= {} if exposed is None else {"magi/exposed_comm_ms": exposed}
             for each in trainer.loggers if figures else ():
                 each.log_metrics(figures, step=step)
-
-    @contextlib.contextmanager
-    def _recorded(self, recorder: Recorder) -> Iterator[None]:
-        """Shadow the logging methods, then replay what was recorded."""
-        module: Any = self.lightning_module  # type: ignore[attr-defined]
-        recorder.calls.clear()
-        own = {name: module.__dict__.get(name) for name in ("log", "log_dict")}
-        module.__dict__.update(log=recorder.log, log_dict=recorder.log_dict)
-        try:
-            yield
-        finally:
-            for name, before in own.items():
-                if before is None:
-                    del module.__dict__[name]
-                else:
-                    module.__dict__[name] = before
-        for method, args, kwargs in recorder.calls:
-            getattr(module, method)(*args, **kwargs)
-        recorder.calls.clear()
 
     @contextlib.contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -222,8 +222,13 @@ class MagiStrategyMixin:
         super().save_checkpoint(checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load as Lightning does, and what gradient compression carried on."""
-        checkpoint: dict[str, Any] = super().load_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        """Load as Lightning does, and what gradient compression carried on.
+
+        Raises:
+            MagiError: The file was cut short or damaged; names it.
+        """
+        with opt.named_if_damaged(args[0] if args else kwargs["checkpoint_path"]):
+            checkpoint: dict[str, Any] = super().load_checkpoint(*args, **kwargs)  # type: ignore[misc]
         self._compression_state = checkpoint.get(CHECKPOINT_KEY, {})  # configure_ddp comes later
         return checkpoint
 

@@ -5,11 +5,16 @@ and whoever reads takes the pieces it needs. Names are those of the plain module
 one engine loads under another, and `plain_state_dict` reads it in one process, with no group and
 nothing of ours in it. A folder is written under another name and renamed when all ranks are done:
 if a rank fails, or a disk is full, the previous checkpoint is still there.
+
+Engine "deepspeed" writes DeepSpeed's own files instead (comm/zero_files.py), under the same rules;
+`plain_state_dict` reads them too, and other engines take the weights from it.
 """
 
 import contextlib
 import os
+import pickle
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,9 +35,11 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from magi_train.comm import zero_files
 from magi_train.comm.broadcast import broadcast
+from magi_train.comm.zero import Zero
 from magi_train.core.errors import MagiError
-from magi_train.core.world import World
+from magi_train.core.world import HEARTBEAT_SECONDS, World
 from magi_train.memory.sharded_optimizer import is_sharded
 
 TIMEOUT_SECONDS = 600.0
@@ -55,6 +62,10 @@ def save_checkpoint(
         MagiError: A rank could not write, and the previous checkpoint is left as it was; or the
             optimizer is one of `Config(shard_optimizer=True)`, which has its own way.
     """
+    zero = _zero_of(module)
+    if zero is not None:
+        save_zero(zero, folder)
+        return
     final, world = Path(folder), World.current()
     partial = final.with_name(f".{final.name}.partial")
     if world.rank == 0:
@@ -85,6 +96,49 @@ def save_checkpoint(
     _together(world, "checkpoint is in place", "")
 
 
+def save_zero(
+    zero: Zero, folder: str | os.PathLike[str], state: dict[str, Any] | None = None
+) -> None:
+    """Write a checkpoint of engine "deepspeed", with `state` of the caller's; on all ranks.
+
+    Raises:
+        MagiError: This rank could not write; the previous checkpoint is left as it was, and the
+            other ranks, which wait inside of DeepSpeed, are ended.
+    """
+    final, world = Path(folder), zero.world
+    partial = final.with_name(f".{final.name}.partial")
+    if world.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    _together(world, "checkpoint begins", "")
+    try:
+        zero_files.write(zero, partial, state or {})
+    except Exception as error:
+        _wait_for_the_cause(world)
+        failed = MagiError(
+            f"{final} could not be written: on rank {world.rank}, {type(error).__name__}: {error}; "
+            "what was there before is kept"
+        )
+        world.fail(failed)
+        raise failed from error
+    _together(world, "checkpoint is written", "")
+    if world.rank == 0:
+        _rename(partial, final)
+    _together(world, "checkpoint is in place", "")
+
+
+def _wait_for_the_cause(world: World) -> None:
+    """Raise RemoteRankError if another rank failed first, which broke what this one waited for."""
+    deadline = time.monotonic() + 2 * HEARTBEAT_SECONDS
+    while world.size > 1 and time.monotonic() < deadline:
+        world.check()
+        time.sleep(0.1)
+
+
+def _zero_of(module: nn.Module) -> Zero | None:
+    reducer = getattr(module.__dict__.get("_magi_runtime"), "reducer", None)
+    return reducer if isinstance(reducer, Zero) else None
+
+
 def _rewind(optimizer: Optimizer | None) -> None:
     for each in optimizer.state.values() if optimizer is not None else ():
         if torch.is_tensor(each.get("step")):
@@ -99,8 +153,22 @@ def load_checkpoint(
     Call it on all ranks, after `prepare`.
 
     Raises:
-        MagiError: There is no whole checkpoint; names the folder.
+        MagiError: There is no whole checkpoint; names the folder, or the file.
     """
+    zero = _zero_of(module)
+    if zero is not None:
+        if not zero_files.is_zero_checkpoint(folder):
+            raise MagiError(
+                f"{folder} is no checkpoint of engine 'deepspeed'; load its weights before "
+                "prepare(): model.load_state_dict(magi_train.plain_state_dict(folder))"
+            )
+        zero_files.read(zero, Path(folder))
+        return
+    if zero_files.is_zero_checkpoint(folder):
+        raise MagiError(
+            f"{folder} is a checkpoint of engine 'deepspeed', whose optimizer state only DeepSpeed "
+            "reads; load its weights: model.load_state_dict(magi_train.plain_state_dict(folder))"
+        )
     _must_be_whole(folder)
     own = _own(module)
     state = _state(module, optimizer)
@@ -125,6 +193,8 @@ def plain_state_dict(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         MagiError: There is no whole checkpoint; names the folder.
     """
+    if zero_files.is_zero_checkpoint(folder):
+        return zero_files.plain(Path(folder))
     _must_be_whole(folder)
     reader = FileSystemReader(Path(folder))
     found = reader.read_metadata().state_dict_metadata
@@ -172,6 +242,19 @@ def _must_be_whole(folder: str | os.PathLike[str]) -> None:
             f"{folder} holds no whole checkpoint: it has no .metadata; name a folder that "
             "save_checkpoint() wrote"
         )
+    try:
+        places = FileSystemReader(Path(folder)).read_metadata().storage_data or {}
+    except (EOFError, pickle.UnpicklingError) as error:
+        raise MagiError(f"{Path(folder) / '.metadata'} was cut short: {error}") from error
+    ends: dict[Path, int] = {}
+    for place in places.values():
+        path = Path(folder) / place.relative_path
+        ends[path] = max(ends.get(path, 0), place.offset + place.length)
+    for path, end in ends.items():
+        got = path.stat().st_size if path.is_file() else None
+        if got is None or got < end:
+            what = "is missing" if got is None else f"has {got} bytes instead of {end}"
+            raise MagiError(f"{path} {what}: the checkpoint was cut short; use an earlier one")
 
 
 def _rename(partial: Path, final: Path) -> None:

@@ -21,6 +21,8 @@ from magi_train.comm.fully_shard import FullyShard, device_for, local_part
 from magi_train.comm.link import link_for
 from magi_train.comm.plan import CommPlan, num_bytes
 from magi_train.comm.reducer import Reducer
+from magi_train.comm.zero import Zero, one_of
+from magi_train.comm.zero_config import must_be_installed, stage_of, zero_config
 from magi_train.core import compat, hardware, settings
 from magi_train.core.config import Config
 from magi_train.core.device_graphs import device_graphs
@@ -72,6 +74,8 @@ class Runtime:
         earlier = _runtimes.get(module, lambda: None)()
         if earlier is not None:
             earlier.close()
+            if isinstance(earlier.reducer, Zero):
+                earlier.reducer.destroy()
         _runtimes[module] = weakref.ref(self)
         self.module = module
         self.closed = False
@@ -104,9 +108,11 @@ class Runtime:
         gradient_bytes = sum(num_bytes(p) for p in parameters.values() if p.requires_grad)
         del parameters  # of whole weights, which sharding frees one block after the other
         self.fp8 = config.precision == "fp8" and self._fp8_everywhere()
-        self.reducer: Reducer | FullyShard
+        self.reducer: Reducer | FullyShard | Zero
         if config.engine == "fsdp2":
             self.reducer = FullyShard(module, self.world, config, self.report, optimizers)
+        elif config.engine == "deepspeed":
+            self.reducer = self._with_deepspeed(config, optimizers)
         else:
             seconds = config.timeout_seconds
             link = link_for(config.comm, gradient_bytes, self.world, device, seconds, self.report)
@@ -116,6 +122,7 @@ class Runtime:
         self.narrow_gradients = NarrowGradients([])
         # a plan for the memory of a step does not cover a second pool
         replay = config.cuda_graphs != "off" and config.memory_budget_gib is None
+        replay &= isinstance(self.reducer, Reducer)  # others' hooks run in the backward
         graphs = device_graphs(device) if replay else None
         self.replays = None if graphs is None else ReplayMemory(graphs, self.report)
         self.memory: StepMemory | None = None
@@ -134,7 +141,19 @@ class Runtime:
     @property
     def sharded(self) -> bool:
         """Whether weights live sharded, so that a whole one exists only while its block runs."""
-        return isinstance(self.reducer, FullyShard)
+        reducer = self.reducer
+        return isinstance(reducer, FullyShard) or (isinstance(reducer, Zero) and reducer.stage == 3)
+
+    def _with_deepspeed(self, config: Config, optimizers: Sequence[Optimizer]) -> Zero:
+        """Set up DeepSpeed's engine around the model."""
+        optimizer = one_of(optimizers)
+        settings = zero_config(config)
+        if config.tier == "graph" and stage_of(settings) == 3:
+            raise ValueError(
+                "Config.tier is 'graph', but at ZeRO stage 3 a weight is whole only while its "
+                "block runs; leave tier at 'auto', or use a lower stage"
+            )
+        return Zero(self.module, optimizer, self.world, settings, self.report, config)
 
     def _with_engine(
         self, config: Config, device: torch.device, optimizers: Sequence[Optimizer]
@@ -148,6 +167,10 @@ class Runtime:
             engine, why = choose(need, config.sharding, kind, world, seconds)
         elif engine == "fsdp2" and self.world.size == 1:
             engine, why = "replicate", "one rank has nobody to shard with"
+        if engine == "deepspeed":
+            must_be_installed()
+            comm = dataclasses.replace(config.comm, in_graph=False)  # DeepSpeed's hooks reduce
+            return dataclasses.replace(config, comm=comm)
         if why:
             self.report.note(f"Config.engine is {config.engine!r}: {engine!r} is used, as {why}")
         if engine == "replicate" and device.type == "meta":
@@ -222,6 +245,11 @@ class Runtime:
 
     def scale_by(self, scaler: torch.amp.GradScaler | None) -> None:
         """Let residuals of gradient compression be kept without `scaler`'s loss scale."""
+        if scaler is not None and isinstance(self.reducer, Zero):
+            raise ValueError(
+                "engine 'deepspeed' takes no grad_scaler: DeepSpeed scales the loss by itself; use "
+                "bfloat16, or Lightning's precision='16-mixed' with strategy='magi_deepspeed'"
+            )
         if scaler is not None:
             self.reducer.loss_scale = lambda: compat.loss_scale(scaler)
 
@@ -236,6 +264,8 @@ class Runtime:
                 "the state of this optimizer is sharded by an earlier prepare(); keep "
                 "Config(shard_optimizer=True), or load its state_dict() into a new optimizer"
             )
+        if isinstance(self.reducer, Zero):
+            self.reducer.take_over(optimizers[0])
         if self.memory is not None:
             self.memory.know(optimizers)
         self.optimizers[:] = [weakref.ref(each) for each in optimizers]
@@ -252,8 +282,8 @@ class Runtime:
 
     def _take_steps(self, optimizers: Sequence[Optimizer]) -> None:
         fusion = self.config.fusion
-        if self.sharded:
-            self.report.note("steps are torch's own: a parameter is one part of its weight")
+        if not isinstance(self.reducer, Reducer):
+            self.report.note("steps are not ours: each rank steps on its parts of the weights")
             return
         if fusion is None or not fusion.optimizer:
             return
@@ -300,6 +330,13 @@ class Runtime:
             return
         assert isinstance(self.reducer, Reducer), "a budget is refused for sharded weights"
         self.memory.begin(batch, self.shadows.num_bytes, buffer_bytes(self.reducer.plan))
+
+    def reopen(self) -> None:
+        """Go on after `close`, with the weights as they are cut, and record on."""
+        self.closed, path, self.record_path = False, self.record_path, None
+        self._record(torch.device(self.device_type))
+        if path is not None and self.record_path is None:
+            self.record_to(path)
 
     def close(self) -> None:
         """Take everything of ours off the model: it is a plain module again."""

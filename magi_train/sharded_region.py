@@ -1,10 +1,13 @@
-"""Capture where weights live sharded: the REGION tier inside of FSDP2's hooks.
+"""Capture where others keep the weights: inside of FSDP2's hooks, and of DeepSpeed's.
 
 FSDP2 gathers a block's weights in a hook before its forward and frees them in a hook behind it, so
 the whole forward cannot be one graph: a weight is whole only between these hooks. Each block's
 `forward` is compiled, which lies inside of them, where the weights are plain tensors; hooks, the
 collectives they start and their autograd nodes stay outside. (The REGION tier of a replica compiles
 `__call__`, hooks included.) Blocks of one class and equal parameter shapes share a graph.
+
+DeepSpeed's stage 3 does the same around the blocks that comm/zero.py makes its leaves. Below it
+weights are whole, and any tier may be reached; there DeepSpeed's forward is put around the region.
 
 No vote is needed. A captured block holds no collective, so a rank whose capture fails runs that
 block uncompiled, in step with the others, and its report says so.
@@ -21,6 +24,7 @@ from torch import nn
 
 from magi_train.capture import Region, RegionBackend, own_code
 from magi_train.comm.fully_shard import FullyShard
+from magi_train.comm.zero import Zero
 from magi_train.core import compat
 from magi_train.core.errors import CaptureError, MagiError
 from magi_train.runtime import Runtime
@@ -35,6 +39,8 @@ def region_for(
 ) -> Region:
     """Return the region that suits where the model's weights live; arguments as of Region."""
     kind = ShardedRegion if runtime.sharded else Region
+    if isinstance(runtime.reducer, Zero):
+        kind = ShardedZeroRegion if runtime.sharded else ZeroRegion
     return kind(runtime, function, name, hooks_because)
 
 
@@ -66,7 +72,7 @@ class ShardedRegion(Region):
 
     def _compile_forwards(self) -> None:
         reducer = self.runtime.reducer
-        assert isinstance(reducer, FullyShard)
+        assert isinstance(reducer, FullyShard | Zero)
         blocks = reducer.blocks or [self.runtime.module]
         kinds: dict[Any, list[nn.Module]] = {}
         for block in blocks:
@@ -86,6 +92,26 @@ class ShardedRegion(Region):
             f"{len(self._blocks)} sharded blocks are compiled in {len(kinds)} kinds, the rest is "
             "eager"
         )
+
+
+class _InDeepSpeed(Region):
+    """A region that runs inside of DeepSpeed's forward, which starts and ends a backward."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the function, compiled as far as all ranks can."""
+        reducer = self.runtime.reducer
+        assert isinstance(reducer, Zero)
+        if self.runtime.inside:
+            return super().__call__(*args, **kwargs)
+        return reducer.call(super().__call__, *args, **kwargs)
+
+
+class ZeroRegion(_InDeepSpeed):
+    """A function of a model that DeepSpeed trains with whole weights: stages 1 and 2."""
+
+
+class ShardedZeroRegion(_InDeepSpeed, ShardedRegion):
+    """A function of a model whose weights DeepSpeed shards: stage 3."""
 
 
 class _Shared:

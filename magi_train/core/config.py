@@ -18,7 +18,7 @@ Compression = Literal[
 Lowering = Literal["inductor", "aot_eager"]
 CudaGraphs = Literal["auto", "on", "off"]
 Precision = Literal["autocast", "fp8"]
-Engine = Literal["replicate", "fsdp2", "auto"]
+Engine = Literal["replicate", "fsdp2", "deepspeed", "auto"]
 
 
 def _check_choice(owner: str, name: str, value: object, choices: tuple[Any, ...]) -> None:
@@ -200,10 +200,24 @@ class ShardingConfig:
 
     offload: bool = False
     """Keep the sharded weights, their gradients and the optimizer's state in host memory; the
-    optimizer's step runs there."""
+    optimizer's step runs there. For "deepspeed" below stage 3: gradients and optimizer state."""
+
+    zero_stage: Literal[1, 2, 3] | None = None
+    """What "deepspeed" shards: 1 the optimizer's state, 2 gradients too, 3 weights too. None: what
+    `deepspeed` says, else 2."""
+
+    deepspeed: str | dict[str, Any] | None = field(default=None, hash=False)
+    """DeepSpeed's own settings for "deepspeed": the name of a JSON file, or in Python what it would
+    hold. Where it contradicts a setting of ours, that is an error."""
 
     def __post_init__(self) -> None:
         _check_positive("ShardingConfig", "device_memory_gib", self.device_memory_gib)
+        _check_choice("ShardingConfig", "zero_stage", self.zero_stage, (None, 1, 2, 3))
+        if not isinstance(self.deepspeed, str | dict | type(None)):
+            raise TypeError(
+                "ShardingConfig.deepspeed must be the name of a JSON file or a dict, got "
+                f"{type(self.deepspeed).__name__}"
+            )
         if not 0 <= self.activation_share < 1:
             raise ValueError(
                 "ShardingConfig.activation_share must be at least 0 and less than 1, got "
@@ -218,9 +232,9 @@ class Config:
 
     engine: Engine = "replicate"
     """Where weights live. "replicate": whole on every rank. "fsdp2": sharded over the ranks by
-    torch's `fully_shard`, block by block, for models that do not fit otherwise. "auto": "replicate"
-    if weights, gradients and optimizer state fit on every rank, else "fsdp2"; the report says
-    which, with the bytes."""
+    torch's `fully_shard`, block by block, for models that do not fit otherwise. "deepspeed":
+    DeepSpeed's ZeRO, see `ShardingConfig.zero_stage`. "auto": "replicate" if weights, gradients and
+    optimizer state fit on every rank, else "fsdp2"; the report says which, with the bytes."""
 
     tier: Literal["auto"] | Tier = "auto"
     """How much of the model to capture. "auto" takes the highest tier that all ranks reach;
@@ -327,8 +341,14 @@ class Config:
 
         if self.comm.outer_steps is not None:
             self._check_outer_loop()
-        if self.engine == "fsdp2":
+        if self.engine in ("fsdp2", "deepspeed"):
             self._check_sharded()
+        given = [n for n in ("zero_stage", "deepspeed") if getattr(self.sharding, n) is not None]
+        if given and self.engine != "deepspeed":
+            raise ValueError(
+                f"ShardingConfig.{given[0]} is for Config(engine='deepspeed'), but Config.engine "
+                f"is {self.engine!r}; set the engine, or leave it out"
+            )
 
     def _check_outer_loop(self) -> None:
         """Refuse what needs equal weights in every step, or plans for all memory."""
@@ -345,23 +365,30 @@ class Config:
             )
 
     def _check_sharded(self) -> None:
-        """Refuse what needs whole weights, or a graph of the whole model."""
-        compression = self.comm.compression
+        """Refuse what needs whole weights, or a graph of the whole model, or gradients of ours."""
+        compression, fsdp2 = self.comm.compression, self.engine == "fsdp2"
         wrong = {
-            "tier='graph'": self.tier == "graph",
+            "tier='graph'": self.tier == "graph" and fsdp2,
             "shard_optimizer=True": self.shard_optimizer,
             "memory_budget_gib": self.memory_budget_gib is not None,
             "precision='fp8'": self.precision == "fp8",
             "cuda_graphs='on'": self.cuda_graphs == "on",
             "tune=True": self.tune,
             f"comm.compression={compression!r}": compression not in (None, "bfloat16"),
+            "comm.check_replicas": self.comm.check_replicas is not None and not fsdp2,
+            "sharding.gather_dtype": self.sharding.gather_dtype is not None and not fsdp2,
+            "sharding.reshard_after_forward=False": not (
+                self.sharding.reshard_after_forward or fsdp2
+            ),
         }
         given = [name for name, is_given in wrong.items() if is_given]
+        why = "a weight is whole only while its block runs, and blocks are captured one by one"
+        if not fsdp2:
+            why = "DeepSpeed keeps and sends weights, gradients and optimizer state by itself"
         if given:
             raise ValueError(
-                f"Config.engine is {self.engine!r}, which does not go with {', '.join(given)}: a "
-                "weight is whole only while its block runs, and blocks are captured one by one; "
-                "leave these at their defaults, or use engine='replicate'"
+                f"Config.engine is {self.engine!r}, which does not go with {', '.join(given)}: "
+                f"{why}; leave these at their defaults, or use engine='replicate'"
             )
 
     @staticmethod

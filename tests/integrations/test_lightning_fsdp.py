@@ -112,3 +112,21 @@ def test_the_name_is_registered_and_other_engines_are_refused():
         strategy_class("lightning.pytorch")(config=Config(engine="fsdp2"))
     sharding = ShardingConfig(gather_dtype="bfloat16")
     assert MagiFullyShardedStrategy(config=Config(engine="fsdp2", sharding=sharding))
+
+
+def twice(rank, _):
+    with tempfile.TemporaryDirectory() as folder:
+        f = features.Feature("magi", folder)
+        model, trainer = model_for(f), f.trainer(strategy=fully_sharded(f), max_epochs=1)
+        trainer.fit(model, features.loader())
+        first = trainer.strategy.report.steps.count
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(model, features.loader())
+        return first, trainer.strategy.report.steps.count
+
+
+@pytest.mark.full
+def test_a_second_fit_with_one_strategy_is_recorded(two_ranks):
+    for first, both in values(two_ranks(twice)):
+        assert first > 0
+        assert both == 2 * first
