@@ -1,111 +1,75 @@
 """Steps over a slow link: our codecs beside DDP and its hooks, in one call.
 
-    python -m benchmarks.communication --rates 1gbit 200mbit --output benchmarks/results/NAME.json
-    python -m benchmarks.communication --loss-steps 300 --rates none
+    python -m benchmarks.communication --loss-steps 300 --output benchmarks/results/NAME.json
     python -m benchmarks.communication --gpus 4
 
-On the CPU two gloo ranks, one thread each, live in network namespaces of their own (needs root and
-iproute2), joined by a link that tc limits to a rate in both directions; "none" is the host's own.
-With --gpus ranks are GPUs of this host that talk through sockets: NCCL without peer access and
-shared memory. Messages below tc's burst (128 kB) pass unlimited.
+On the CPU two gloo ranks, one thread each, are joined by a link that is limited to a rate
+(benchmarks.slow_link); "none" is the host's own. With --gpus ranks are GPUs of this host that talk
+through sockets: NCCL without peer access and shared memory.
 
-The model is a byte-level GPT on the text of examples.corpus, eager on both sides (--tier for ours),
-so what differs is communication. A method is NAME or NAME@MiB, for buckets of that size:
+The model is a byte-level GPT, eager on both sides (--tier for ours), so what differs is
+communication. A method is NAME or NAME@MiB, for buckets of that size:
 
 | method | what runs |
 |---|---|
-| nosync | the step without communication: the bound |
+| nosync | the step without communication |
 | ddp, ddp-bf16, ddp-powersgdR | DistributedDataParallel, and torch's hooks (PowerSGD: one bucket) |
-| magi, magi-CODEC | magi_train.prepare, and CommConfig(compression=CODEC) |
+| magi, magi-CODEC, magi-LEVEL | magi_train.prepare, and CommConfig(compression=CODEC or LEVEL) |
 
-Methods take turns of a few steps, so that a busy host slows all alike. A row: median and least
-seconds of a step (the slowest rank's), speed-up over "ddp", MB a rank sent in a step by the
-device's own counter, and with --loss-steps the loss after so many steps, on text of training (mean
-of the last tenth) and of validation.
-"""
+Methods take turns of a few steps, so that a busy host slows all alike. A row:
+
+| column | is |
+|---|---|
+| median_seconds, least_seconds | of a step, on the slowest rank |
+| cpu_seconds | of a step, over all threads of rank 0: what it takes from a backward on few cores |
+| speedup_over_ddp | by medians |
+| sent_megabytes | what a rank sent in a step, by the device's own counter |
+| floor_seconds | max(nosync's step, its forward + sent bytes / measured bandwidth): no step that sends as many bytes can be faster |
+| times_floor | median_seconds / floor_seconds |
+| exposed_share_of_ddp | (step - nosync's) / (ddp's - nosync's) |
+| validation_loss, loss_gap | with --loss-steps: after so many steps on the host's own link, the codec of a level without its trial; the gap is to ddp's |
+
+Each rate's row "link" has what the floor is made of. The bandwidth is that of the fastest of some
+all-reduces of 16 MiB, before and after the steps, by the same counter.
+"""  # noqa: E501
 
 import argparse
 import contextlib
 import json
 import logging
 import os
-import random
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import magi_train
 from benchmarks import records
-from examples import corpus
+from benchmarks.byte_gpt import Gpt, draw, texts, validate
+from benchmarks.slow_link import bytes_sent, run_ranks
 from magi_train import CommConfig, Config
 
 METHODS = (
     "nosync,ddp,ddp@1,ddp-bf16,ddp-bf16@1,ddp-powersgd4,"
-    "magi@1,magi-bfloat16@1,magi-int8@1,magi-fp8@1,magi-powersgd@1"
+    "magi,magi-safe,magi-bfloat16,magi-balanced,magi-aggressive"
 )
-BURST, MTU = "128kb", "1500"
+LEVELS = ("balanced", "aggressive")
 LENGTH, BATCH = 64, 4
-WARM_UP, ROUND_STEPS = 4, 3
+WARM_UP, LEVEL_WARM_UP, ROUND_STEPS = 7, 22, 3
+"""Steps before the first that counts: plans are made anew after 5, levels have chosen after 18."""
 ONE_BUCKET_MIB = 4000.0
 """For torch's PowerSGD, which hangs on gloo with more than one."""
-VALIDATION_BATCHES = 16
-SECONDS = 900
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the block's output, `[batch, length, width]` like its input."""
-        q, k, v = self.qkv(self.norms[0](x)).unflatten(2, (3, -1, 64)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norms[1](x))))  # type: ignore[no-any-return]
-
-
-class Gpt(nn.Module):
-    """A byte-level GPT."""
-
-    def __init__(self, width: int, layers: int) -> None:
-        super().__init__()
-        self.tokens, self.places = nn.Embedding(256, width), nn.Embedding(LENGTH, width)
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(layers)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the mean loss of predicting `y` from `x`, both `[batch, length]`."""
-        hidden = self.tokens(x) + self.places.weight
-        logits = self.head(self.norm(self.blocks(hidden)))
-        return F.cross_entropy(logits.flatten(0, 1), y.flatten())
-
-
-def draw(text: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Return `[BATCH, LENGTH]` bytes from random places of `text`, and those that follow them."""
-    g = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, len(text) - LENGTH - 1, (BATCH,), generator=g)
-    rows = torch.stack([text[i : i + LENGTH + 1] for i in starts.tolist()]).long()
-    return rows[:, :-1], rows[:, 1:]
+BANDWIDTH_BYTES, BANDWIDTH_REPEATS = 16 * 2**20, 3
+SECONDS = 1800
 
 
 def attach(model: DistributedDataParallel, hook: str) -> None:
@@ -124,23 +88,19 @@ def attach(model: DistributedDataParallel, hook: str) -> None:
         model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
 
 
-def wrap(model: nn.Module, spec: str, tier: Any) -> Any:
+def wrap(model: nn.Module, spec: str, tier: Any, trial: bool) -> Any:
     """Return the model as the method `spec` trains it."""
     name, _, size = spec.partition("@")
     kind, _, codec = name.partition("-")
     if kind == "magi":
-        comm = CommConfig(compression=codec or None, bucket_mib=float(size) if size else None)
+        cap: Any = float(size) if size else None
+        chosen: Any = codec or None
+        comm = CommConfig(compression=chosen, bucket_mib=cap, trial=trial)
         return magi_train.prepare(model, config=Config(tier=tier, comm=comm))
     cap = float(size) if size else ONE_BUCKET_MIB if "powersgd" in codec else None
     wrapped = DistributedDataParallel(model, bucket_cap_mb=cap, gradient_as_bucket_view=True)
     attach(wrapped, codec)
     return wrapped
-
-
-def bytes_sent() -> int:
-    """Return the link device's counter; 0 where there is no such device."""
-    counter = Path("/sys/class/net", os.environ.get("LINK_DEVICE", "-"), "statistics/tx_bytes")
-    return int(counter.read_text()) if counter.exists() else 0
 
 
 @dataclass
@@ -154,44 +114,46 @@ class Method:
     optimizer: torch.optim.Optimizer
     steps: int = 0
     seconds: list[float] = field(default_factory=list)
+    forward_seconds: list[float] = field(default_factory=list)
     sent_bytes: list[int] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
 
     def step(self, record: bool = True) -> None:
         """Train for one step, from a barrier to the end of the optimizer's."""
         seed = self.steps * dist.get_world_size() + dist.get_rank()
-        x, y = (t.to(self.device) for t in draw(self.text, seed))
+        x, y = (t.to(self.device) for t in draw(self.text, seed, BATCH, LENGTH))
         self.steps += 1
         dist.barrier()
-        sent, start = bytes_sent(), time.perf_counter()
+        sent, cpu, start = bytes_sent(), time.process_time(), time.perf_counter()
         quiet = self.model.no_sync() if self.spec == "nosync" else contextlib.nullcontext()
         with quiet:
             loss = self.model(x, y)
+            self._idle()
+            forward = time.perf_counter() - start
             loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        self._idle()
         if record:
             self.seconds.append(time.perf_counter() - start)
+            self.forward_seconds.append(forward)
+            self.cpu_seconds.append(time.process_time() - cpu)
             self.sent_bytes.append(bytes_sent() - sent)
-            self.losses.append(float(loss.detach()))
 
-    def validate(self, text: Tensor) -> float:
-        """Return the loss on batches of `text`, the same for every method and rank."""
-        with torch.no_grad():
-            batches = [draw(text, 10**6 + i) for i in range(VALIDATION_BATCHES)]
-            losses = [self.model(x.to(self.device), y.to(self.device)) for x, y in batches]
-        return float(torch.stack(losses).mean())
+    def _idle(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
 
 def make(spec: str, text: Tensor, options: argparse.Namespace, device: torch.device) -> Method:
     """Return a method, warmed up unless losses are to be compared."""
     torch.manual_seed(0)
-    model = wrap(Gpt(options.width, options.layers).to(device), spec, options.tier)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    method = Method(spec, model, text, device, optimizer)
-    for _ in range(0 if options.loss_steps else WARM_UP):
+    model = Gpt(options.width, options.layers, LENGTH).to(device)
+    wrapped = wrap(model, spec, options.tier, trial=not options.losses)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-3)
+    method = Method(spec, wrapped, text, device, optimizer)
+    warm = LEVEL_WARM_UP if spec.partition("-")[2] in LEVELS else WARM_UP
+    for _ in range(0 if options.losses else warm):
         method.step(record=False)
     return method
 
@@ -207,126 +169,107 @@ def worker(options: argparse.Namespace) -> None:
     else:
         torch.set_num_threads(1)
     dist.init_process_group("nccl" if options.gpus else "gloo")
-    text, validation = (
-        torch.frombuffer(bytearray(t.encode()), dtype=torch.uint8) for t in corpus.split_text()
-    )
-    methods = [make(spec, text, options, device) for spec in options.methods.split(",")]
-    rounds = -(-(options.loss_steps or options.steps) // ROUND_STEPS)
-    for _ in range(rounds):
-        for method in methods:
-            for _ in range(ROUND_STEPS):
-                method.step()
-    rows = [row(m, validation if options.loss_steps else None, device) for m in methods]
-    base = next((r["median_seconds"] for r in rows if r["method"] == "ddp"), None)
-    for each in rows:
-        each["speedup_over_ddp"] = base and round(base / each["median_seconds"], 2)
+    text, held_out = texts()
+    specs = options.methods.split(",")
+    if options.losses:
+        rows = [losses(spec, text, held_out, options, device) for spec in specs]
+    else:
+        rows = timings([make(spec, text, options, device) for spec in specs], options, device)
     if dist.get_rank() == 0:
         options.output.write_text(json.dumps(rows))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def row(method: Method, validation: Tensor | None, device: torch.device) -> dict[str, Any]:
+def losses(
+    spec: str, text: Tensor, held_out: Tensor, options: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    """Train by one method; return its validation loss."""
+    method = make(spec, text, options, device)
+    for _ in range(options.loss_steps):
+        method.step(record=False)
+    loss = validate(method.model, held_out, BATCH, LENGTH)
+    return {"method": spec, "validation_loss": round(loss, 4)}
+
+
+def timings(
+    methods: list[Method], options: argparse.Namespace, device: torch.device
+) -> list[dict[str, Any]]:
+    """Let the methods take turns; return a row of each, behind one of the link."""
+    bandwidth = measured_bandwidth(device)
+    for _ in range(-(-options.steps // ROUND_STEPS)):
+        for method in methods:
+            for _ in range(ROUND_STEPS):
+                method.step()
+    bandwidth = max(bandwidth, measured_bandwidth(device))  # the floor shall not be too high
+    rows = [row(m, device) for m in methods]
+    forwards = slowest([statistics.median(m.forward_seconds) for m in methods], device)
+    by_name = {r["method"]: r["median_seconds"] for r in rows}
+    alone, ddp = by_name.get("nosync"), by_name.get("ddp")
+    if alone is None or ddp is None:
+        return rows
+    forward = forwards[[m.spec for m in methods].index("nosync")]
+    for each in rows:
+        took, sent = each["median_seconds"], 1e6 * each["sent_megabytes"]
+        each["speedup_over_ddp"] = round(ddp / took, 2)
+        each["exposed_share_of_ddp"] = round((took - alone) / max(ddp - alone, 1e-9), 2)
+        if bandwidth:
+            floor = max(alone, forward + sent / bandwidth)
+            each |= {"floor_seconds": round(floor, 4), "times_floor": round(took / floor, 3)}
+    link = {"method": "link", "gbit_per_second": round(8e-9 * bandwidth, 3)}
+    return [link | {"forward_seconds": round(forward, 4)}, *rows]
+
+
+def slowest(seconds: list[float], device: torch.device) -> list[float]:
+    """Return the largest of all ranks' numbers, one by one; a collective."""
+    values = torch.tensor(seconds, dtype=torch.float64, device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values.tolist()
+
+
+def measured_bandwidth(device: torch.device) -> float:
+    """Return the bytes a second that a rank sends at best; 0 where no device counts them."""
+    part = torch.zeros(BANDWIDTH_BYTES // 4, device=device)
+    best = 0.0
+    for _ in range(BANDWIDTH_REPEATS):
+        dist.barrier()
+        sent, start = bytes_sent(), time.perf_counter()
+        dist.all_reduce(part)
+        best = max(best, (bytes_sent() - sent) / (time.perf_counter() - start))
+    return slowest([best], device)[0]
+
+
+def row(method: Method, device: torch.device) -> dict[str, Any]:
     """Return what a method took, on the slowest rank; a collective."""
-    times = torch.tensor([statistics.median(method.seconds), min(method.seconds)], device=device)
-    dist.all_reduce(times, op=dist.ReduceOp.MAX)
+    times = slowest([statistics.median(method.seconds), min(method.seconds)], device)
     result = {
         "method": method.spec,
-        "median_seconds": round(times[0].item(), 4),
-        "least_seconds": round(times[1].item(), 4),
+        "median_seconds": round(times[0], 4),
+        "least_seconds": round(times[1], 4),
+        "cpu_seconds": round(statistics.median(method.cpu_seconds), 4),
         "sent_megabytes": round(statistics.median(method.sent_bytes) / 1e6, 2),
         "steps": len(method.seconds),
     }
-    if validation is not None:
-        last = method.losses[-max(len(method.losses) // 10, 1) :]
-        mean = torch.tensor(statistics.mean(last), device=device)
-        dist.all_reduce(mean)
-        result["train_loss"] = round(mean.item() / dist.get_world_size(), 4)
-        result["validation_loss"] = round(method.validate(validation), 4)
+    if method.spec.startswith("magi"):
+        result |= chosen(magi_train.report(method.model))
     return result
 
 
-@contextlib.contextmanager
-def slow_link(rate: str) -> Iterator[list[list[str]]]:
-    """Yield the command prefix of each of two ranks that only see each other, at `rate`."""
-    if rate == "none":
-        yield [[], []]
-        return
-    tag = f"magi{os.getpid()}"
-    names = [f"{tag}-{i}" for i in range(2)]
-
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True)
-
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        peer = ("peer", "name", "eth0", "netns", names[1])
-        ip("-n", names[0], "link", "add", "eth0", "type", "veth", *peer)
-        for i, name in enumerate(names):
-            ip("-n", name, "link", "set", "lo", "up")
-            ip("-n", name, "addr", "add", f"192.0.2.{i + 1}/24", "dev", "eth0")
-            ip("-n", name, "link", "set", "eth0", "mtu", MTU, "up")
-            limit = ["tbf", "rate", rate, "burst", BURST, "latency", "100ms"]
-            subprocess.run(
-                ["tc", "-n", name, "qdisc", "add", "dev", "eth0", "root", *limit], check=True
-            )
-        yield [["ip", "netns", "exec", name] for name in names]
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False)
+def chosen(report: Any) -> dict[str, Any]:
+    """Return what ours made of its settings: the last plan, and the form that a level chose."""
+    plans = [r.plan for r in report.rows if r.name == "communication_plan"]
+    trials = [r.plan["chosen"] for r in report.rows if r.name == "codec_trial"]
+    found = {"buckets": plans[-1]["buckets"]} if plans else {}
+    return found | ({"trial_chose": trials[-1]} if trials else {})
 
 
-def environment(rank: int, ranks: int, options: argparse.Namespace, rate: str) -> dict[str, str]:
-    """Return what a rank finds in its environment."""
-    shared = {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(options.port),
-    }
-    if options.gpus:
-        off = ("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NCCL_IB_DISABLE")
-        sockets = {"NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0"}
-        shared |= dict.fromkeys(off, "1") | sockets
-    elif rate != "none":
-        link = {"MASTER_ADDR": "192.0.2.1", "GLOO_SOCKET_IFNAME": "eth0", "LINK_DEVICE": "eth0"}
-        shared |= link
-    return {**os.environ, **shared}
-
-
-def measure(rate: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run the ranks at one rate; return their rows.
-
-    Raises:
-        RuntimeError: A rank failed or took too long.
-    """
-    options.port = random.randint(20000, 40000)
-    command = [sys.executable, "-m", "benchmarks.communication", "--worker", *options.rest]
-    ranks = options.gpus or 2
-    with tempfile.NamedTemporaryFile() as output, slow_link(rate) as prefixes:
-        prefixes = prefixes if not options.gpus else [[]] * ranks
-        running = [
-            subprocess.Popen(
-                [*prefix, *command, "--output", output.name],
-                env=environment(rank, ranks, options, rate),
-            )
-            for rank, prefix in enumerate(prefixes)
-        ]
-        deadline = time.monotonic() + SECONDS
-        try:
-            while any(p.poll() is None for p in running):
-                if any(p.poll() for p in running) or time.monotonic() > deadline:
-                    raise RuntimeError(f"at {rate}, ranks ended with {[p.poll() for p in running]}")
-                time.sleep(0.2)
-        finally:
-            for p in running:
-                if p.poll() is None:
-                    p.send_signal(signal.SIGTERM)
-                p.wait()
-        rows = json.loads(Path(output.name).read_text())
-    return [{"rate": rate, "ranks": ranks, **each} for each in rows]
+def measure(rate: str, options: argparse.Namespace, *more: str) -> list[dict[str, Any]]:
+    """Run the ranks at one rate; return their rows."""
+    with tempfile.NamedTemporaryFile() as output:
+        command = ["-m", "benchmarks.communication", "--worker", *options.rest, *more]
+        command += ["--output", output.name]
+        run_ranks(command, rate, options.gpus, SECONDS)
+        return list(json.loads(Path(output.name).read_text()))
 
 
 def main() -> None:
@@ -336,6 +279,7 @@ def main() -> None:
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--loss-steps", type=int, default=0, help="compare losses after so many")
+    parser.add_argument("--losses", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--width", type=int, default=256, help="a multiple of 64")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tier", default="eager", help="of ours")
@@ -347,11 +291,18 @@ def main() -> None:
         return
     kept = ("methods", "steps", "loss_steps", "width", "layers", "tier", "gpus")
     options.rest = [f"--{k.replace('_', '-')}={getattr(options, k)}" for k in kept]
+    found: dict[str, float] = {}
+    if options.loss_steps:
+        rows = measure("none", options, "--losses")
+        found = {r["method"]: r["validation_loss"] for r in rows}
     rows = []
     for rate in ["sockets"] if options.gpus else options.rates:
         for each in measure(rate, options):
-            rows.append(each)
-            print(json.dumps(each), flush=True)
+            if each["method"] in found and each["method"] != "nosync":
+                loss = found[each["method"]]
+                each |= {"validation_loss": loss, "loss_gap": round(loss - found["ddp"], 4)}
+            rows.append({"rate": rate, "ranks": options.gpus or 2, **each})
+            print(json.dumps(rows[-1]), flush=True)
     load = round(os.getloadavg()[0], 1)
     records.save("communication", options, load=load, settings=options.rest, rows=rows)
 

@@ -228,6 +228,9 @@ class FullyShard:
         """Return nothing: no codec keeps a residual here."""
         return {}
 
+    def exchange_weights(self) -> None:
+        """Do nothing: this engine has no outer loop."""
+
     def load_compression_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Ignore `state`: this engine has no codecs with residuals."""
 

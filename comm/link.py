@@ -156,14 +156,19 @@ class _Ranks:
             torch.cuda.synchronize(self._device)
 
 
-def measure(world: World, device: torch.device) -> Link:
-    """Time the link between all ranks now; a collective."""
+def measure(world: World, device: torch.device, budget_seconds: float = BUDGET_SECONDS) -> Link:
+    """Time the link between all ranks now, for so long at most; a collective."""
     ranks = _Ranks(world, device)
-    return fit(probe(ranks.timed, ranks.slowest))
+    return fit(probe(ranks.timed, ranks.slowest, budget_seconds))
 
 
 def find(
-    world: World, device: torch.device, timeout_seconds: float, *, remember: bool = True
+    world: World,
+    device: torch.device,
+    timeout_seconds: float,
+    *,
+    remember: bool = True,
+    budget_seconds: float = BUDGET_SECONDS,
 ) -> Link:
     """Return the link between all ranks: remembered if that still holds, else measured.
 
@@ -179,7 +184,7 @@ def find(
         link = fit(_points(mine), "remembered")
         if _still_holds(link, _Ranks(world, device)):
             return link
-    link = measure(world, device)
+    link = measure(world, device, budget_seconds)
     if remember:
         _save(file, link)
     return link

@@ -16,12 +16,14 @@ for one, and these parameters are exempt from the lossy ones, in buckets of thei
   both together are below a tenth of the bytes;
 * for low rank, matrices whose factors are not less than half their size, in bfloat16.
 
-Only float32 parameters are encoded; others travel as they are.
+Only float32 parameters are encoded; others travel as they are. "hierarchical" needs nodes: where
+every rank is one it is int8; where all ranks are one, gradients travel as they are. "balanced" is
+hierarchical where there are several nodes of several ranks.
 """
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -84,6 +86,7 @@ class Bucket:
         numel: Elements of the flat tensor, flags included.
         flags_offset: First of the flags.
         rank: Columns of the factors, for low rank.
+        node_size: Ranks in a node, for "hierarchical".
     """
 
     slots: tuple[Slot, ...]
@@ -92,6 +95,7 @@ class Bucket:
     numel: int
     flags_offset: int
     rank: int = 0
+    node_size: int = 1
 
     def torch_dtype(self) -> torch.dtype:
         """Return `dtype` as torch's object."""
@@ -102,12 +106,16 @@ class Bucket:
         n = self.flags_offset
         if self.codec in ("int8", "fp8"):
             return n + n // BLOCK * 4
+        if self.codec == "hierarchical":  # what crosses between nodes
+            return (n + n // BLOCK * 4) // self.node_size
         if self.codec == "powersgd":
             return sum(4 * self.rank * sum(matrix_shape(s.shape)) for s in self.slots)
         return n * (2 if self.codec == "bfloat16" else self.torch_dtype().itemsize)
 
     def collectives(self) -> int:
         """Return how many collectives follow each other."""
+        if self.codec == "hierarchical":
+            return 4
         return 2 if self.codec in ("bfloat16", "int8", "fp8", "powersgd") else 1
 
 
@@ -144,6 +152,7 @@ def plan_buckets(
     world_size: int,
     link: Link | None = None,
     ready: Mapping[str, float] | None = None,
+    node_size: int = 1,
 ) -> CommPlan:
     """Return the buckets of `parameters`, given in registration order, frozen ones left out.
 
@@ -154,9 +163,10 @@ def plan_buckets(
         link: What sizes are to be best for; None for sizes by rule.
         ready: Seconds from the first gradient to that of each parameter; those it does not name
             have none until the end of the backward. None: not known.
+        node_size: Ranks in a node; divides `world_size`.
     """
     trainable = [(name, p) for name, p in parameters if p.requires_grad]
-    codecs = _codecs(trainable, config)
+    codecs = _codecs(trainable, config, world_size, node_size)
     ordered = trainable[::-1]
     if ready is not None:
         ordered.sort(key=lambda member: ready.get(member[0], math.inf))
@@ -164,7 +174,10 @@ def plan_buckets(
 
     def buckets(sizes: Sizes) -> tuple[Bucket, ...]:
         groups = _grouped(ordered, codecs, config, sizes)
-        return tuple(_bucket(g, codecs[g[0][0]], config, world_size) for g in groups)
+        made = (_bucket(g, codecs[g[0][0]], config, world_size) for g in groups)
+        return tuple(
+            replace(b, node_size=node_size) if b.codec == "hierarchical" else b for b in made
+        )
 
     if config.bucket_mib is not None or link is None or not trainable:
         automatic = min(max(total // AUTO_BUCKETS, AUTO_LEAST_BYTES), AUTO_MOST_BYTES)
@@ -236,13 +249,22 @@ class _Group:
         self.complete_at = position
 
 
-def _codecs(trainable: Named, config: CommConfig) -> dict[str, str]:
+def _codecs(
+    trainable: Named, config: CommConfig, world_size: int, node_size: int
+) -> dict[str, str]:
     """Return each parameter's codec."""
     wanted: str | None = config.compression
     names = {name: str(p.dtype).removeprefix("torch.") for name, p in trainable}
     if wanted is None:
         return names
     wanted = LEVELS.get(wanted, wanted)
+    if config.compression in ("hierarchical", "balanced"):
+        if 1 < node_size < world_size:
+            wanted = "hierarchical"
+        elif config.compression == "hierarchical":  # every rank a node, or one node of all
+            wanted = "int8" if node_size == 1 else None
+    if wanted is None:
+        return names
     floats = [(name, p) for name, p in trainable if p.dtype is torch.float32 and p.numel()]
     matrices = [(name, p) for name, p in floats if p.dim() > 1]
     if wanted == "bfloat16":

@@ -43,7 +43,10 @@ from magi_train.comm import replicas
 from magi_train.comm.broadcast import broadcast
 from magi_train.comm.codecs import Scale
 from magi_train.comm.codecs.compressor import STATEFUL, Compressor, Handle
+from magi_train.comm.host_memory import HostMemory
 from magi_train.comm.link import Link
+from magi_train.comm.nodes import node_size
+from magi_train.comm.outer import MOMENTUM, OuterLoop
 from magi_train.comm.plan import LEVELS, Bucket, CommPlan, plan_buckets, predict
 from magi_train.comm.schedule import Meter, Profile
 from magi_train.comm.trial import CODEC, FORMS, Trial
@@ -132,9 +135,18 @@ class Reducer:
         self._meter = Meter() if watched else None
         level = config.compression in LEVELS and config.trial and world.size > 1
         self._trial = Trial() if level else None
+        self._memory = HostMemory()
         self._synchronised = 0
+        self.outer: OuterLoop | None = None
+        if config.outer_steps is not None and world.size > 1:
+            self.outer = OuterLoop(module, world, config, report)
+            self._trial = self._profile = self._meter = None  # these are about every step
+            row = {"steps": config.outer_steps, "lr": config.outer_lr}
+            row["momentum"] = config.outer_momentum
+            report.add(PassRow("outer_loop", "run_time", row, 0.0))
+        self._node_size = node_size(config, world, timeout_seconds, report)
         self._autocast = (False, "")
-        self._armed = (True, False)
+        self._armed, self._counts = (True, False), True
         self._backward: _Backward | None = None
         self._proven = False
         self._flag_cache: dict[tuple[int, tuple[str, ...]], Tensor] = {}
@@ -163,7 +175,8 @@ class Reducer:
 
     def _new_plan(self) -> CommPlan:
         named, size = self.parameters.items(), self.world.size
-        return plan_buckets(named, self.config, size, self._link, self._ready)
+        nodes = self._node_size
+        return plan_buckets(named, self.config, size, self._link, self._ready, nodes)
 
     def _agreed(self, plan: CommPlan, trainable: int) -> CommPlan:
         self.world.agree(
@@ -203,6 +216,7 @@ class Reducer:
             return
         self._plans = {self._signature: self._agreed(plan, sum(self._signature))}
         self._flag_cache.clear()  # by the identity of buckets
+        self._memory.forget()  # buckets of other sizes
         if self._meter is not None:
             self._meter.forget()
         self.refresh()
@@ -213,8 +227,7 @@ class Reducer:
         if self.world.size == 1 or (before is not None and before.plan is self.plan):
             return
         self.compressor = Compressor(self.plan, self.world, self._device())
-        if self._trial is not None:
-            self.compressor.instead = FORMS[self._trial.form]
+        self._follow_trial(self.compressor)
         if before is not None and before.stateful:
             self.compressor.load(before.state())
 
@@ -245,8 +258,14 @@ class Reducer:
                 "the process group that this model was prepared for is gone; prepare it again"
             )
         if self._trainable() != self._signature:
+            self.exchange_weights()  # what is frozen now has been trained
             self.refresh()
-        self._armed = (self.sync, in_graph and not self.hooks_only)
+        if self.outer is not None:
+            assert self.compressor is not None
+            self.outer.begin(self.compressor)
+        self._counts = self.sync
+        sends = self.sync and self.outer is None
+        self._armed = (sends, in_graph and not self.hooks_only)
         device = self._device().type
         enabled = self.config.compression == "safe" and torch.is_autocast_enabled(device)
         self._autocast = (enabled, str(torch.get_autocast_dtype(device)) if enabled else "")
@@ -288,7 +307,8 @@ class Reducer:
 
     def _state(self) -> _Backward:
         if self._backward is None:
-            if not self._armed[1] and self._trainable() != self._signature:
+            stays = self._armed[1] or self.outer is not None
+            if not stays and self._trainable() != self._signature:
                 self.refresh()  # toggled since the forward; a graph keeps the plan it has
             self._backward = _Backward(*self._armed)
             compat.queue_backward_callback(self._finish)
@@ -338,9 +358,13 @@ class Reducer:
         return self._flag_cache[key]
 
     def _new_flat(self, bucket: Bucket) -> Tensor:
-        """Return memory for a bucket: zeros where a codec also sees what lies between slots."""
-        make = torch.empty if self.config.compression is None else torch.zeros
-        return make(bucket.numel, dtype=bucket.torch_dtype(), device=self._device())
+        """Return memory for a bucket, with zeros between slots where all of it is looked at."""
+        flat = self._memory.empty(bucket.numel, dtype=bucket.torch_dtype(), device=self._device())
+        if self.config.compression is not None:
+            ends = [*(s.offset for s in bucket.slots[1:]), bucket.flags_offset]
+            for slot, end in zip(bucket.slots, ends, strict=True):
+                flat[slot.offset + slot.numel() : end].zero_()
+        return flat
 
     def _see(self, name: str, gradient: Tensor) -> None:
         if self.compressor is not None and self.compressor.exact.undecided(self._autocast):
@@ -406,6 +430,8 @@ class Reducer:
         state = self._backward
         self._armed = (self._armed[0], False)  # a backward without a new forward goes by hooks
         if state is None or not state.sync:
+            if self.outer is not None and self._counts and state is not None and state.ready:
+                self.outer.count()
             self._backward = None
             return
         try:
@@ -457,7 +483,16 @@ class Reducer:
             chosen = codecs[0] if trial.form == CODEC else trial.form
             row = {"codec": codecs[0], "milliseconds": worst, "chosen": chosen}
             self.report.add(PassRow("codec_trial", "run_time", row, 0.0))
-        self.compressor.instead = FORMS[trial.form]
+        self._follow_trial(self.compressor)
+
+    def _follow_trial(self, compressor: Compressor) -> None:
+        """Let `compressor` send what the trial says; once another form is chosen, for good."""
+        trial = self._trial
+        instead = None if trial is None else FORMS[trial.form]
+        if trial is not None and trial.done and instead is not None:
+            compressor.drop(instead)
+        else:
+            compressor.instead = instead
 
     def _restore(self, state: _Backward) -> None:
         """After torch.autograd.grad, which accumulates nothing: leave every `.grad` as it was."""
@@ -489,13 +524,26 @@ class Reducer:
             self.report.add(PassRow("safe_compression", "run_time", row, 0.0))
 
     def compression_state(self) -> dict[str, dict[str, Tensor]]:
-        """Return what codecs keep, by parameter; see Compressor.state."""
-        return {} if self.compressor is None else self.compressor.state()
+        """Return what codecs and the outer loop keep, by parameter; see Compressor.state."""
+        if self.compressor is None:
+            return {}
+        self.exchange_weights()
+        found = self.compressor.state()
+        for name, momentum in ({} if self.outer is None else self.outer.state()).items():
+            found.setdefault(name, {})[MOMENTUM] = momentum
+        return found
+
+    def exchange_weights(self) -> None:
+        """Make the outer step of an outer loop now, if there is one; a collective."""
+        if self.outer is not None and self.compressor is not None:
+            self.outer.exchange(self.compressor)
 
     def load_compression_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Go on from what `compression_state` returned."""
         if self.compressor is not None:
             self.compressor.load(state)
+        if self.outer is not None:
+            self.outer.load({n: kept[MOMENTUM] for n, kept in state.items() if MOMENTUM in kept})
 
     def _prove(self, irregular: str | None) -> str | None:
         """Agree, once, whether in-graph reduction covers everything; return why it does not."""

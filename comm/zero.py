@@ -187,6 +187,9 @@ class Zero:
         """Return nothing: no codec keeps a residual here."""
         return {}
 
+    def exchange_weights(self) -> None:
+        """Do nothing: this engine has no outer loop."""
+
     def load_compression_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Ignore `state`: this engine has no codecs with residuals."""
 

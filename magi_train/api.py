@@ -279,13 +279,25 @@ def report(module: nn.Module) -> Report:
 def compression_state(module: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Return what gradient compression carries from step to step, for a checkpoint.
 
-    Call it on all ranks, between steps; all get the same. Empty without error feedback.
+    Call it on all ranks, between steps; all get the same. Empty without error feedback and without
+    `CommConfig.outer_steps`; with the latter it makes the outer step first, as `exchange_weights`,
+    so take the weights after it.
 
     Returns:
         For each parameter's name: "residual", what was not sent yet, shaped as the parameter, the
-        mean over ranks; for powersgd also "basis", `[columns, low_rank]`. On the CPU.
+        mean over ranks; for powersgd also "basis", `[columns, low_rank]`; of the outer loop
+        "outer_momentum", shaped as the parameter. On the CPU.
     """
     return _runtime_of(module).reducer.compression_state()
+
+
+def exchange_weights(module: nn.Module) -> None:
+    """Give all ranks the same weights now, with `CommConfig.outer_steps`: make the outer step.
+
+    Call it on all ranks, between steps, before weights are saved or evaluated. Does nothing without
+    an outer loop, and where no step was taken since the last exchange.
+    """
+    _runtime_of(module).reducer.exchange_weights()
 
 
 def load_compression_state(module: nn.Module, state: dict[str, dict[str, Tensor]]) -> None:

@@ -10,6 +10,7 @@ threads beside gloo, a stream beside NCCL.
 |---|---|---|
 | bfloat16 | halves, summed in float32 (two_shot) | no |
 | int8, fp8 | a byte an element and a float32 scale for 256 of them, summed in float32 | yes |
+| hierarchical | float32 inside of a node, int8 between nodes (hierarchical) | yes |
 | powersgd | two thin factors of each matrix (low_rank) | yes |
 
 Rules for all of them, which the tests hold: the result is the same bit for bit on all ranks, since
@@ -25,9 +26,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from magi_train.comm.host_memory import HostMemory
 from magi_train.comm.plan import Bucket
 
 Scale = float | Tensor
+Among = Literal["all", "node", "across"]
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,15 @@ class Collective:
             "all_gather" (the result has a row more of each rank), or "all_reduce" (the sum, in
             place).
         tensor: What this rank gives, contiguous.
+        out: Where the result goes, contiguous; None for `tensor` itself, in an all-reduce.
+        among: All ranks, those of this rank's node, or one rank of each node: those with the same
+            place in it.
     """
 
     kind: Literal["all_to_all", "all_gather", "all_reduce"]
     tensor: Tensor
+    out: Tensor | None = None
+    among: Among = "all"
 
 
 Exchange = Generator[Collective, Tensor, None]
@@ -55,18 +63,40 @@ class Codec(ABC):
         bucket: Whose gradients.
         rank: This process.
         world_size: Ranks.
+        memory: For what an exchange needs; shared by the codecs of a plan.
 
     Attributes:
         finite: After an exchange: whether every decoded number is finite, a bool tensor `[]`, the
             same on all ranks. None for codecs that keep nothing.
+        among: Whom `world_size` counts.
     """
 
-    def __init__(self, bucket: Bucket, rank: int, world_size: int) -> None:
+    among: Among = "all"
+
+    def __init__(
+        self, bucket: Bucket, rank: int, world_size: int, memory: HostMemory | None = None
+    ) -> None:
         self.bucket, self.rank, self.world_size = bucket, rank, world_size
+        self._memory = memory or HostMemory()
         self.finite: Tensor | None = None
         self._kept: Any = None  # what counts, and what the last exchange would leave
         self._pending: Any = None
         self._flag_cache: dict[tuple[bool, ...], Tensor] = {}
+
+    def _all_to_all(self, rows: Tensor) -> Collective:
+        """Ask for row r `[ranks, n]` of this rank to go to rank r, for a row of each."""
+        out = self._memory.empty(*rows.shape, dtype=rows.dtype, device=rows.device)
+        return Collective("all_to_all", rows, out, self.among)
+
+    def _all_gather(self, tensor: Tensor) -> Collective:
+        """Ask for everybody's `tensor`, one behind the other."""
+        numel = self.world_size * tensor.numel()
+        out = self._memory.empty(numel, dtype=tensor.dtype, device=tensor.device)
+        return Collective("all_gather", tensor, out, self.among)
+
+    def _all_reduce(self, tensor: Tensor) -> Collective:
+        """Ask for the sum, in place."""
+        return Collective("all_reduce", tensor, None, self.among)
 
     @abstractmethod
     def exchange(self, flat: Tensor, used: set[str], scale: Scale) -> Exchange:

@@ -12,6 +12,7 @@ A state that a checkpoint may hold is by parameter name: what was not sent yet, 
 ranks, and each basis. It loads on any number of ranks, buckets or other codecs.
 """
 
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,14 +22,19 @@ from torch import Tensor
 
 from magi_train.comm.codecs import Codec, Scale
 from magi_train.comm.codecs.exact import Autocast, ExactBuckets
+from magi_train.comm.codecs.hierarchical import Hierarchical
 from magi_train.comm.codecs.lanes import Lanes, StreamExchange, ThreadExchange, run
 from magi_train.comm.codecs.low_rank import LowRank
 from magi_train.comm.codecs.two_shot import FORMATS, TwoShot
+from magi_train.comm.host_memory import HostMemory
+from magi_train.comm.nodes import Groups
 from magi_train.comm.plan import CommPlan
 from magi_train.core.errors import MagiError
 from magi_train.core.world import World
 
-STATEFUL = ("int8", "fp8", "powersgd")
+STATEFUL = ("int8", "fp8", "hierarchical", "powersgd")
+KINDS: dict[str, type[Codec]] = {"powersgd": LowRank, "hierarchical": Hierarchical}
+"""Codecs that are not two shots of what their name says."""
 RESIDUAL, BASIS = "residual", "basis"
 
 
@@ -67,7 +73,7 @@ class Compressor:
     Attributes:
         exact: Which "safe" buckets travel in bfloat16.
         instead: What lossy buckets travel in for now, "" for as they are; None for their codec.
-        stateful: Whether a codec keeps anything from step to step.
+        stateful: Whether a codec in use keeps anything from step to step.
 
     Raises:
         MagiError: The process group cannot carry the codec on this device.
@@ -75,7 +81,7 @@ class Compressor:
 
     def __init__(self, plan: CommPlan, world: World, device: torch.device) -> None:
         self.plan, self.world, self.device = plan, world, device
-        encoded = {b.codec for b in plan.buckets} & {*FORMATS, "powersgd", "safe"}
+        encoded = {b.codec for b in plan.buckets} & {*FORMATS, *STATEFUL, "safe"}
         self.stateful = any(b.codec in STATEFUL for b in plan.buckets)
         self.on_stream = world.uses_nccl(device)
         if encoded and device.type != "cpu" and not self.on_stream:
@@ -85,17 +91,21 @@ class Compressor:
             )
         self.exact = ExactBuckets(plan)
         self.instead: str | None = None
+        self._memory = HostMemory()
         self._codecs: dict[tuple[int, str], Codec] = {}
-        self._lanes = Lanes.of(world) if encoded and not self.on_stream else None
+        size = max((b.node_size for b in plan.buckets), default=1)
+        self._groups = _groups(world, size)
+        self._lanes = Lanes.of(world, size) if encoded and not self.on_stream else None
         self._verdict: tuple[Tensor, Any] | None = None
         self._plain: list[Tensor] = []
 
     def codec(self, index: int, name: str) -> Codec:
         """Return bucket `index`'s codec called `name`."""
         if (index, name) not in self._codecs:
-            kind = LowRank if name == "powersgd" else TwoShot
+            kind = KINDS.get(name, TwoShot)
             bucket = replace(self.plan.buckets[index], codec=name)  # "safe" was decided
-            self._codecs[index, name] = kind(bucket, self.world.rank, self.world.size)
+            codec = kind(bucket, self.world.rank, self.world.size, self._memory)
+            self._codecs[index, name] = codec
         return self._codecs[index, name]
 
     def start(
@@ -121,7 +131,7 @@ class Compressor:
             return self._all_reduce(flat, name, what)
         exchange = self.codec(index, name).exchange(flat, used, scale)
         if self._lanes is None:
-            return StreamExchange(exchange, flat, self.world)
+            return StreamExchange(exchange, flat, self.world, self._groups)
         handle = ThreadExchange(exchange, self.world, what)
         self._lanes.start(handle)
         return handle
@@ -157,6 +167,17 @@ class Compressor:
         for codec in self._codecs.values():
             codec.discard()
 
+    def drop(self, instead: str) -> None:
+        """Give lossy codecs up for good, with all that they keep.
+
+        Args:
+            instead: As the attribute; not None.
+        """
+        self.forget()
+        self.instead, self.stateful = instead, False
+        self._codecs = {k: codec for k, codec in self._codecs.items() if k[1] not in STATEFUL}
+        self._memory.forget()
+
     def _decide(self) -> None:
         if self._verdict is None:
             return
@@ -177,7 +198,7 @@ class Compressor:
         self._decide()
         found: dict[str, dict[str, Tensor]] = {}
         for (index, _), codec in sorted(self._codecs.items()):
-            mean = run(codec.mean_residual(), self.world, self.device)
+            mean = run(codec.mean_residual(), self.world, self.device, self._groups)
             if mean is not None:
                 for slot in self.plan.buckets[index].slots:
                     part = slot.view(mean).cpu().clone(memory_format=torch.contiguous_format)
@@ -189,9 +210,13 @@ class Compressor:
     def load(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Go on from what `state` returned; parameters it does not name start afresh.
 
+        Does nothing once the codecs were dropped: their residuals would never be sent.
+
         Raises:
             ValueError: A residual does not have its parameter's shape; names it.
         """
+        if not self.stateful:
+            return
         self.forget()
         for index, bucket in enumerate(self.plan.buckets):
             if bucket.codec not in STATEFUL:
@@ -204,6 +229,17 @@ class Compressor:
                 if BASIS in mine:
                     codec.load_basis(slot.name, mine[BASIS].to(self.device))
             codec.load_residual(mean)
+
+
+_known: "weakref.WeakKeyDictionary[World, dict[int, Groups]]" = weakref.WeakKeyDictionary()
+
+
+def _groups(world: World, node_size: int) -> Groups:
+    """Return groups beside the default one; the first call for nodes is a collective."""
+    known = _known.setdefault(world, {})
+    if node_size not in known:
+        known[node_size] = Groups(world, node_size, None)
+    return known[node_size]
 
 
 def _fill(view: Tensor, residual: Tensor | None, name: str) -> None:

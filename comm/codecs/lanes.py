@@ -2,14 +2,14 @@
 
 Beside gloo, a collective blocks whoever waits for it. An exchange with two of them passes through
 three lanes: the caller encodes and starts the first collective; thread 1 waits for it, combines,
-and starts the second; thread 2 waits for that and decodes. So one bucket can be combined and
-another decoded while a third is on the wire. All collectives of a lane belong to a process group of
-that lane, and exchanges go through each lane in the order of their start: every rank starts the
-same sequence in every group, whatever the threads' timing, and whatever the caller's own
-collectives do in the default group.
+and starts the second; thread 2 waits for that and decodes. One with four collectives, over
+nodes, has two threads more. So one bucket can be combined and another decoded while a third is on
+the wire. All collectives of a lane belong to process groups of that lane, and exchanges go through
+each lane in the order of their start: every rank starts the same sequence in every group, whatever
+the threads' timing, and whatever the caller's own collectives do in the default group.
 
 Beside NCCL nothing blocks the host: the whole exchange is enqueued at once on a stream of its own,
-with the default group, and `wait` makes the caller's stream wait for its end.
+and `wait` makes the caller's stream wait for its end.
 """
 
 import queue
@@ -25,31 +25,34 @@ import torch.distributed as dist
 from torch import Tensor
 
 from magi_train.comm.codecs import Collective
+from magi_train.comm.nodes import Groups
 from magi_train.core.world import World
 
-LANES = 2
+LANES, LANES_WITH_NODES = 2, 4
 """Collectives that an exchange may have."""
 
 T = TypeVar("T")
-_lanes: "weakref.WeakKeyDictionary[World, Lanes]" = weakref.WeakKeyDictionary()
+_lanes: "weakref.WeakKeyDictionary[World, dict[int, Lanes]]" = weakref.WeakKeyDictionary()
 
 
-def begin(request: Collective, world_size: int, group: Any) -> tuple[Tensor, "dist.Work"]:
+def begin(request: Collective, groups: Groups) -> tuple[Tensor, "dist.Work"]:
     """Start a collective; return where its result will be, and its handle."""
-    tensor = request.tensor
+    tensor, group = request.tensor, groups.among(request.among)
     if request.kind == "all_reduce":
         return tensor, dist.all_reduce(tensor, group=group, async_op=True)
+    result = request.out
+    assert result is not None, "only an all-reduce works in place"
     if request.kind == "all_to_all":
-        result = torch.empty_like(tensor)
         return result, dist.all_to_all_single(result, tensor, group=group, async_op=True)
-    result = tensor.new_empty(world_size * tensor.numel())
     gather = getattr(dist, "all_gather_single", None)  # the name since torch 2.13
     gather = gather or dist.all_gather_into_tensor
     return result, gather(result, tensor, group=group, async_op=True)
 
 
-def run(exchange: Generator[Collective, Tensor, T], world: World, device: torch.device) -> T:
-    """Run an exchange from start to end in the caller, in the default group; return its result."""
+def run(
+    exchange: Generator[Collective, Tensor, T], world: World, device: torch.device, groups: Groups
+) -> T:
+    """Run an exchange from start to end in the caller; return its result."""
     value: Any = None
     with torch.no_grad():
         while True:
@@ -57,7 +60,7 @@ def run(exchange: Generator[Collective, Tensor, T], world: World, device: torch.
                 request = exchange.send(value)
             except StopIteration as stop:
                 return stop.value  # type: ignore[no-any-return]
-            value, work = begin(request, world.size, None)
+            value, work = begin(request, groups)
             world.wait(work, device, "an exchange of gradients' residuals")
 
 
@@ -65,12 +68,16 @@ class StreamExchange:
     """An exchange that was enqueued on a stream of its own."""
 
     def __init__(
-        self, exchange: Generator[Collective, Tensor, None], flat: Tensor, world: World
+        self,
+        exchange: Generator[Collective, Tensor, None],
+        flat: Tensor,
+        world: World,
+        groups: Groups,
     ) -> None:
         stream = _side_stream(flat.device)
         stream.wait_stream(torch.cuda.current_stream(flat.device))
         with torch.cuda.stream(stream):
-            run(exchange, world, flat.device)
+            run(exchange, world, flat.device, groups)
             self._end = stream.record_event()
         flat.record_stream(stream)
 
@@ -111,21 +118,24 @@ class ThreadExchange:
 class Lanes:
     """The process groups and threads of one job's ranks; made once, by all ranks together."""
 
-    def __init__(self, world: World) -> None:
-        long = timedelta(days=1)  # World.wait decides when it has been too long
-        self._groups = [dist.new_group(backend="gloo", timeout=long) for _ in range(LANES)]
-        self._queues: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in range(LANES)]
+    def __init__(self, world: World, node_size: int) -> None:
+        # World.wait decides when it has been too long
+        options = {"backend": "gloo", "timeout": timedelta(days=1)}
+        count = LANES if node_size == 1 else LANES_WITH_NODES
+        self._groups = [Groups(world, node_size, options) for _ in range(count)]
+        self._queues: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in range(count)]
         for lane, each in enumerate(self._queues):
             name = f"magi-lane-{lane + 1}"
             threading.Thread(target=_serve, args=(each,), name=name, daemon=True).start()
             weakref.finalize(world, each.put, None)
 
     @staticmethod
-    def of(world: World) -> "Lanes":
-        """Return the lanes of `world`; the first call is a collective."""
-        if world not in _lanes:
-            _lanes[world] = Lanes(world)
-        return _lanes[world]
+    def of(world: World, node_size: int) -> "Lanes":
+        """Return the lanes of `world` with such nodes; the first call is a collective."""
+        known = _lanes.setdefault(world, {})
+        if node_size not in known:
+            known[node_size] = Lanes(world, node_size)
+        return known[node_size]
 
     def start(self, each: ThreadExchange) -> None:
         """Encode, and send an exchange on its way."""
@@ -137,7 +147,7 @@ class Lanes:
         try:
             with torch.no_grad():
                 request = each.exchange.send(value)  # type: ignore[arg-type]
-            result, work = begin(request, each.world.size, self._groups[lane])
+            result, work = begin(request, self._groups[lane])
         except StopIteration:
             each.done.set_result(None)
         except BaseException as error:  # noqa: BLE001  (whoever waits gets it)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from magi_train.comm.codecs import Codec, Collective, Exchange, Scale
+from magi_train.comm.host_memory import HostMemory
 from magi_train.comm.plan import Bucket, Slot, matrix_shape
 
 PARALLEL = 1e-5
@@ -54,8 +55,10 @@ class LowRank(Codec):
     is not committed.
     """
 
-    def __init__(self, bucket: Bucket, rank: int, world_size: int) -> None:
-        super().__init__(bucket, rank, world_size)
+    def __init__(
+        self, bucket: Bucket, rank: int, world_size: int, memory: HostMemory | None = None
+    ) -> None:
+        super().__init__(bucket, rank, world_size, memory)
         self.groups: dict[tuple[int, int], list[Slot]] = {}
         for slot in bucket.slots:
             self.groups.setdefault(matrix_shape(slot.shape), []).append(slot)
@@ -87,7 +90,7 @@ class LowRank(Codec):
             matrices.append(batch)
         flags = self.used_flags(used, torch.float32, flat.device)
         left = [torch.bmm(x, q) for x, q in zip(matrices, bases, strict=True)]
-        total = yield Collective("all_reduce", torch.cat([*map(torch.flatten, left), flags]))
+        total = yield self._all_reduce(torch.cat([*map(torch.flatten, left), flags]))
 
         votes = total[-len(flags) :]
         left = [orthonormal(p) for p in _split(total, left)]
@@ -95,7 +98,7 @@ class LowRank(Codec):
         summed = torch.cat([q.flatten() for q in right])
         for x, p, q in zip(matrices, left, right, strict=True):
             x.baddbmm_(p, q.mT, alpha=-1)
-        total = yield Collective("all_reduce", summed)
+        total = yield self._all_reduce(summed)
 
         right = list(_split(total.div_(self.world_size), right))
         for p, q, slots in zip(left, right, self.groups.values(), strict=True):
@@ -129,7 +132,7 @@ class LowRank(Codec):
         for slots, batch in zip(self.groups.values(), residuals, strict=True):
             for slot, each in zip(slots, batch, strict=True):
                 slot.view(flat).copy_(each.view(slot.shape))
-        total = yield Collective("all_reduce", flat)
+        total = yield self._all_reduce(flat)
         return total.div_(self.world_size)
 
     def load_residual(self, mean: Tensor) -> None:

@@ -12,8 +12,8 @@ scale with a large one.
 Error feedback: what rounding took away is added to the next step's gradient, in float32: on each
 rank for the first shot, on the owner of a part for the second. Residuals are kept without the loss
 scale, so that a GradScaler may change it. A parameter that has no gradient keeps its residual for
-later. A block that holds an infinity or NaN travels with the scale NaN, so all ranks see NaNs and
-skip the step together.
+later. A block that holds an infinity or NaN travels with a scale that is one, so all ranks see it
+and skip the step together.
 
 Source: Wang et al. (2023), ZeRO++ (the two-shot quantised collective); Karimireddy et al. (2019),
 Error Feedback Fixes SignSGD. Differs: 8 bit instead of 4, feedback in both shots, flags and scales
@@ -27,10 +27,14 @@ import torch
 from torch import Tensor
 
 from magi_train.comm.codecs import Codec, Collective, Exchange, Scale
+from magi_train.comm.codecs.host_kernels import Kernels, kernels
+from magi_train.comm.host_memory import HostMemory
 from magi_train.comm.plan import BLOCK, Bucket, Slot
 
 TINY = 1e-30
-"""Blocks whose largest magnitude is below count as zeros: their scale would be denormal."""
+"""Taken for the largest magnitude of a block where that is less: a scale is never denormal."""
+CHUNK = 2**18
+"""Elements that are encoded at once on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -50,29 +54,67 @@ class Format:
         scales = 0 if self.largest is None else elements // BLOCK * 4
         return elements * self.dtype.itemsize + scales
 
-    def encode(self, x: Tensor, out: Tensor) -> None:
-        """Write `x` `[rows, elements]` to `out` `[rows, row_bytes or more]` of uint8.
+    def encode(
+        self,
+        x: Tensor,
+        out: Tensor,
+        memory: HostMemory,
+        residual: Tensor | None = None,
+        scale: Scale = 1.0,
+        rest: Tensor | None = None,
+    ) -> None:
+        """Write `x + residual * scale`, `[rows, elements]`, to `out` of uint8.
 
-        `x` becomes what the rounding took away, in formats with scales.
+        Args:
+            x: Numbers in float32.
+            out: `[rows, row_bytes or more]`.
+            memory: For what is needed meanwhile.
+            residual: As `x`; in formats with scales.
+            scale: Of `residual`.
+            rest: Gets what the rounding took away, in formats with scales; None for `x` itself.
         """
         rows, elements = x.shape
-        values = out[:, : elements * self.dtype.itemsize].view(self.dtype)
+        start = elements * self.dtype.itemsize
+        values = out[:, :start].view(self.dtype)
         if self.largest is None:
             values.copy_(x)
             return
-        blocks = x.view(rows, -1, BLOCK)
-        largest = blocks.abs().amax(2, keepdim=True)
-        inverse = torch.where(largest >= TINY, self.largest / largest, 0.0)
-        scales = torch.where(largest.isfinite(), largest / self.largest, torch.nan)
-        rounded = blocks * inverse
+        rest, scales = x if rest is None else rest, self.scales(out, elements)
+        if (kernel := self._kernel(x.device)) is not None:
+            for r in range(rows):
+                left = None if residual is None else residual[r]
+                kernel.encode(x[r], left, float(scale), rest[r], values[r], scales[r], TINY)
+            return
+        given, blocks, shorts = (t.view(rows, -1, BLOCK) for t in (x, rest, values))
+        old = None if residual is None else residual.view(rows, -1, BLOCK)
+        step = _step(blocks)
+        scratch = memory.empty(rows, step, BLOCK, device=x.device)
+        for i in range(0, blocks.shape[1], step):
+            part = blocks[:, i : i + step]
+            if old is not None or rest is not x:
+                _add(
+                    given[:, i : i + step],
+                    None if old is None else old[:, i : i + step],
+                    scale,
+                    part,
+                )
+            factors = scales[:, i : i + step].unsqueeze(2)
+            self._encode(part, shorts[:, i : i + step], factors, scratch)
+
+    def _encode(self, blocks: Tensor, values: Tensor, scales: Tensor, scratch: Tensor) -> None:
+        """Encode `blocks`, and leave in them what the rounding takes away."""
+        assert self.largest is not None
+        rounded = scratch[:, : blocks.shape[1]]
+        largest = torch.abs(blocks, out=rounded).amax(
+            2, keepdim=True
+        )  # infinite or NaN: so are scales
+        torch.div(largest.clamp_(min=TINY), self.largest, out=scales)
+        torch.mul(blocks, scales.reciprocal(), out=rounded)
         if self.dtype is torch.int8:
-            rounded.round_()
-            values.view(blocks.shape).copy_(rounded)
+            values.copy_(rounded.round_())
         else:  # the product may exceed the largest number by a rounding, which would be a NaN
-            values.view(blocks.shape).copy_(rounded.clamp_(-self.largest, self.largest))
-            rounded.copy_(values.view(blocks.shape))
-        start = elements * self.dtype.itemsize
-        out[:, start : self.row_bytes(elements)].view(torch.float32).copy_(scales.squeeze(2))
+            values.copy_(rounded.clamp_(-self.largest, self.largest))
+            rounded.copy_(values)
         blocks.addcmul_(rounded, scales, value=-1)
 
     def scales(self, wire: Tensor, elements: int) -> Tensor:
@@ -80,12 +122,43 @@ class Format:
         start = elements * self.dtype.itemsize
         return wire[:, start : self.row_bytes(elements)].view(torch.float32)
 
+    def _kernel(self, device: torch.device) -> Kernels | None:
+        return kernels() if device.type == "cpu" and self.dtype is torch.int8 else None
+
     def decode(self, wire: Tensor, out: Tensor) -> None:
         """Write the numbers in `wire` `[rows, row_bytes or more]` to `out` `[rows, elements]`."""
         rows, elements = out.shape
-        out.copy_(wire[:, : elements * self.dtype.itemsize].view(self.dtype))
-        if self.largest is not None:
-            out.view(rows, -1, BLOCK).mul_(self.scales(wire, elements).unsqueeze(2))
+        values = wire[:, : elements * self.dtype.itemsize].view(self.dtype)
+        if self.largest is None:
+            out.copy_(values)
+            return
+        scales = self.scales(wire, elements)
+        if (kernel := self._kernel(out.device)) is not None:
+            for r in range(rows):
+                kernel.decode(values[r], scales[r], out[r], add=False)
+            return
+        blocks, shorts = out.view(rows, -1, BLOCK), values.view(rows, -1, BLOCK)
+        step = _step(blocks)
+        for i in range(0, blocks.shape[1], step):
+            part = shorts[:, i : i + step]
+            blocks[:, i : i + step].copy_(part).mul_(scales[:, i : i + step].unsqueeze(2))
+
+    def add(self, wire: Tensor, out: Tensor, memory: HostMemory) -> None:
+        """Add the numbers in `wire` `[1, row_bytes or more]` to `out` `[1, elements]`."""
+        elements = out.shape[1]
+        if (kernel := self._kernel(out.device)) is not None:
+            values = wire[0, :elements].view(self.dtype)
+            kernel.decode(values, self.scales(wire, elements)[0], out[0], add=True)
+            return
+        one = memory.empty(1, elements, device=out.device)
+        self.decode(wire, one)
+        out += one
+
+
+def _step(blocks: Tensor) -> int:
+    """Return how many of `[rows, blocks, BLOCK]` a CPU's cache keeps for all passes; else all."""
+    rows, count, _ = blocks.shape
+    return min(count, max(CHUNK // (rows * BLOCK), 1)) if blocks.device.type == "cpu" else count
 
 
 FORMATS = {
@@ -102,64 +175,84 @@ class TwoShot(Codec):
     as much again while an exchange is not committed.
     """
 
-    def __init__(self, bucket: Bucket, rank: int, world_size: int) -> None:
-        super().__init__(bucket, rank, world_size)
-        self.format = FORMATS[bucket.codec]
+    def __init__(
+        self, bucket: Bucket, rank: int, world_size: int, memory: HostMemory | None = None
+    ) -> None:
+        super().__init__(bucket, rank, world_size, memory)
+        self.format = FORMATS[self.wire_format]
         self.feedback = self.format.largest is not None
-        self.part = bucket.flags_offset // world_size
+        self.start, self.length = 0, bucket.flags_offset
+        self.part = self.length // world_size
+        self._device = torch.device("cpu")  # until an exchange
         self._kept: tuple[Tensor, Tensor] | None = None
         self._pending: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def wire_format(self) -> str:
+        """Return the name of what travels, in FORMATS."""
+        return self.bucket.codec
+
     def exchange(self, flat: Tensor, used: set[str], scale: Scale) -> Exchange:
         """See Codec.exchange."""
+        self._device = flat.device
+        votes = yield from self._shots(flat[: self.length], used, scale)
+        flat[self.bucket.flags_offset :] = votes
+
+    def _shots(
+        self, body: Tensor, used: set[str], scale: Scale
+    ) -> Generator[Collective, Tensor, Tensor]:
+        """Average `body` `[length]` over the ranks; return how many of them used each slot."""
         bucket, n, part = self.bucket, self.world_size, self.part
-        body = flat[: bucket.flags_offset]
-        flags = self.used_flags(used, torch.uint8, flat.device)
+        flags = self.used_flags(used, torch.uint8, body.device)
         absent = [s for s in bucket.slots if s.name not in used]
         kept = self._kept
-        first = body
+        first, residual = body, None if kept is None else kept[0].view(n, part)
         if self.feedback:
-            first = body.clone() if kept is None else torch.add(body, kept[0] * scale)
-            for slot in absent:
-                slot.view(first).zero_()
+            first = self._empty(self.length)
+        if absent and kept is not None:  # these parameters keep theirs
+            residual = kept[0].clone().view(n, part)
+            for low, high in self._ranges(absent, self.start, self.length):
+                residual.view(-1)[low:high] = 0
         row = self.format.row_bytes(part)
-        wire = flat.new_empty(n, -(-(row + len(flags)) // 4) * 4, dtype=torch.uint8)
-        self.format.encode(first.view(n, part), wire)
+        width = -(-(row + len(flags)) // 4) * 4
+        wire = self._empty(n, width, dtype=torch.uint8)
+        x, rest = body.view(n, part), first.view(n, part)
+        self.format.encode(x, wire, self._memory, residual, scale, rest)
         wire[:, row : row + len(flags)] = flags
-        received = yield Collective("all_to_all", wire)
+        received = yield self._all_to_all(wire)
 
         votes = received[:, row : row + len(flags)].sum(0, dtype=torch.int32)
         mean = self._mean(received)
         unused = [s for s in absent if not votes[bucket.slots.index(s)]]
-        if kept is not None:
-            mean += kept[1] * scale  # where no rank has a gradient, nobody reads the result
-        out = flat.new_empty(row, dtype=torch.uint8)
-        self.format.encode(mean, out.view(1, row))
-        everything = yield Collective("all_gather", out)
+        owned = None if kept is None else kept[1]  # where no rank has a gradient, nobody reads it
+        out = self._empty(row, dtype=torch.uint8)
+        self.format.encode(mean, out.view(1, row), self._memory, owned, scale)
+        everything = yield self._all_gather(out)
 
         self.format.decode(everything.view(n, row), body.view(n, part))
-        flat[bucket.flags_offset :] = votes
         if self.feedback:
             self.finite = self.format.scales(everything.view(n, row), part).isfinite().all()
-            self._pending = (first.div_(scale), mean.div_(scale))
+            self._pending = (_unscaled(first, scale), _unscaled(mean, scale))
             self._spare(absent, unused)
+        return votes
+
+    def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self._memory.empty(*shape, dtype=dtype, device=self._device)
 
     def _mean(self, received: Tensor) -> Tensor:
         """Return the mean of all rows, `[1, part]`, added in rank order."""
-        one = torch.empty(1, self.part, dtype=torch.float32, device=received.device)
-        total = torch.zeros_like(one)
-        for row in received:
-            self.format.decode(row.unsqueeze(0), one)
-            total += one
+        total = self._empty(1, self.part)
+        self.format.decode(received[:1], total)
+        for row in received[1:]:
+            self.format.add(row.unsqueeze(0), total, self._memory)
         return total.div_(self.world_size)
 
-    def _in_part(self, slots: list[Slot]) -> list[tuple[int, int]]:
-        """Return where the elements of `slots` lie in the part that this rank owns."""
-        start = self.rank * self.part
+    def _ranges(self, slots: list[Slot], start: int, length: int) -> list[tuple[int, int]]:
+        """Return where the elements of `slots` lie in a part of the bucket, from `start` on."""
         ranges = []
         for slot in slots:
             low = max(slot.offset - start, 0)
-            high = min(slot.offset + slot.numel() - start, self.part)
+            high = min(slot.offset + slot.numel() - start, length)
             if low < high:
                 ranges.append((low, high))
         return ranges
@@ -168,22 +261,37 @@ class TwoShot(Codec):
         """Leave the residuals of parameters as they were that have no gradient."""
         assert self._pending is not None
         first, mean = self._pending
-        for slot in absent:
-            old = 0.0 if self._kept is None else slot.view(self._kept[0])
-            slot.view(first).copy_(torch.as_tensor(old))
-        for low, high in self._in_part(unused):
+        for low, high in self._ranges(absent, self.start, self.length):
+            first[low:high] = 0.0 if self._kept is None else self._kept[0][low:high]
+        for low, high in self._ranges(unused, self.start + self.rank * self.part, self.part):
             mean[:, low:high] = 0.0 if self._kept is None else self._kept[1][:, low:high]
 
     def mean_residual(self) -> Generator[Collective, Tensor, Tensor | None]:
         """See Codec.mean_residual."""
         if not self.feedback or self._kept is None:  # alike on all ranks: they commit together
             return None
-        total = yield Collective("all_reduce", self._kept[0].clone())
-        owned = yield Collective("all_gather", self._kept[1].flatten())
+        total = yield self._all_reduce(self._kept[0].clone())
+        owned = yield self._all_gather(self._kept[1].flatten())
         return total.div_(self.world_size).add_(owned.flatten())
 
     def load_residual(self, mean: Tensor) -> None:
         """See Codec.load_residual."""
         if self.feedback:
-            owned = mean.view(self.world_size, self.part)[self.rank]
-            self._kept = (torch.zeros_like(mean), owned.clone().unsqueeze(0))
+            mine = mean[self.start : self.start + self.length]
+            owned = mine.view(self.world_size, self.part)[self.rank]
+            self._kept = (torch.zeros_like(mine), owned.clone().unsqueeze(0))
+
+
+def _add(x: Tensor, residual: Tensor | None, scale: Scale, out: Tensor) -> None:
+    """Write `x + residual * scale` to `out`."""
+    if residual is None:
+        out.copy_(x)
+    elif isinstance(scale, Tensor):
+        torch.addcmul(x, residual, scale, out=out)
+    else:
+        torch.add(x, residual, alpha=scale, out=out)
+
+
+def _unscaled(x: Tensor, scale: Scale) -> Tensor:
+    """Divide `x` by the loss scale, in place."""
+    return x if isinstance(scale, float) and scale == 1.0 else x.div_(scale)

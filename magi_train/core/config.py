@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 Tier = Literal["graph", "region", "eager"]
-Compression = Literal["safe", "balanced", "aggressive", "bfloat16", "int8", "fp8", "powersgd"]
+Compression = Literal[
+    "safe", "balanced", "aggressive", "bfloat16", "int8", "fp8", "hierarchical", "powersgd"
+]
 Lowering = Literal["inductor", "aot_eager"]
 CudaGraphs = Literal["auto", "on", "off"]
 Precision = Literal["autocast", "fp8"]
@@ -104,11 +106,17 @@ class CommConfig:
     compression: Compression | None = None
     """How float32 gradients travel; they add up in float32 on each rank in any case. None: as they
     are. "safe": weights whose gradients bfloat16 holds exactly, because autocast's backward made
-    them so, in bfloat16; all others as they are. "bfloat16": all in half the bytes. "balanced" is
-    "int8": a quarter of the bytes, with error feedback. "fp8": the same in e4m3. "aggressive" is
-    "powersgd": matrices as factors of `low_rank` columns with error feedback, for links under
-    1 Gbit/s; compare losses. int8, fp8 and powersgd leave parameters of one dimension in float32
-    and small ends of the model in bfloat16, and keep residuals: up to 12 bytes a weight."""
+    them so, in bfloat16; all others as they are. "bfloat16": all in half the bytes. "int8": a
+    quarter of the bytes, with error feedback. "fp8": the same in e4m3. "hierarchical": as they are
+    inside of a node, int8 between nodes. "powersgd": matrices as factors of `low_rank` columns with
+    error feedback. "balanced" is "int8", or "hierarchical" for several nodes of several ranks.
+    "aggressive" is "powersgd", for links under 1 Gbit/s; compare losses. Codecs with error feedback
+    leave parameters of one dimension in float32 and small ends of the model in bfloat16, and keep
+    residuals: up to 12 bytes a weight."""
+
+    node_size: int | None = None
+    """Ranks in a node, the same in all nodes, which follow each other. None: as the launcher says
+    (LOCAL_WORLD_SIZE), else by host names. Only "hierarchical" and "balanced" ask."""
 
     low_rank: int = 4
     """Columns of the factors for "powersgd". More: more bytes, smaller error."""
@@ -118,6 +126,19 @@ class CommConfig:
     turns with the level's codec, in bfloat16 and as they are, and the more exact one stays unless
     the other makes the slowest rank's step over 3 % faster. A codec that is named is not tried. On
     GPUs these steps are synchronised."""
+
+    outer_steps: int | None = None
+    """For links under 1 Gbit/s, and another algorithm (DiLoCo): no gradients are sent; after so
+    many steps each, ranks exchange how far their weights have come, in `compression`'s codec, and
+    take one outer step of SGD with Nesterov momentum. Between exchanges ranks hold different
+    weights: call `magi_train.exchange_weights(model)` on all ranks before saving or evaluating.
+    Compare losses; 50 to 500 is usual. None: gradients are averaged in every step."""
+
+    outer_lr: float = 0.7
+    """Of the outer step; 1 with `outer_momentum` 0 is the plain mean of the ranks' weights."""
+
+    outer_momentum: float = 0.9
+    """Of the outer step."""
 
     check_replicas: int | None = None
     """Compare the weights of all ranks after the backward of every so many synchronised steps, and
@@ -134,6 +155,19 @@ class CommConfig:
     def __post_init__(self) -> None:
         _check_positive("CommConfig", "bucket_mib", self.bucket_mib)
         _check_positive("CommConfig", "low_rank", self.low_rank)
+        _check_positive("CommConfig", "node_size", self.node_size)
+        _check_positive("CommConfig", "outer_steps", self.outer_steps)
+        _check_positive("CommConfig", "outer_lr", self.outer_lr)
+        if not 0 <= self.outer_momentum < 1:
+            raise ValueError(
+                "CommConfig.outer_momentum must be at least 0 and less than 1, got "
+                f"{self.outer_momentum}"
+            )
+        if self.outer_steps is not None and self.check_replicas is not None:
+            raise ValueError(
+                "CommConfig.check_replicas compares weights that outer_steps lets differ between "
+                "exchanges; remove one of the two"
+            )
         _check_positive("CommConfig", "check_replicas", self.check_replicas)
         if self.link not in ("auto", "measure", "off") and link_from_text(self.link) is None:
             raise ValueError(
@@ -305,6 +339,8 @@ class Config:
                     "of the two"
                 )
 
+        if self.comm.outer_steps is not None:
+            self._check_outer_loop()
         if self.engine in ("fsdp2", "deepspeed"):
             self._check_sharded()
         given = [n for n in ("zero_stage", "deepspeed") if getattr(self.sharding, n) is not None]
@@ -312,6 +348,20 @@ class Config:
             raise ValueError(
                 f"ShardingConfig.{given[0]} is for Config(engine='deepspeed'), but Config.engine "
                 f"is {self.engine!r}; set the engine, or leave it out"
+            )
+
+    def _check_outer_loop(self) -> None:
+        """Refuse what needs equal weights in every step, or plans for all memory."""
+        wrong = {
+            f"engine={self.engine!r}": self.engine != "replicate",
+            "shard_optimizer=True": self.shard_optimizer,
+            "memory_budget_gib": self.memory_budget_gib is not None,
+        }
+        given = [name for name, is_given in wrong.items() if is_given]
+        if given:
+            raise ValueError(
+                f"CommConfig.outer_steps does not go with {', '.join(given)}: ranks hold whole "
+                "weights of their own between exchanges, and two more copies; remove one of the two"
             )
 
     def _check_sharded(self) -> None:

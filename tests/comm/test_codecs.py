@@ -4,26 +4,30 @@ import pytest
 import torch
 from torch import nn
 
-from magi_train.comm.codecs.low_rank import LowRank, orthonormal
+from magi_train.comm.codecs.compressor import KINDS
+from magi_train.comm.codecs.low_rank import orthonormal
 from magi_train.comm.codecs.two_shot import TwoShot
 from magi_train.comm.plan import BLOCK, plan_buckets
 from magi_train.core.config import CommConfig
 from tests.close import tolerance
 
-LOSSY = ("bfloat16", "int8", "fp8", "powersgd")
-WITH_FEEDBACK = ("int8", "fp8", "powersgd")
+LOSSY = ("bfloat16", "int8", "fp8", "hierarchical", "powersgd")
+WITH_FEEDBACK = ("int8", "fp8", "hierarchical", "powersgd")
 SHAPES = ((3, 5), (48, 40), (40, 48, 1), (64, 96))
 LARGEST = {"int8": 127.0, "fp8": 448.0}
-RANKS = 3
+RANKS, NODE = 3, 2
 
 
-def make(codec, ranks=RANKS):
-    """Return the codecs of all ranks for one bucket of matrices."""
+def make(codec, ranks=None):
+    """Return the codecs of all ranks for one bucket of matrices; "hierarchical": nodes of two."""
+    hierarchical = codec == "hierarchical"
+    ranks, node = ranks or (6 if hierarchical else RANKS), NODE if hierarchical else 1
     kept = [s for s in SHAPES if codec != "powersgd" or s != (3, 5)]
     named = [(f"p{i}", nn.Parameter(torch.zeros(s))) for i, s in enumerate(kept)]
-    plan = plan_buckets(named, CommConfig(compression=codec, bucket_mib=1, low_rank=4), ranks)
+    config = CommConfig(compression=codec, bucket_mib=1, low_rank=4)
+    plan = plan_buckets(named, config, ranks, node_size=node)
     (bucket,) = [b for b in plan.buckets if b.codec == codec]
-    kind = LowRank if codec == "powersgd" else TwoShot
+    kind = KINDS.get(codec, TwoShot)
     return [kind(bucket, rank, ranks) for rank in range(ranks)]
 
 
@@ -39,16 +43,33 @@ def play(generators):
                 results.append(stop.value)
         assert not (requests and results), "ranks want different numbers of collectives"
         if requests:
-            (kind,) = {r.kind for r in requests}
-            sent = [r.tensor for r in requests]
-            assert all(t.is_contiguous() for t in sent)
-            if kind == "all_to_all":
-                values = [torch.stack([t[r] for t in sent]) for r in range(len(sent))]
-            elif kind == "all_gather":
-                values = [torch.cat(sent) for _ in sent]
-            else:
-                values = [torch.stack(sent).sum(0) for _ in sent]
+            (among,) = {r.among for r in requests}
+            for ranks in groups(among, len(requests)):
+                for r, value in zip(ranks, collective([requests[r] for r in ranks]), strict=True):
+                    values[r] = value
     return results
+
+
+def groups(among, ranks):
+    """Return who talks to whom."""
+    everybody = list(range(ranks))
+    if among == "all":
+        return [everybody]
+    nodes = [everybody[i : i + NODE] for i in everybody[::NODE]]
+    return nodes if among == "node" else [list(each) for each in zip(*nodes, strict=True)]
+
+
+def collective(requests):
+    """Return what each rank of a group gets."""
+    (kind,) = {r.kind for r in requests}
+    sent = [r.tensor for r in requests]
+    assert all(t.is_contiguous() for t in sent)
+    if kind == "all_to_all":
+        assert all(len(t) == len(sent) for t in sent)
+        return [torch.stack([t[r] for t in sent]) for r in range(len(sent))]
+    result = torch.cat(sent) if kind == "all_gather" else torch.stack(sent).sum(0)
+    assert all(r.out is None or r.out.numel() == result.numel() for r in requests)
+    return [result.clone() for _ in sent]
 
 
 def names(codec):
@@ -101,7 +122,7 @@ def test_all_ranks_decode_the_same_bits(codec):
     )
 
 
-@pytest.mark.parametrize("codec", ["bfloat16", "int8", "fp8"])
+@pytest.mark.parametrize("codec", ["bfloat16", "int8", "fp8", "hierarchical"])
 def test_each_shot_rounds_once(codec):
     codecs = make(codec)
     gradients = random_gradients(codecs)
@@ -112,6 +133,7 @@ def test_each_shot_rounds_once(codec):
         step = {
             "bfloat16": torch.finfo(torch.bfloat16).eps / 2,
             "int8": 0.5 / 127,
+            "hierarchical": 0.5 / 127,
             "fp8": torch.finfo(torch.float8_e4m3fn).eps / 2,
         }[codec]
         worst = float((value.double() - want).abs().max())
@@ -198,14 +220,17 @@ def test_a_parameter_without_gradient_keeps_its_residual(codec):
     after = cut(codecs[0], play([c.mean_residual() for c in codecs])[0])
     assert (flat[codecs[0].bucket.flags_offset :] > 0).tolist() == [s.name != nobody for s in slots]
     assert torch.equal(before[nobody], after[nobody])
-    want = sum(g[somebody].double() for g in gradients if somebody in g) / RANKS + before[somebody]
+    want = (
+        sum(g[somebody].double() for g in gradients if somebody in g) / len(codecs)
+        + before[somebody]
+    )
     got = cut(codecs[0], flat)[somebody] + after[somebody].double()
     assert (got - want).abs().max() / want.abs().max() <= tolerance(torch.float32)
 
 
 @pytest.mark.parametrize("codec", WITH_FEEDBACK)
 def test_state_goes_to_another_number_of_ranks(codec):
-    three, two = make(codec), make(codec, ranks=2)
+    three, two = make(codec), make(codec, ranks=4 if codec == "hierarchical" else 2)
     exchange(three, random_gradients(three))
     for c in three:
         c.commit()
@@ -264,3 +289,34 @@ def test_blocks_do_not_mix_parameters():
     smallest = codecs[0].bucket.slots[-1].name  # a millionth of the largest
     want = mean_of(gradients, smallest)
     assert (got[smallest] - want).abs().max() < 0.05 * want.abs().max()
+
+
+def test_only_what_crosses_between_nodes_is_rounded():
+    """Ranks of a node that cancel each other leave nothing, though each alone would be rounded."""
+    codecs = make("hierarchical")
+    gradients = random_gradients(codecs)
+    for rank in range(0, len(codecs), NODE):
+        gradients[rank + 1] = {n: -g for n, g in gradients[rank].items()}
+    flats = exchange(codecs, gradients)
+    assert all(not f[: codecs[0].bucket.flags_offset].any() for f in flats)
+
+
+def test_what_a_node_did_not_use_is_kept_where_another_rank_of_it_did():
+    """A parameter counts as used by a node if one of its ranks has a gradient."""
+    codecs = make("hierarchical")
+    exchange(codecs, random_gradients(codecs))
+    for c in codecs:
+        c.commit()
+    name = codecs[0].bucket.slots[0].name
+    kept = [c._kept[0].clone() for c in codecs]
+    gradients = random_gradients(codecs, 1)
+    for rank in (1, 2, 3):  # half of the first node, and all of the second
+        del gradients[rank][name]
+    exchange(codecs, gradients)
+    for c in codecs:
+        c.commit()
+    slot = codecs[0].bucket.slots[0]
+    for rank, (codec, old) in enumerate(zip(codecs, kept, strict=True)):
+        for low, high in codec._ranges([slot], codec.start, codec.length):
+            same = torch.equal(codec._kept[0][low:high], old[low:high])
+            assert same == (rank in (2, 3))

@@ -133,3 +133,25 @@ def test_exempt_buckets_leave_when_they_are_complete():
     last = [min(int(s.name[1:]) for s in b.slots) for b in plan.buckets]
     assert last == sorted(last, reverse=True)
     assert sum(b.codec == "float32" for b in plan.buckets) == 1
+
+
+@pytest.mark.parametrize(
+    ("compression", "world_size", "node_size", "codec"),
+    [
+        ("hierarchical", 4, 2, "hierarchical"),
+        ("hierarchical", 4, 1, "int8"),
+        ("hierarchical", 4, 4, "float32"),
+        ("balanced", 4, 2, "hierarchical"),
+        ("balanced", 4, 4, "int8"),
+        ("int8", 4, 2, "int8"),
+    ],
+)
+def test_levels_follow_the_nodes(compression, world_size, node_size, codec):
+    config = CommConfig(compression=compression)
+    plan = plan_buckets(parameters((64, 64), (64, 64)), config, world_size, node_size=node_size)
+    assert set(plan.codecs()) == {codec}
+    (bucket,) = plan.buckets
+    assert bucket.node_size == (node_size if codec == "hierarchical" else 1)
+    if codec == "hierarchical":
+        flat = plan_buckets(parameters((64, 64), (64, 64)), CommConfig(compression="int8"), 4)
+        assert plan.wire_bytes() == flat.wire_bytes() // node_size

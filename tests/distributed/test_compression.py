@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import platform
+from unittest import mock
 
 import pytest
 import torch
@@ -10,16 +12,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 import magi_train
 from magi_train import CommConfig, Config
+from magi_train.comm import nodes as comm_nodes
 from magi_train.comm.codecs.compressor import Compressor
+from magi_train.core.errors import MagiError
+from magi_train.core.report import Report
+from magi_train.core.world import World
 from tests.close import difference, relative_error, tolerance
 from tests.models import Small, tokens
-from tests.ranks import values
+from tests.ranks import run_ranks, values
 
 LOSSY = ("int8", "powersgd")
 
 
 def config(compression, tier="auto", **options):
-    comm = CommConfig(compression=compression, bucket_mib=0.005, **options)
+    nodes = 2 if compression == "hierarchical" else None
+    comm = CommConfig(compression=compression, bucket_mib=0.005, node_size=nodes, **options)
     return Config(tier=tier, lowering="aot_eager", comm=comm)
 
 
@@ -93,6 +100,70 @@ def test_replicas_stay_equal_and_each_step_sends_once(compression, tier, two_ran
     # int8: a rounding is at most 1/254 of a block's largest element, and elements are not all small
     limit = {"int8": 0.05, "bfloat16": 2 * torch.finfo(torch.bfloat16).eps, "powersgd": 1.0}
     assert 0 < error < limit[compression]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tier", ["auto", "eager"])
+def test_two_nodes_of_two_ranks(tier):
+    (weights, norms, error, none, sent), *others = values(
+        run_ranks(train, "hierarchical", tier, world_size=4)
+    )
+    for other in others:
+        assert all(torch.equal(w, other[0][n]) for n, w in weights.items())
+        assert norms == other[1]
+    starts, buckets, codecs = sent
+    assert codecs["hierarchical"] >= 2
+    assert starts == list(range(buckets)) * 3
+    assert none
+    assert 0 < error < 0.05
+
+
+@pytest.mark.full
+def test_nodes_keep_residuals_through_infinities_and_checkpoints():
+    (plain, kept, _), *_ = values(run_ranks(scaled, "hierarchical", "eager", "", world_size=4))
+    bad = values(run_ranks(scaled, "hierarchical", "eager", "loss", world_size=4))
+    for weights, residuals, after in bad:
+        assert after == 512.0, "the step was not skipped"
+        assert all(torch.equal(w, plain[n]) for n, w in weights.items())
+        assert residuals.keys() == kept.keys()
+        assert all(torch.equal(r, kept[n]) for n, r in residuals.items())
+    assert all(r.abs().max() > 0 for r in kept.values())
+    for saved, loaded, *_ in values(run_ranks(resumed, "hierarchical", world_size=4)):
+        for name, state in saved.items():
+            assert state["residual"].abs().max() > 0
+            off = {name: loaded[name]["residual"]}, {name: state["residual"]}
+            assert difference(*off) <= tolerance(torch.float32, 4)
+
+
+def nodes(rank, world_size, node_size, launcher, host):
+    """Return what is taken for the ranks in a node."""
+    report, names = Report(), mock.patch.object(platform, "node", return_value=host[rank])
+    with mock.patch.dict("os.environ", {"LOCAL_WORLD_SIZE": launcher[rank]}), names:
+        comm = CommConfig(compression="hierarchical", node_size=node_size)
+        try:
+            return comm_nodes.node_size(comm, World.current(), 60, report), len(report.notes)
+        except MagiError as error:
+            return str(error), 0
+
+
+@pytest.mark.parametrize(
+    ("node_size", "launcher", "host", "found"),
+    [
+        (None, "22", "ab", (2, 0)),  # the launcher knows better than host names
+        (None, ["", ""], "aa", (2, 0)),
+        (None, ["", ""], "ab", (1, 0)),
+        (None, "21", "ab", (1, 0)),
+        (None, ["4", "4"], "aa", (2, 0)),
+        (1, "22", "aa", (1, 0)),
+    ],
+)
+def test_nodes_are_found(node_size, launcher, host, found, two_ranks):
+    assert values(two_ranks(nodes, node_size, launcher, host)) == [found, found]
+
+
+def test_a_node_size_that_cannot_be_is_told(two_ranks):
+    for said, _ in values(two_ranks(nodes, 3, "22", "aa")):
+        assert "CommConfig.node_size is 3, which does not divide the 2 ranks" in said
 
 
 def scaled(rank, world_size, compression, tier, where):

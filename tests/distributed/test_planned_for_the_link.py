@@ -1,6 +1,7 @@
 """Two ranks: one link for both, buckets planned anew while training, trials, equal replicas."""
 
 import copy
+import functools
 import itertools
 import json
 from unittest import mock
@@ -31,17 +32,17 @@ def gradients(model):
 def finds(rank, world_size, folder):
     """Measure, remember, doubt, and meet a broken file on one rank."""
     world, found = World.current(), []
-    budget = mock.patch.object(link, "BUDGET_SECONDS", 0.1)
+    find = functools.partial(link.find, world, CPU, 60, budget_seconds=0.1)
     places = mock.patch.object(link.compat, "cache_dir", return_value=f"{folder}/{rank}")
-    with budget, places, mock.patch.object(link, "STILL_HOLDS", 1e9):
-        found += [link.find(world, CPU, 60), link.find(world, CPU, 60)]
+    with places, mock.patch.object(link, "STILL_HOLDS", 1e9):
+        found += [find(), find()]
         with mock.patch.object(link, "STILL_HOLDS", 0.5):  # nothing can hold
-            found.append(link.find(world, CPU, 60))
+            found.append(find())
         if rank == 1:
             for file in (link.Path(folder) / "1" / "magi_train").iterdir():
                 file.write_text(file.read_text()[:-5])
-        found.append(link.find(world, CPU, 60))
-        found.append(link.find(world, CPU, 60, remember=False))
+        found.append(find())
+        found.append(find(remember=False))
     return found
 
 
@@ -121,7 +122,15 @@ def tries(rank, world_size, costs, trial):
             each(tokens(10 * step + rank), tokens(1)).backward()
         errors.append(difference(gradients(ours), gradients(theirs)))
     rows = [r.plan for r in magi_train.report(ours).rows if r.name == "codec_trial"]
-    return errors, rows, gradients(ours)
+    trained = gradients(ours)
+    kept = [len(magi_train.compression_state(ours))]
+    held = sum(len(storages) for storages in owner.compressor._memory._kept.values())
+    magi_train.load_compression_state(ours, {"a.weight": {"residual": torch.ones(32, 32)}})
+    kept.append(len(magi_train.compression_state(ours)))
+    ours.b.requires_grad_(False)  # another plan
+    ours(tokens(rank), tokens(1)).backward()
+    kept.append(len(magi_train.compression_state(ours)))
+    return errors, rows, trained, kept, held
 
 
 @pytest.mark.parametrize(
@@ -130,8 +139,10 @@ def tries(rank, world_size, costs, trial):
 def test_a_level_stays_on_only_where_it_gains(none, codec, chosen, two_ranks):
     costs = {"none": none, "bfloat16": 2.0, "codec": codec}
     first, second = values(two_ranks(tries, costs, chosen is not None))
-    errors, rows, grads = first
+    errors, rows, grads, kept, held = first
     assert all(torch.equal(g, second[2][n]) for n, g in grads.items())
+    assert all(bool(k) == (chosen != "none") for k in kept), "a dropped codec keeps nothing"
+    assert bool(held) == (chosen != "none"), "nor does the memory that it had"
     exact = [error <= tolerance(torch.float32, 64) for error in errors]
     turns = [form == "none" for form in FORMS] * ROUNDS
     if chosen is None:
@@ -219,7 +230,7 @@ def explains(rank, world_size):
 
     said = io.StringIO()
     ended = mock.patch.object(torch.distributed, "destroy_process_group")
-    with mock.patch.object(link, "BUDGET_SECONDS", 0.1), ended, contextlib.redirect_stdout(said):
+    with ended, contextlib.redirect_stdout(said):
         assert main(["explain", "--link", "--json"]) == 0
     return said.getvalue()
 
