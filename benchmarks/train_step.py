@@ -28,6 +28,7 @@ that fails is a row that says why.
 | magi-without-A+B | magi with FusionConfig(A=False, B=False) |
 | magi-with-A | magi with FusionConfig(A=True); A may be cuda_graphs too, of Config |
 | magi-24gib | magi with Config(memory_budget_gib=24); any number |
+| liger, liger-block-compile | eager, or block-compile, with Liger's kernels patched in |
 | checkpoint | block-compile with the model's own gradient checkpointing |
 """
 
@@ -113,9 +114,13 @@ def setup(
         model.to(memory_format=torch.channels_last)
     if variant.startswith("torchao"):
         with_torchao(model)
+    if variant.startswith("liger"):
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=model)
     if variant == "checkpoint":  # transformers' models only
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    if variant.startswith(("block-compile", "fsdp2", "checkpoint", "torchao-block-compile")):
+    if "block-compile" in variant or variant.startswith(("fsdp2", "checkpoint")):
         for layer in layers:
             layer.compile()
     if variant == "block-compile-loss":
