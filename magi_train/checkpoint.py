@@ -169,9 +169,8 @@ def load_checkpoint(
             f"{folder} is a checkpoint of engine 'deepspeed', whose optimizer state only DeepSpeed "
             "reads; load its weights: model.load_state_dict(magi_train.plain_state_dict(folder))"
         )
+    own, state = _own(module), _state(module, optimizer)
     _must_be_whole(folder)
-    own = _own(module)
-    state = _state(module, optimizer)
     with _quiet():
         load(state, checkpoint_id=Path(folder))
         set_model_state_dict(own, state["model"])
