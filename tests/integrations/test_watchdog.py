@@ -37,7 +37,9 @@ def answer(folder, seconds=5.0):
     while not ask_file(folder).exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     for rank in (0, 1):
-        (folder / f"{rank}.stacks").write_text(f"stack of {rank}\n")
+        half = folder / f"{rank}.half"
+        half.write_text(f"stack of {rank}\n")
+        half.replace(folder / f"{rank}.stacks")  # whole at once, as ranks write it
 
 
 def test_a_job_that_is_stuck_is_shown_and_ended(tmp_path, ranks, capsys):
