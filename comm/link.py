@@ -3,10 +3,16 @@
 An all-reduce of S bytes takes about `latency + S * seconds_per_byte` (the alpha-beta model). Sizes
 from 4 KiB up are timed until the next one would not fit into the budget. A size counts with the
 median of its repeats, and that of the slowest rank; the slope is the median of the slopes between
-all pairs of large sizes (Theil and Sen), which one disturbed size cannot bend. All ranks time the
-same messages and hear each other's times, so all compute the same numbers from the same points.
+all pairs of large sizes (Theil and Sen), which one disturbed size cannot bend; the latency is what
+the middle one of the small sizes takes beyond that. All ranks time the same messages and hear each
+other's times, so all compute the same numbers from the same points.
 
-    4 KiB ... 64 MiB -> points (bytes, seconds) -> Link -> comm.schedule
+Of messages that are in flight together one waits while another is on the wire, so each costs less
+than a latency: the gap of the LogGP model (Alexandrov et al., 1995). It is what a few messages that
+were started at once take beyond their bytes, for each of them; a backend that sends one after the
+other has a gap like its latency.
+
+    4 KiB ... 64 MiB, and BURST_MESSAGES at once -> points (bytes, seconds), gap -> Link -> schedule
 
 The points are kept in a file beside PyTorch's compile cache, under a key of hosts, ranks, backend,
 device and the variables that choose the network. A file is believed only if every rank has the same
@@ -21,7 +27,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -34,7 +40,7 @@ from magi_train.core.config import CommConfig, link_from_text
 from magi_train.core.report import PassRow, Report, write_atomically
 from magi_train.core.world import World
 
-VERSION = 1
+VERSION = 2
 """Of the file; another one is measured again."""
 BUDGET_SECONDS = 1.5
 SIZES = tuple(4**k * 2**10 for k in range(1, 9))
@@ -42,6 +48,11 @@ SIZES = tuple(4**k * 2**10 for k in range(1, 9))
 REPEATS = 3
 SLOPE_FROM_BYTES = 2**18
 """Smaller messages are latency and, behind a shaper, its burst."""
+BURST_MESSAGES, BURST_BYTES = 8, 2**18
+"""Started at once, for the gap: more than any backend has in flight, and larger than a shaper's
+burst."""
+BURST_SHARE = 0.25
+"""Of the budget. A link that is too slow for it is taken to have a gap like its latency."""
 STILL_HOLDS = 1.6
 """A remembered link is believed while a message takes between 1 / this and this of what it says."""
 CHECK_SECONDS = 0.1
@@ -68,36 +79,55 @@ class Link:
         seconds_per_byte: Of the tensor that is reduced, not of what a network card sends.
         source: "measured", "remembered" or "given".
         points: What was timed: bytes and seconds.
+        gap_seconds: Of a message behind another one, beyond its bytes; None for the latency.
     """
 
     latency_seconds: float
     seconds_per_byte: float
     source: str
     points: Points = ()
+    gap_seconds: float | None = None
 
     def seconds(self, num_bytes: float) -> float:
         """Return how long an all-reduce of `num_bytes` takes by itself."""
         return self.latency_seconds + num_bytes * self.seconds_per_byte
+
+    @property
+    def gap(self) -> float:
+        """Seconds that a message costs beyond its bytes where another one is on the wire."""
+        return self.latency_seconds if self.gap_seconds is None else self.gap_seconds
 
     def row(self) -> dict[str, Any]:
         """Return the numbers for the report."""
         return {
             "source": self.source,
             "latency_us": round(self.latency_seconds * 1e6, 1),
+            "gap_us": round(self.gap * 1e6, 1),
             "gbit_per_second": round(8e-9 / self.seconds_per_byte, 3),
             "milliseconds_by_bytes": {str(b): round(s * 1e3, 3) for b, s in self.points},
         }
 
 
-def fit(points: Points, source: str = "measured") -> Link:
-    """Return the link that `points` (bytes, seconds), smallest first, are of."""
+def fit(points: Points, source: str = "measured", burst_seconds: float | None = None) -> Link:
+    """Return the link that `points` (bytes, seconds), smallest first, are of.
+
+    Args:
+        points: Of single messages.
+        source: As the link's.
+        burst_seconds: What BURST_MESSAGES of BURST_BYTES took that were started at once.
+    """
     large = [p for p in points if p[0] >= SLOPE_FROM_BYTES]
     if len(large) < 2:
         large = [points[0], *points[-1:]]
     slopes = [(t - s) / (b - a) for (a, s), (b, t) in combinations(large, 2)]
     slope = max(statistics.median(slopes), 1e-13)  # 10 TB/s: noise made it flat, or fall
-    size, seconds = points[0]
-    return Link(max(seconds - size * slope, 1e-7), slope, source, points)
+    small = [p for p in points if p[0] < SLOPE_FROM_BYTES] or [points[0]]
+    latency = max(statistics.median(t - size * slope for size, t in small), 1e-7)
+    if burst_seconds is None:
+        return Link(latency, slope, source, points)
+    more = burst_seconds - latency - BURST_MESSAGES * BURST_BYTES * slope
+    gap = min(max(more / (BURST_MESSAGES - 1), 0.0), latency)
+    return Link(latency, slope, source, points, gap)
 
 
 def probe(
@@ -135,13 +165,19 @@ class _Ranks:
         self._world, self._device = world, device
         self._buffer = torch.zeros(SIZES[-1] // 4, dtype=torch.float32, device=device)
 
-    def timed(self, num_bytes: int) -> float:
-        message = self._buffer[: num_bytes // 4]
+    def timed(self, num_bytes: int, messages: int = 1) -> float:
+        parts = self._buffer[: messages * num_bytes // 4].chunk(messages)
         self._idle()
         start = time.perf_counter()
-        self._wait(dist.all_reduce(message, async_op=True))
+        for work in [dist.all_reduce(part, async_op=True) for part in parts]:
+            self._wait(work)
         self._idle()
         return time.perf_counter() - start
+
+    def burst(self, repeats: int) -> float:
+        """Return what BURST_MESSAGES at once take at best: a pause of the host is no gap."""
+        times = (self.timed(BURST_BYTES, BURST_MESSAGES) for _ in range(repeats))
+        return min([self.slowest(seconds) for seconds in times])
 
     def slowest(self, seconds: float) -> float:
         value = torch.tensor(seconds, dtype=torch.float64, device=self._device)
@@ -159,7 +195,11 @@ class _Ranks:
 def measure(world: World, device: torch.device, budget_seconds: float = BUDGET_SECONDS) -> Link:
     """Time the link between all ranks now, for so long at most; a collective."""
     ranks = _Ranks(world, device)
-    return fit(probe(ranks.timed, ranks.slowest, budget_seconds))
+    burst_budget = BURST_SHARE * budget_seconds
+    points = probe(ranks.timed, ranks.slowest, budget_seconds - burst_budget)
+    expected = fit(points).seconds(BURST_MESSAGES * BURST_BYTES)
+    repeats = min(int(burst_budget / expected), REPEATS)  # alike on all ranks: from shared points
+    return fit(points, burst_seconds=ranks.burst(repeats) if repeats else None)
 
 
 def find(
@@ -181,7 +221,7 @@ def find(
     mine = _load(file) if remember else None
     answers = world.gather("the remembered link", mine, timeout_seconds)
     if mine is not None and all(answer == answers[0] for answer in answers):
-        link = fit(_points(mine), "remembered")
+        link = replace(fit(_points(mine), "remembered"), gap_seconds=mine["gap_seconds"])
         if _still_holds(link, _Ranks(world, device)):
             return link
     link = measure(world, device, budget_seconds)
@@ -242,7 +282,7 @@ def _load(file: Path) -> dict[str, Any] | None:
     """Return what `_save` wrote, None where there is nothing that can be used."""
     try:
         found = json.loads(file.read_text())
-        points = _points(found)
+        points, gap = _points(found), found["gap_seconds"]
         sizes = [size for size, _ in points]
         right = (
             found["version"] == VERSION
@@ -250,6 +290,7 @@ def _load(file: Path) -> dict[str, Any] | None:
             and sizes == sorted(set(sizes))
             and set(sizes) <= set(SIZES)
             and all(0 < seconds < 1e6 for _, seconds in points)
+            and (gap is None or 0 <= gap < 1e6)
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None

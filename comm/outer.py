@@ -119,9 +119,10 @@ class OuterLoop:
         flat = self._memory.empty(bucket.numel, dtype=bucket.torch_dtype(), device=device)
         flat.zero_()
         flat[bucket.flags_offset :] = 1
+        factor = compressor.factor(index, NO_AUTOCAST)
         for slot in bucket.slots:
             way = self._before[slot.name] - self._parameters[slot.name].detach()
-            slot.view(flat).copy_(way)
+            slot.view(flat).copy_(way.mul_(factor))
         names = {s.name for s in bucket.slots}
         compressor.start(index, flat, names, 1.0, NO_AUTOCAST).wait()
         return flat

@@ -227,11 +227,13 @@ def _grouped(
         tail = tail or left <= sizes.last
         exempt = config.compression is not None and p.dim() < 2
         key = (p.dtype, codecs[name], tail and not exempt)
-        cap = sizes.first if len(groups) == 1 else sizes.cap
-        if key not in filling or filling[key].num_bytes + num_bytes(p) > cap:
-            filling[key] = _Group([])
+        if key not in filling:
+            filling[key] = _Group([], sizes.cap if groups else sizes.first)
             groups.append(filling[key])
-        filling[key].add(name, p, position)
+        group = filling[key]
+        group.add(name, p, position)
+        if group.num_bytes >= group.cap:  # full; a bias behind a large weight goes with the next
+            del filling[key]
         left -= num_bytes(p)
     groups.sort(key=lambda group: group.complete_at)  # a bucket leaves with its last gradient
     return [group.members for group in groups]
@@ -240,6 +242,7 @@ def _grouped(
 @dataclass
 class _Group:
     members: Named
+    cap: int
     num_bytes: int = 0
     complete_at: int = 0
 

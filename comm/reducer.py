@@ -91,6 +91,7 @@ class _Backward:
     flats: list[tuple[int, Tensor, list[str], set[str]]] = field(default_factory=list)
     works: dict[int, Handle] = field(default_factory=dict)
     folded: dict[str, Tensor] = field(default_factory=dict)
+    sent: set[str] = field(default_factory=set)  # by hooks: `.grad` is on its way
 
 
 class Reducer:
@@ -292,7 +293,10 @@ class Reducer:
             self._see(name, grad)
         with torch.no_grad():
             gradients = dict(zip(names, grads, strict=True))
-            used = self._pack(flat, bucket, gradients, state.folded if reduce_now else None)
+            if reduce_now:
+                used = self._pack(flat, index, gradients, state.folded, self._factor(index))
+            else:
+                used = self._pack(flat, index, gradients, None)
         if reduce_now:
             self._start(state, index, flat, used)
         state.flats.append((index, flat, list(names), used))
@@ -317,14 +321,17 @@ class Reducer:
     def _pack(
         self,
         flat: Tensor,
-        bucket: Bucket,
+        index: int,
         grads: dict[str, Tensor],
         folded: dict[str, Tensor] | None,
+        factor: float = 1.0,
     ) -> set[str]:
-        """Fill `flat`; return the parameters that have a contribution on this rank.
+        """Fill `flat` for bucket `index`; return the parameters that this rank has a gradient of.
 
         With `folded`, what earlier backwards left in `.grad` is added, and kept there by name.
+        All of it is multiplied by `factor` on its way.
         """
+        bucket = self.plan.buckets[index]
         views, values, used = [], [], set(grads)
         for slot in bucket.slots:
             view = slot.view(flat)
@@ -333,16 +340,21 @@ class Reducer:
                 views.append(view)
                 values.append(grads[slot.name])
             elif old is not None:
-                view.copy_(old)
+                torch.mul(old, factor, out=view)
                 used.add(slot.name)
             else:
                 view.zero_()
-        if views:
+        if factor != 1.0 and all(v.dtype is flat.dtype for v in values):
+            for view, value in zip(views, values, strict=True):
+                torch.mul(value, factor, out=view)
+        elif views:
             torch._foreach_copy_(views, values)
+            if factor != 1.0:  # a product of halves would be rounded to a half
+                torch._foreach_mul_(views, factor)
         for slot in bucket.slots if folded is not None else ():
             p = self.parameters[slot.name]
             if folded is not None and slot.name in grads and p.grad is not None:
-                slot.view(flat).add_(p.grad)
+                slot.view(flat).add_(p.grad, alpha=factor)
                 folded[slot.name], p.grad = p.grad, None
         flat[bucket.flags_offset :].copy_(self._flags(bucket, used))
         return used
@@ -376,6 +388,10 @@ class Reducer:
         handle = self.compressor.start(index, flat, used, scale, self._autocast)
         state.works[flat.data_ptr()] = handle
 
+    def _factor(self, index: int) -> float:
+        assert self.compressor is not None, "nothing is reduced on one rank"
+        return self.compressor.factor(index, self._autocast)
+
     def _device(self) -> torch.device:
         return next(iter(self.parameters.values())).device
 
@@ -393,6 +409,11 @@ class Reducer:
 
     def _accumulated(self, name: str) -> None:
         state = self._state()
+        if name in state.sent:
+            raise MagiError(
+                f"{name} got a second gradient in one backward after the first was sent; does a "
+                "reentrant checkpoint use it twice? Use checkpoint(use_reentrant=False)"
+            )
         state.ready.add(name)
         if self._profile is not None and state.sync:
             self._profile.mark(name)
@@ -421,7 +442,11 @@ class Reducer:
                 )
         flat = self._new_flat(bucket)
         with torch.no_grad():
-            used = self._pack(flat, bucket, grads, None)
+            used = self._pack(flat, index, grads, None, self._factor(index))
+        for slot in bucket.slots:  # frees what the backward made: the next gradient takes its place
+            if slot.name in used:
+                self.parameters[slot.name].grad = slot.view(flat)
+        state.sent |= used
         self._start(state, index, flat, used)
         state.flats.append((index, flat, list(grads), used))
 

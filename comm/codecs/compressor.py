@@ -108,6 +108,21 @@ class Compressor:
             self._codecs[index, name] = codec
         return self._codecs[index, name]
 
+    def _name(self, index: int, autocast: Autocast) -> str:
+        """Return what bucket `index` travels in now."""
+        name = self.exact.codec(autocast, index)
+        if self.instead is not None and name in STATEFUL:
+            return self.instead or self.plan.buckets[index].dtype
+        return name
+
+    def factor(self, index: int, autocast: Autocast) -> float:
+        """Return what the gradients of bucket `index` are to be multiplied with while packing.
+
+        gloo knows sums only; dividing on the way into the bucket costs no pass of its own.
+        """
+        plain = self._name(index, autocast) == self.plan.buckets[index].dtype
+        return 1.0 / self.world.size if plain and not self.on_stream else 1.0
+
     def start(
         self, index: int, flat: Tensor, used: set[str], scale: Scale, autocast: Autocast
     ) -> Handle:
@@ -115,16 +130,15 @@ class Compressor:
 
         Args:
             index: Bucket in the plan.
-            flat: Its gradients `[numel]`; the averages once the result was waited for.
+            flat: Its gradients `[numel]`, times `factor`; the averages once the result was waited
+                for.
             used: Parameters that have a gradient on this rank.
             scale: What the loss was multiplied with.
             autocast: State of autocast in the forward, for `exact`.
         """
         self._decide()
         bucket = self.plan.buckets[index]
-        name = self.exact.codec(autocast, index)
-        if self.instead is not None and name in STATEFUL:
-            name = self.instead or bucket.dtype
+        name = self._name(index, autocast)
         what = f"bucket {index} ({bucket.slots[0].name} .. {bucket.slots[-1].name}) in {name}"
         if name == bucket.dtype or (self.on_stream and name == "bfloat16"):
             self._plain.append(flat)
@@ -137,10 +151,8 @@ class Compressor:
         return handle
 
     def _all_reduce(self, flat: Tensor, name: str, what: str) -> Handle:
-        op = dist.ReduceOp.AVG  # NCCL's own kernels are faster than two shots of halves
-        if not self.on_stream:  # gloo knows sums only
-            op = dist.ReduceOp.SUM
-            flat.div_(self.world.size)
+        # NCCL's own kernels are faster than two shots of halves; gloo knows sums only, see `factor`
+        op = dist.ReduceOp.AVG if self.on_stream else dist.ReduceOp.SUM
         wire = flat.to(getattr(torch, name))  # itself where the dtype is the same
         return AllReduce(dist.all_reduce(wire, op, async_op=True), wire, flat, self.world, what)
 

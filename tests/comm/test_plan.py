@@ -20,7 +20,8 @@ def names(plan):
 
 def test_reverse_order_by_size():
     plan = plan_buckets(parameters((64,), (128,), (64,)), CommConfig(bucket_mib=600 / MIB), 2)
-    assert names(plan) == [["p2"], ["p1"], ["p0"]]  # 256, 512 and 256 bytes; 600 to a bucket
+    # 256, 512 and 256 bytes; full at 600 and not before: small ones go with a large one
+    assert names(plan) == [["p2", "p1"], ["p0"]]
 
 
 def test_the_last_bucket_is_small():
