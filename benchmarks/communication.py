@@ -8,7 +8,8 @@ On the CPU two gloo ranks, one thread each, are joined by a link that is limited
 through sockets: NCCL without peer access and shared memory.
 
 The model is a byte-level GPT, eager on both sides (--tier for ours), so what differs is
-communication. A method is NAME or NAME@MiB, for buckets of that size:
+communication. A method is NAME, NAME@MiB, for buckets of that size, or NAME+step, for
+CommConfig(early_step=True):
 
 | method | what runs |
 |---|---|
@@ -88,15 +89,20 @@ def attach(model: DistributedDataParallel, hook: str) -> None:
         model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
 
 
-def wrap(model: nn.Module, spec: str, tier: Any, trial: bool) -> Any:
-    """Return the model as the method `spec` trains it."""
+def wrap(
+    model: nn.Module, optimizer: torch.optim.Optimizer, spec: str, tier: Any, trial: bool
+) -> Any:
+    """Return the model as the method `spec` trains it; the optimizer's class may change."""
+    spec, early, _ = spec.partition("+step")
     name, _, size = spec.partition("@")
     kind, _, codec = name.partition("-")
     if kind == "magi":
         cap: Any = float(size) if size else None
         chosen: Any = codec or None
-        comm = CommConfig(compression=chosen, bucket_mib=cap, trial=trial)
-        return magi_train.prepare(model, config=Config(tier=tier, comm=comm))
+        comm = CommConfig(
+            compression=chosen, bucket_mib=cap, trial=trial, early_step=bool(early)
+        )
+        return magi_train.prepare(model, optimizer, config=Config(tier=tier, comm=comm))[0]
     cap = float(size) if size else ONE_BUCKET_MIB if "powersgd" in codec else None
     wrapped = DistributedDataParallel(model, bucket_cap_mb=cap, gradient_as_bucket_view=True)
     attach(wrapped, codec)
@@ -149,10 +155,10 @@ def make(spec: str, text: Tensor, options: argparse.Namespace, device: torch.dev
     """Return a method, warmed up unless losses are to be compared."""
     torch.manual_seed(0)
     model = Gpt(options.width, options.layers, LENGTH).to(device)
-    wrapped = wrap(model, spec, options.tier, trial=not options.losses)
-    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    wrapped = wrap(model, optimizer, spec, options.tier, trial=not options.losses)
     method = Method(spec, wrapped, text, device, optimizer)
-    warm = LEVEL_WARM_UP if spec.partition("-")[2] in LEVELS else WARM_UP
+    warm = LEVEL_WARM_UP if spec.removesuffix("+step").partition("-")[2] in LEVELS else WARM_UP
     for _ in range(0 if options.losses else warm):
         method.step(record=False)
     return method

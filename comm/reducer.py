@@ -34,15 +34,18 @@ import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from magi_train.comm import replicas
 from magi_train.comm.broadcast import broadcast
 from magi_train.comm.codecs import Scale
 from magi_train.comm.codecs.compressor import STATEFUL, Compressor, Handle
+from magi_train.comm.early_step import Pending, step_early
 from magi_train.comm.host_memory import HostMemory
 from magi_train.comm.link import Link
 from magi_train.comm.nodes import node_size
@@ -106,6 +109,8 @@ class Reducer:
         link: What the plan shall be best for; None for sizes by rule.
 
     Attributes:
+        steps_early: Whether an optimizer of ours waits for gradients; see `comm.early_step`.
+        pending: The gradients that it is to wait for.
         loss_scale: Returns what the loss is multiplied with before a backward.
     """
 
@@ -125,6 +130,7 @@ class Reducer:
         self.world, self.config, self.report = world, config, report
         self.sync = True
         self.hooks_only = False
+        self.steps_early, self.pending = False, cast("Pending | None", None)
         self._timeout_seconds = timeout_seconds
         self._plans: dict[tuple[bool, ...], CommPlan] = {}
         self.loss_scale: Callable[[], Scale] = lambda: 1.0
@@ -156,6 +162,7 @@ class Reducer:
 
     def close(self) -> None:
         """Take the hooks off the parameters: their gradients are the user's own again."""
+        self.arrive()
         for handle in self._hooks.values():
             handle.remove()
         self._hooks.clear()
@@ -253,6 +260,7 @@ class Reducer:
         """
         if self.world.size == 1:
             return
+        self.arrive()
         self.world.check()
         if World.current() is not self.world:
             raise MagiError(
@@ -311,6 +319,7 @@ class Reducer:
 
     def _state(self) -> _Backward:
         if self._backward is None:
+            self.arrive()
             stays = self._armed[1] or self.outer is not None
             if not stays and self._trainable() != self._signature:
                 self.refresh()  # toggled since the forward; a graph keeps the plan it has
@@ -470,6 +479,8 @@ class Reducer:
                     "inside the graph; use Config(tier='region'), or put the whole loss into the "
                     "captured function (prepare_step)"
                 )
+            if self._leave(state):
+                return
             self._complete(state)
             if not self._proven and self._prove(irregular):
                 self._settle()
@@ -482,6 +493,75 @@ class Reducer:
             raise
         finally:
             self._backward = None
+
+    def _leave(self, state: _Backward) -> bool:
+        """Let gradients arrive after the backward, for an early step; return whether they do.
+
+        Not while anything is measured, chosen or agreed on at the end of backwards.
+        """
+        if not self.steps_early or state.in_graph or not self._proven:
+            return False
+        undecided = self.compressor is None or self.compressor.exact.undecided(self._autocast)
+        trying = self._trial is not None and not self._trial.done
+        if undecided or trying or self._profile is not None or self._ends_with_collectives():
+            return False
+        self._launch_rest(state)
+        if any(len(used) < len(self.plan.buckets[i].slots) for i, _, _, used in state.flats):
+            return False  # whether others use it is known at the end
+        pending = Pending(self._arrived, self._wait_late)
+        for index, flat, *_ in state.flats:
+            slots = self.plan.buckets[index].slots
+            gradients = [(self.parameters[s.name], s.view(flat)) for s in slots]
+            pending.add(state.works.pop(flat.data_ptr()), gradients)
+        self.pending = pending
+        return True
+
+    def _ends_with_collectives(self) -> bool:
+        if self.config.check_replicas is not None:
+            return True
+        return self.config.broadcast_buffers and any(True for _ in self._module.buffers())
+
+    def _wait_late(self, wait: Callable[[], None]) -> None:
+        try:
+            wait() if self._meter is None else self._meter.wait(wait)
+        except BaseException as error:
+            self.world.fail(error)
+            raise
+
+    def _arrived(self) -> None:
+        """End of a backward whose gradients arrived after it."""
+        self.pending = None
+        self._settle()
+        self._end_step()
+
+    def step_early(self, optimizer: Optimizer, refused: str) -> None:
+        """Let an optimizer's step begin with the gradients that have arrived, unless `refused`."""
+        if not refused:
+            refused = self._why_not_early()
+        me = weakref.ref(self)
+
+        def pending() -> Pending | None:
+            reducer = me()
+            return None if reducer is None else reducer.pending
+
+        step_early(optimizer, pending, self.report, refused)
+        self.steps_early |= not refused
+
+    def _why_not_early(self) -> str:
+        if self.world.size == 1:
+            return "there is one rank"
+        if self._device().type != "cpu":
+            return "on a GPU streams wait for gradients, the host does not"
+        if self.outer is not None:
+            return "outer_steps sends no gradients"
+        if self._ends_with_collectives():
+            return "a backward ends with a collective, for buffers or check_replicas"
+        return ""
+
+    def arrive(self) -> None:
+        """Wait for the gradients that are still on their way, if there are any."""
+        if self.pending is not None:
+            self.pending.arrive()
 
     def _end_step(self) -> None:
         """What a synchronised backward does when its gradients are there; collectives."""
@@ -530,9 +610,12 @@ class Reducer:
 
     def _complete(self, state: _Backward) -> None:
         """Launch the buckets that are left, wait for all, and fill in `.grad`."""
+        self._launch_rest(state)
+        self._collect(state)
+
+    def _launch_rest(self, state: _Backward) -> None:
         while not state.in_graph and state.next_bucket < len(self.plan.buckets):
             self._launch_from_grads(state)
-        self._collect(state)
 
     def _settle(self) -> None:
         """Let what the codecs kept count, and agree on what is safe to shorten, if that is due."""
@@ -552,6 +635,7 @@ class Reducer:
         """Return what codecs and the outer loop keep, by parameter; see Compressor.state."""
         if self.compressor is None:
             return {}
+        self.arrive()
         self.exchange_weights()
         found = self.compressor.state()
         for name, momentum in ({} if self.outer is None else self.outer.state()).items():
@@ -565,6 +649,7 @@ class Reducer:
 
     def load_compression_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Go on from what `compression_state` returned."""
+        self.arrive()
         if self.compressor is not None:
             self.compressor.load(state)
         if self.outer is not None:

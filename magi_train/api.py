@@ -144,6 +144,11 @@ class DataParallel(nn.Module):
                 "Config.shard_optimizer needs the optimizer, which DataParallel does not get; use "
                 "magi_train.prepare(model, optimizer, config=...)"
             )
+        if config.comm.early_step:
+            raise ValueError(
+                "CommConfig.early_step needs the optimizer, which DataParallel does not get; use "
+                "magi_train.prepare(model, optimizer, config=...)"
+            )
         self.module = module
         runtime = Runtime(module, config)
         self.__dict__["_magi_runtime"] = runtime
@@ -243,6 +248,10 @@ def prepare(
     elif config is not None and config.shard_optimizer:
         raise ValueError(
             "Config.shard_optimizer needs the optimizer: prepare(model, optimizer, config=...)"
+        )
+    elif config is not None and config.comm.early_step:
+        raise ValueError(
+            "CommConfig.early_step needs the optimizer: prepare(model, optimizer, config=...)"
         )
     optimizers = [] if optimizer is None else [optimizer]
     runtime = Runtime(model, config or Config(), optimizers)

@@ -271,6 +271,9 @@ class Runtime:
         self.optimizers[:] = [weakref.ref(each) for each in optimizers]
         refused = [why_not_sharded(optimizer) for optimizer in optimizers]
         self._take_steps(optimizers)
+        for optimizer, why in zip(optimizers, refused, strict=True):
+            if self.config.comm.early_step and isinstance(self.reducer, Reducer):
+                self.reducer.step_early(optimizer, why)
         if not self.config.shard_optimizer:
             return
         names = {id(p): name for name, p in self.reducer.parameters.items()}

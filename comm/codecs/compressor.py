@@ -44,6 +44,9 @@ class Handle(Protocol):
     def wait(self) -> None:
         """Return, or order the current stream, after its end."""
 
+    def arrived(self) -> bool:
+        """Return whether `wait` would return at once."""
+
 
 @dataclass
 class AllReduce:
@@ -60,6 +63,10 @@ class AllReduce:
         self.world.wait(self.work, self.flat.device, self.what)
         if self.wire is not self.flat:
             self.flat.copy_(self.wire)
+
+    def arrived(self) -> bool:
+        """See Handle.arrived."""
+        return self.work.is_completed()
 
 
 class Compressor:

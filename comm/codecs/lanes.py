@@ -85,6 +85,10 @@ class StreamExchange:
         """Make the current stream wait for the exchange."""
         self._end.wait()
 
+    def arrived(self) -> bool:
+        """Return whether the exchange has ended."""
+        return self._end.query()
+
 
 _streams: dict[torch.device, Any] = {}
 
@@ -113,6 +117,10 @@ class ThreadExchange:
                 if self.done.done():
                     raise
                 self.world.check()
+
+    def arrived(self) -> bool:
+        """Return whether the exchange has ended."""
+        return self.done.done()
 
 
 class Lanes:

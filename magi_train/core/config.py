@@ -140,6 +140,13 @@ class CommConfig:
     outer_momentum: float = 0.9
     """Of the outer step."""
 
+    early_step: bool = False
+    """Let `optimizer.step()` begin with the gradients that have arrived while others are on their
+    way, which hides it behind a slow link; the same bits. On the CPU, where hooks send gradients
+    (tier "eager" or "region"), for an optimizer that is given to `prepare` and updates each weight
+    by itself. Until its bucket has arrived, a `.grad` is a tensor subclass that any operation on it
+    waits for, so clipping and GradScaler are right, and hide nothing. Not for a compiled step."""
+
     check_replicas: int | None = None
     """Compare the weights of all ranks after the backward of every so many synchronised steps, and
     fail with the first parameter that differs. Reads the weights once and sends 8 bytes for each
@@ -339,6 +346,11 @@ class Config:
                     "of the two"
                 )
 
+        if self.comm.early_step and self.shard_optimizer:
+            raise ValueError(
+                "CommConfig.early_step does not go with shard_optimizer=True, whose step ends with "
+                "a gathering of weights; remove one of the two"
+            )
         if self.comm.outer_steps is not None:
             self._check_outer_loop()
         if self.engine in ("fsdp2", "deepspeed"):
@@ -370,6 +382,7 @@ class Config:
         wrong = {
             "tier='graph'": self.tier == "graph" and fsdp2,
             "shard_optimizer=True": self.shard_optimizer,
+            "comm.early_step=True": self.comm.early_step,
             "memory_budget_gib": self.memory_budget_gib is not None,
             "precision='fp8'": self.precision == "fp8",
             "cuda_graphs='on'": self.cuda_graphs == "on",
