@@ -99,9 +99,7 @@ def wrap(
     if kind == "magi":
         cap: Any = float(size) if size else None
         chosen: Any = codec or None
-        comm = CommConfig(
-            compression=chosen, bucket_mib=cap, trial=trial, early_step=bool(early)
-        )
+        comm = CommConfig(compression=chosen, bucket_mib=cap, trial=trial, early_step=bool(early))
         return magi_train.prepare(model, optimizer, config=Config(tier=tier, comm=comm))[0]
     cap = float(size) if size else ONE_BUCKET_MIB if "powersgd" in codec else None
     wrapped = DistributedDataParallel(model, bucket_cap_mb=cap, gradient_as_bucket_view=True)

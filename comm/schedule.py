@@ -16,7 +16,8 @@ Before a step was seen, the backward is taken to last as long as the communicati
 the sizes matter most, and gradients to appear evenly by bytes. Afterwards `Profile` knows when each
 gradient appears.
 
-Source: LogGP (Alexandrov et al., 1995) without its processor terms; Li et al. (2020), PyTorch Distributed, for order and buckets. Differs:
+Source: LogGP (Alexandrov et al., 1995) without its processor terms;
+Li et al. (2020), PyTorch Distributed, for order and buckets. Differs:
 sizes are searched on the model of the measured link instead of being fixed.
 """
 
