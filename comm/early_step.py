@@ -1,4 +1,4 @@
-"""The early step: the optimizer begins with what has arrived, while other gradients are on the wire.
+"""The early step: the optimizer begins with what has arrived while the rest is on the wire.
 
 A backward that waits for its last bucket leaves the host idle, and the step after it leaves the
 wire idle. Where an optimizer updates each parameter from that parameter alone, its step can begin
