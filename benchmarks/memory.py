@@ -10,7 +10,10 @@ import sys
 
 from benchmarks import train_step
 
-VARIANTS = ("compile-folded", "block-compile", "checkpoint", "magi", "magi-35gib", "magi-27gib")
+VARIANTS = (
+    "compile-folded", "magi-35gib", "magi-27gib", "magi", "checkpoint-loss", "checkpoint",
+    "block-compile",
+)  # fmt: skip
 
 
 def main() -> None:

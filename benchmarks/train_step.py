@@ -30,6 +30,7 @@ that fails is a row that says why.
 | magi-24gib | magi with Config(memory_budget_gib=24); any number |
 | liger, liger-block-compile | eager, or block-compile, with Liger's kernels patched in |
 | checkpoint | block-compile with the model's own gradient checkpointing |
+| checkpoint-loss | the same, with Liger's linear + cross-entropy in chunks |
 """
 
 import argparse
@@ -118,7 +119,13 @@ def setup(
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         _apply_liger_kernel_to_instance(model=model)
-    if variant == "checkpoint":  # transformers' models only
+    if variant == "checkpoint-loss":
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        parts = ("rope", "swiglu", "geglu", "rms_norm", "layer_norm", "cross_entropy")
+        off = dict.fromkeys(parts, False)
+        _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=True, **off)
+    if variant.startswith("checkpoint"):  # transformers' models only
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     if "block-compile" in variant or variant.startswith(("fsdp2", "checkpoint")):
         for layer in layers:
