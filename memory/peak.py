@@ -55,7 +55,10 @@ with a single reader, if more tensors than the last."""
 SAME_ELEMENTS = {"view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "alias"}
 """Views whose elements lie in the order of what they look at."""
 WIDE_BYTES = 4
-"""Attention kernels sum the gradient of the query in float32, in a workspace of their own."""
+"""Attention kernels sum the gradient of the query in float32, in a workspace of their own, with a
+number for each of its rows. For grouped heads, the gradients of key and value lie there too, one
+for each head of the query. Measured with cuDNN's on an H200: 516 MiB for 32 heads of 64 over 8, of
+32768 tokens in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -368,10 +371,16 @@ def _workspace(node: Node, device_type: str) -> int:
     name = str(node.target)
     if "attention" not in name or "backward" not in name:
         return 0
-    value = pytree.tree_leaves(_value(node))[0]
-    if not isinstance(value, torch.Tensor) or (device_type or value.device.type) != "cuda":
+    query, key = (_value(a) if isinstance(a, Node) else None for a in node.args[1:3])
+    if not isinstance(query, torch.Tensor) or not isinstance(key, torch.Tensor):
         return 0
-    return num_bytes(value) // value.element_size() * WIDE_BYTES
+    if (device_type or query.device.type) != "cuda" or query.dim() != 4:
+        return 0
+    size = num_bytes(query)
+    elements = size // query.element_size()
+    rows = elements // query.shape[-1] if size else 0
+    grouped = query.shape[1] != key.shape[1]
+    return (elements + rows) * WIDE_BYTES + (2 * size if grouped else 0)
 
 
 def body(graph: Graph) -> list[Node]:
