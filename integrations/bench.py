@@ -34,6 +34,7 @@ from magi_train.integrations import peers, records
 from magi_train.integrations.bench_rank import FLOPS, Spec
 from magi_train.integrations.cases import CASES, case_of
 from magi_train.integrations.figures import utilisation
+from magi_train.integrations.parts import PARTS
 from magi_train.integrations.ranks import run_ranks
 
 Row = dict[str, Any]
@@ -89,7 +90,7 @@ def command(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parts = "\n".join(f"  {each.name:15} {each.what}" for each in peers.PARTS.values())
+    parts = "\n".join(f"  {each.name:15} {each.what}" for each in PARTS.values())
     parser = argparse.ArgumentParser(
         prog="magi bench", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -29,6 +29,7 @@ from magi_train.fits import built
 from magi_train.fits_command import load_build
 from magi_train.integrations import figures, peers
 from magi_train.integrations.cases import case_of
+from magi_train.integrations.parts import Training
 
 FLOPS = "count-flops"
 """In place of a peer's name."""
@@ -142,10 +143,9 @@ def count(spec: Spec) -> dict[str, Any]:
     """Return the FLOPs of a step on one rank, without a device and without arithmetic."""
     host = torch.device("cpu")
     task = None
-    with compat.without_data():
-        # timm's models, for one, look at values while they are built: those are built for real
-        with contextlib.suppress(Exception):
-            task = load(spec, host, 0)
+    with contextlib.suppress(Exception), compat.without_data():
+        task = load(spec, host, 0)
+    # timm's models, for one, look at values while they are built: those are built for real
     task = task or load(spec, host, 0)
     with compat.without_data():
         flops = figures.model_flops(task.module, task.loss, task.batches[0])
@@ -168,7 +168,7 @@ def work(spec: Spec, peer: str) -> dict[str, Any]:
     task = load(spec, device, world.rank)
     batches = [to_device(batch, device) for batch in task.batches]  # ours looks at it on the host
     began = time.perf_counter()
-    training = peers.Training(
+    training = Training(
         task.module, task.loss, task.optimizer, task.blocks, device, spec.dtype, world.size
     )
     peers.apply(peer, training)

@@ -21,9 +21,12 @@ from typing import Any
 
 from magi_train.core.errors import MagiError
 from magi_train.integrations.probe import Seen, Spec
+from magi_train.integrations.ranks import stop
 
 GAIN = 1.03
 """How much faster a step must be to be worth it."""
+LAUNCHER_SECONDS = 40.0
+"""How long `magi run` may take to end its ranks, which are sessions of their own."""
 SMALLER = 0.9
 """The part of the memory that may remain for magi to be worth it where it is not faster."""
 
@@ -161,15 +164,17 @@ def _run(options: Any, magi: bool) -> list[Seen]:
             start += ["magi_train.cli", "run", "--nproc", str(ranks), "--no-preflight", "-m"]
         probe = ["magi_train.integrations.probe", str(path), options.script, *options.arguments]
         with (folder / "log").open("w+") as log:
+            process = subprocess.Popen([*start, *probe], stdout=log, stderr=log,
+                                       start_new_session=True)  # fmt: skip
             try:
-                done = subprocess.run([*start, *probe], stdout=log, stderr=log,
-                                      timeout=options.seconds, check=False)  # fmt: skip
-                status = done.returncode
+                status = process.wait(options.seconds)
             except subprocess.TimeoutExpired:
                 raise MagiError(
                     f"{options.script} took more than --seconds {options.seconds:g}; give fewer "
                     "--steps or more time"
                 ) from None
+            finally:
+                stop(process, LAUNCHER_SECONDS)
         seen = [Seen(**json.loads(p.read_text())) for p in sorted(folder.glob("rank_*.json"))]
         kind = "with" if magi else "without"
         for each in seen:
