@@ -17,12 +17,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from magi_train.integrations import charts
+from magi_train.integrations import charts, peers
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
 FIGURES = PAGE.with_name("figures")
-OURS, RATIO = "magi", "to the best peer"
+RATIO = "to the best peer"
 HEAD = """# Results
 
 Made by `python -m benchmarks.tables` from the files in `benchmarks/results`;
@@ -68,7 +68,7 @@ def figure(record: Row) -> str:
         else:
             continue
         name = str(row["variant"])
-        kind = "ours" if name.startswith(OURS) else "theirs"
+        kind = "ours" if is_ours(name) else "theirs"
         groups.setdefault(_which(row), []).append((kind, name, value))
     if sum(value is not None for each in groups.values() for *_, value in each) < 2:
         return ""
@@ -131,7 +131,7 @@ def compared(rows: list[Row]) -> list[Row]:
     """Return the rows with their speed beside the best peer of the same case and number of GPUs."""
     best: dict[Any, float] = {}
     for row in rows:
-        if _step(row) and not str(row["variant"]).startswith(OURS):
+        if _step(row) and not is_ours(str(row["variant"])):
             best[_which(row)] = min(_step(row), best.get(_which(row), float("inf")))
     return [
         row | {RATIO: round(best[_which(row)] / _step(row), 2)}
@@ -139,6 +139,11 @@ def compared(rows: list[Row]) -> list[Row]:
         else row
         for row in rows
     ]
+
+
+def is_ours(variant: str) -> bool:
+    """Return whether a row is ours; older records have names like magi-fp8."""
+    return variant.startswith(f"{peers.OURS}-") or peers.is_ours(variant)
 
 
 def _step(row: Row) -> float:

@@ -213,15 +213,10 @@ def together(rows: Sequence[Row]) -> Row:
 # -- what they say together ------------------------------------------------------------------------
 
 
-def is_ours(row: Row) -> bool:
-    """Return whether a row is of magi, with whatever settings."""
-    return str(row["variant"]).startswith(peers.OURS)
-
-
 def agrees(rows: Sequence[Row], tolerance: float) -> bool:
     """Return whether ours was measured, and its last loss is that of the first peer measured."""
-    mine = next((r for r in rows if is_ours(r) and "loss" in r), None)
-    theirs = next((r for r in rows if not is_ours(r) and "loss" in r), None)
+    mine = next((r for r in rows if peers.is_ours(r["variant"]) and "loss" in r), None)
+    theirs = next((r for r in rows if not peers.is_ours(r["variant"]) and "loss" in r), None)
     if mine is None:
         return False
     if theirs is None:
@@ -245,7 +240,8 @@ def table(rows: Sequence[Row], tolerance: float) -> str:
             )
         lines.append(f"{each['variant']:{wide}} {why}")
     timed = [r for r in rows if "failed" not in r]
-    theirs, mine = [r for r in timed if not is_ours(r)], [r for r in timed if is_ours(r)]
+    mine = [r for r in timed if peers.is_ours(r["variant"])]
+    theirs = [r for r in timed if r not in mine]
     if theirs and mine:
         best = min(theirs, key=lambda r: r["back_to_back_ms"])
         for each in mine:

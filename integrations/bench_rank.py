@@ -184,7 +184,7 @@ def work(spec: Spec, peer: str) -> dict[str, Any]:
             found |= figures.communication(step)
         elif spec.kernels:
             found |= figures.kernels(step)
-    if peer.startswith(peers.OURS):
+    if peers.is_ours(peer):
         found["report"] = str(report(training.model)).splitlines()
     figures.wait(device)
     return found

@@ -65,6 +65,11 @@ def parse(peer: str) -> list[tuple[Part, str]]:
     return sorted(found, key=lambda each: each[0].stage)
 
 
+def is_ours(peer: str) -> bool:
+    """Return whether a peer is magi, with whatever settings, or something edited for it."""
+    return OURS in {word.partition(":")[0] for word in peer.split("+")}
+
+
 def why_not(peer: str, ranks: int, on_gpu: bool) -> str:
     """Return why a peer cannot run here, "" if nothing is known against it."""
     for each, _ in parse(peer):

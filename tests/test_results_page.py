@@ -31,7 +31,7 @@ def step(variant, ms, ranks):
 
 RECORD = {
     "question": "bench", "date": "2026-11-23", "commit": "abc", "versions": {}, "case": "<toy>",
-    "rows": [step("eager", 19.0, 2), step("magi:tune=true", 9.0, 2), step("magi", 99.0, 4),
+    "rows": [step("eager", 19.0, 2), step("liger+magi:tune=true", 9.0, 2), step("magi", 99.0, 4),
              {"variant": "zero1", "ranks": 2, "failed": "needs the package"}],
 }  # fmt: skip
 
