@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -258,8 +259,8 @@ def test_exposed_is_what_nothing_covers():
 
 def test_ranks_become_one_row():
     rows = [
-        {"step_ms": 2.0, "peak_gib": 1.0, "loss": 1.0, "start_up_s": 9.0, "report": ["of 0"]},
-        {"step_ms": 3.0, "peak_gib": 0.5, "loss": 2.0, "start_up_s": 1.0},
+        {"step_ms": 2.0, "peak_gib": 0.5, "loss": 1.0, "start_up_s": 9.0, "report": ["of 0"]},
+        {"step_ms": 3.0, "peak_gib": 1.0, "loss": 2.0, "start_up_s": 1.0},
     ]
     assert bench.together(rows) == {
         "step_ms": 3.0, "peak_gib": 1.0, "loss": 1.5, "start_up_s": 9.0, "report": ["of 0"]
@@ -271,8 +272,17 @@ SLEEPS = (
 )
 
 
-def children_of(folder):
-    """Return the processes that still run with this folder in their environment."""
+def all_ended(folder):
+    """Return whether no process has this folder in its environment, soon: a killed one takes time."""
+    deadline = time.monotonic() + 60
+    while found := running(folder):
+        if time.monotonic() > deadline:
+            return found
+        time.sleep(0.02)
+    return True
+
+
+def running(folder):
     found = []
     for each in Path("/proc").glob("[0-9]*"):
         try:
@@ -289,13 +299,13 @@ def test_ranks_end_with_the_one_that_fails(tmp_path, monkeypatch):
     mine = {"BENCH_TEST": str(tmp_path)}
     why = ranks.run_ranks(["-c", code], 2, tmp_path, 300, mine)
     assert why == "rank 1 is ill"
-    assert children_of(tmp_path) == [], "the other rank, and what it started, ended too"
+    assert all_ended(tmp_path) is True, "the other rank, and what it started, ended too"
 
 
 def test_ranks_that_hang_are_ended(tmp_path):
     mine = {"BENCH_TEST": str(tmp_path)}
     assert ranks.run_ranks(["-c", SLEEPS], 2, tmp_path, 1, mine) == "did not finish in 1 s"
-    assert children_of(tmp_path) == []
+    assert all_ended(tmp_path) is True
     assert ranks.run_ranks(["-c", "pass"], 1, tmp_path, 60) == ""
 
 
@@ -321,20 +331,27 @@ def test_what_rows_say_together():
 
 
 def test_a_measured_step_is_counted(monkeypatch):
-    seen = []
+    seen, clock = [], [100.0]
 
     def step(i):
+        clock[0] += 12.0 if i == 0 else 2.0 + i / 1000
         seen.append(i)
         return torch.tensor(float(i))
 
+    monkeypatch.setattr(figures, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
     joules = iter([100.0, 180.0])
     monkeypatch.setattr(figures, "energy_counter", lambda: lambda: next(joules))
-    found = figures.measure(step, torch.device("cpu"), warm_up=3, steps=4, began=0.0)
+    found = figures.measure(step, torch.device("cpu"), warm_up=3, steps=4, began=100.0)
     assert seen == list(range(3 + 2 * 4))
     assert (found["first_loss"], found["loss"]) == (0.0, 10.0)
-    assert found["step_ms_p10"] <= found["step_ms"] <= found["step_ms_p90"]
+    assert found["step_ms"] == pytest.approx(2004.5)
+    assert found["step_ms_p10"] == pytest.approx(2002.5)
+    assert found["step_ms_p90"] == pytest.approx(2006.5)
+    assert found["back_to_back_ms"] == pytest.approx(2008.5)
     assert found["joules_per_step"] == 20.0
-    assert found["start_up_s"] == pytest.approx(found["warm_up_s"] - 3e-3 * found["step_ms"])
+    assert found["first_step_s"] == pytest.approx(12.0)
+    assert found["warm_up_s"] == pytest.approx(16.003)
+    assert found["start_up_s"] == pytest.approx(16.003 - 3 * 2.0045)
 
 
 def test_a_record_says_which_code():
