@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,19 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def command() -> str:
+    """Return how this benchmark was started, but for the options of `parser_of`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--commit")
+    own.add_argument("--output")
+    words = own.parse_known_args()[1]
+    return shlex.join(["python", "-m", spec.name if spec else sys.argv[0], *words])
+
+
 def save(question: str, options: argparse.Namespace, **figures: Any) -> None:
     """Write the record of a run to `options.output`, if there is one."""
-    record = {**head(question, options.commit), **figures}
+    record = {**head(question, options.commit), "command": command(), **figures}
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(record, indent=2) + "\n")

@@ -72,6 +72,7 @@ def command(arguments: Sequence[str]) -> int:
         options.warm_up, options.autocast or ("bfloat16" if options.case else "none"),
         options.kernels,
     )  # fmt: skip
+    sys.stderr.write("magi bench: operations of a step\n")
     counted = count(spec)
     rows = []
     for peer in options.peers:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks import memory, train_step
+from benchmarks import records as benchmark_records
 from magi_train.cli import main
 from magi_train.core.errors import MagiError
 from magi_train.core.hardware import peak_flops
@@ -273,7 +274,7 @@ SLEEPS = (
 
 
 def all_ended(folder):
-    """Return whether no process has this folder in its environment, soon: a killed one takes time."""
+    """Return True once no process has this folder in its environment; a killed one takes time."""
     deadline = time.monotonic() + 60
     while found := running(folder):
         if time.monotonic() > deadline:
@@ -352,6 +353,20 @@ def test_a_measured_step_is_counted(monkeypatch):
     assert found["first_step_s"] == pytest.approx(12.0)
     assert found["warm_up_s"] == pytest.approx(16.003)
     assert found["start_up_s"] == pytest.approx(16.003 - 3 * 2.0045)
+
+
+def test_a_benchmark_s_record_says_how_to_make_it_again(tmp_path, monkeypatch):
+    given = ["--case", "a b", "--output", str(tmp_path / "o.json"), "--commit=abc", "--kernels"]
+    monkeypatch.setattr(sys, "argv", ["train_step.py", *given])
+    main_module = types.SimpleNamespace(__spec__=types.SimpleNamespace(name="benchmarks.memory"))
+    monkeypatch.setitem(sys.modules, "__main__", main_module)
+    parser = benchmark_records.parser_of("")
+    parser.add_argument("--case")
+    parser.add_argument("--kernels", action="store_true")
+    benchmark_records.save("train_step", parser.parse_args(), rows=[])
+    record = json.loads((tmp_path / "o.json").read_text())
+    assert record["command"] == "python -m benchmarks.memory --case 'a b' --kernels"
+    assert record["commit"] == "abc"
 
 
 def test_a_record_says_which_code():
