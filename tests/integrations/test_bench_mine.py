@@ -18,6 +18,7 @@ from magi_train.integrations.parts import PARTS, Part, Stage
 from magi_train.integrations.probe import Seen
 from magi_train.integrations.script_peer import ScriptPeer
 from magi_train.integrations.verdict import Agreement, Side, compare, judge, side
+from tests.processes import MARK, all_ended
 
 ROOT = Path(__file__).parents[2]
 PLAIN = """
@@ -141,6 +142,17 @@ def test_peers_of_a_script(tmp_path, script, nproc):
 
 
 @pytest.mark.full
+def test_a_script_that_hangs_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv(MARK, str(tmp_path))
+    script = "import time\nwhile True: time.sleep(1)"
+    done, _ = bench(tmp_path, script, "--seconds", "20", "--nproc", "2")
+    assert done.returncode == 2
+    assert "took more than --seconds 20" in done.stderr
+    monkeypatch.delenv(MARK)
+    assert all_ended(tmp_path) is True
+
+
+@pytest.mark.full
 def test_lightning(tmp_path):
     check(*bench(tmp_path, LIGHTNING.format(devices=1, strategy="auto")), "Lightning")
 
@@ -240,6 +252,7 @@ def test_losses_agree_or_do_not():
     nothing = compare([None] * 12, falling, 0.01)
     assert (nothing.agree, nothing.compared) == (False, 0)
     assert compare([0.0], [0.0], 0.01).agree
+    assert compare([math.nan], [math.nan], 0.01).agree, "both are beyond saving alike"
 
 
 def of(step_ms, parts=None, peak=1.0, start=10.0):

@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from magi_train.integrations.bench_rank import Spec, count, load
 from magi_train.integrations.cases import CASES, case_of
 from magi_train.integrations.parts import PARTS, Training
 from magi_train.integrations.peers import parse, why_not
+from tests.processes import MARK, all_ended
 
 ROOT = Path(__file__).parents[2]
 BUILD = """
@@ -273,38 +273,17 @@ SLEEPS = (
 )
 
 
-def all_ended(folder):
-    """Return True once no process has this folder in its environment; a killed one takes time."""
-    deadline = time.monotonic() + 60
-    while found := running(folder):
-        if time.monotonic() > deadline:
-            return found
-        time.sleep(0.02)
-    return True
-
-
-def running(folder):
-    found = []
-    for each in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"BENCH_TEST={folder}".encode() in (each / "environ").read_bytes():
-                found.append(int(each.name))
-        except OSError:
-            continue
-    return found
-
-
 def test_ranks_end_with_the_one_that_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(ranks, "GRACE_SECONDS", 0.2)
     code = f"import os\nif os.environ['RANK'] == '1': raise SystemExit('rank 1 is ill')\n{SLEEPS}"
-    mine = {"BENCH_TEST": str(tmp_path)}
+    mine = {MARK: str(tmp_path)}
     why = ranks.run_ranks(["-c", code], 2, tmp_path, 300, mine)
     assert why == "rank 1 is ill"
     assert all_ended(tmp_path) is True, "the other rank, and what it started, ended too"
 
 
 def test_ranks_that_hang_are_ended(tmp_path):
-    mine = {"BENCH_TEST": str(tmp_path)}
+    mine = {MARK: str(tmp_path)}
     assert ranks.run_ranks(["-c", SLEEPS], 2, tmp_path, 1, mine) == "did not finish in 1 s"
     assert all_ended(tmp_path) is True
     assert ranks.run_ranks(["-c", "pass"], 1, tmp_path, 60) == ""
