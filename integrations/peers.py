@@ -14,6 +14,7 @@ autocast by itself and sends weights and gradients of linears and convolutions i
 
 import difflib
 import importlib.util
+import inspect
 import os
 from argparse import Namespace
 from collections.abc import Sequence
@@ -131,12 +132,29 @@ def magi(training: Training, option: str) -> None:
 @part("liger", Stage.EDIT, package="liger_kernel", gpu=True)
 def liger(training: Training) -> None:
     """Liger's kernels patched into a model of transformers."""
+    _patch_liger(training)
+
+
+@part("liger-loss", Stage.EDIT, package="liger_kernel", gpu=True)
+def liger_loss(training: Training) -> None:
+    """Liger's linear and cross-entropy in chunks alone, in a model of transformers."""
+    _patch_liger(training, only="fused_linear_cross_entropy")
+
+
+def _patch_liger(training: Training, only: str = "") -> None:
+    """Patch all that Liger has for a model, or one of its switches."""
     from liger_kernel.transformers import monkey_patch
 
     kind = getattr(getattr(training.module, "config", None), "model_type", None)
-    if kind not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:  # it would do nothing, and not say so
+    known = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
+    if kind not in known:  # it would do nothing, and not say so
         raise MagiError(f"Liger has no kernels for a model of type {kind!r}")
-    monkey_patch._apply_liger_kernel_to_instance(model=training.module)
+    options = inspect.signature(known[kind]).parameters.values()
+    switches = {option.name for option in options if isinstance(option.default, bool)}
+    if only and only not in switches:
+        raise MagiError(f"Liger has no {only} for a model of type {kind!r}")
+    chosen = {name: name == only for name in switches} if only else {}
+    monkey_patch._apply_liger_kernel_to_instance(model=training.module, **chosen)
 
 
 @part("torchao", Stage.EDIT, package="torchao", gpu=True)

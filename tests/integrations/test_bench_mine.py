@@ -268,6 +268,7 @@ def test_the_verdict():
     assert judge(of(100), of(130), agree).pays_after is None
     assert judge(of(100, [90, 120]), of(80), agree).use == "cannot say"
     assert judge(of(100), of(100, peak=0.8), agree).use == "yes", "less memory"
+    assert judge(of(100), of(130, peak=0.8), agree).use == "no", "and slower"
     assert judge(of(100), of(80), Agreement(False, 9, 1.0, 1.0, 1.0)).use == "no"
     assert judge(of(100), of(80), Agreement(False, 0, 0.0, 0.0, 0.0)).use == "cannot say"
 

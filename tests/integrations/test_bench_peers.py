@@ -175,13 +175,43 @@ def training(module, **given):
     return found
 
 
-def test_a_part_that_would_do_nothing_is_refused(monkeypatch):
+@pytest.fixture
+def patched(monkeypatch):
+    """Stand in for Liger; return what it was asked for."""
+    asked = []
+
+    def for_llama(rope=True, rms_norm=True, fused_linear_cross_entropy=True, model=None):
+        raise AssertionError("called by the other function only")
+
+    def apply(model, **given):
+        asked.append(given)
+
     known = types.ModuleType("monkey_patch")
-    known.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}
+    known.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": for_llama, "lossless": lambda rope=True: None}
+    known._apply_liger_kernel_to_instance = apply
     package = types.ModuleType("liger_kernel.transformers")
     package.monkey_patch = known
     monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
+    return asked
+
+
+def of_type(kind):
+    module = nn.Linear(4, 1)
+    module.config = types.SimpleNamespace(model_type=kind)
+    return training(module)
+
+
+def test_liger_is_asked_for_all_or_for_the_loss(patched):
+    peers.apply("liger", of_type("llama"))
+    peers.apply("liger-loss", of_type("llama"))
+    loss = {"rope": False, "rms_norm": False, "fused_linear_cross_entropy": True}
+    assert patched == [{}, loss]
+    with pytest.raises(MagiError, match="no fused_linear_cross_entropy for a model of type 'loss"):
+        peers.apply("liger-loss", of_type("lossless"))
+
+
+def test_a_part_that_would_do_nothing_is_refused(patched):
     for peer, words in (
         ("liger", "no kernels for a model of type None"),
         ("checkpoint", "has no gradient_checkpointing_enable"),
@@ -190,6 +220,7 @@ def test_a_part_that_would_do_nothing_is_refused(monkeypatch):
     ):
         with pytest.raises(MagiError, match=words):
             peers.apply(peer, training(nn.Linear(4, 1)))
+    assert patched == []
 
 
 def test_a_step_is_what_the_parts_made_of_it():
