@@ -151,6 +151,10 @@ class Storages:
             found = self._of[node] = self._find(node)
         return found
 
+    def same(self, node: Node, as_node: Node) -> None:
+        """Take note that the value of a node of one graph is that of a node of another."""
+        self._of[node] = self.of(as_node)
+
     def _find(self, node: Node) -> tuple[int, ...]:
         source = node.args[0] if node.args else None
         if is_view(node) and isinstance(source, Node) and isinstance(_value(source), torch.Tensor):
@@ -392,6 +396,10 @@ def simulate(
     first, _ = walk(body(forward.graph), storages, resident=inputs, keep=results)
     names = {node.name for node in inputs}
     given = backward.graph.find_nodes(op="placeholder")
+    made = {node.name: node for node in forward.graph.nodes}
+    for node in given:  # what is saved may look at an input, which its own value does not tell
+        if node.name in made:
+            storages.same(node, made[node.name])
     held = [r for r in results if r.name not in {g.name for g in given}]
     gradients = [node for node in outputs(backward.graph) if isinstance(node, Node)]
     second, _ = walk(
