@@ -11,8 +11,8 @@ import sys
 from benchmarks import train_step
 
 VARIANTS = (
-    "compile-folded", "magi-35gib", "magi-27gib", "magi", "checkpoint-loss", "checkpoint",
-    "block-compile",
+    "fold-masks+compile", "magi:memory_budget_gib=35", "magi:memory_budget_gib=27", "magi",
+    "liger-loss+checkpoint+block-compile", "checkpoint+block-compile", "block-compile",
 )  # fmt: skip
 
 
