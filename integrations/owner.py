@@ -37,7 +37,7 @@ class Owner:
             return
         own = {id(p) for p in module.parameters()}
         made = [each for ref in self._optimizers if (each := ref()) is not None]
-        mine = [each for each in made if own.issuperset(_parameters(each))]
+        mine = [each for each in made if _parameters(each) and own >= _parameters(each)]
         if mine:
             self._found(module, mine)
 

@@ -10,6 +10,7 @@ own end.
 
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -36,6 +37,10 @@ if TYPE_CHECKING:  # a run without us shall not pay for our imports
 
 GIB = 2**30
 LEAST_STEPS = 3
+
+
+CHILD_SECONDS = 5.0
+"""How long a process of the script may take to end."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +134,7 @@ class Probe:
             self._marks.append(self._mark())
         if count == self.spec.warm_up + self.spec.steps:
             self.finish()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
+            _end(0)
 
     def _begin(self, optimizer: Optimizer) -> None:
         self._owner = id(optimizer)
@@ -153,8 +156,7 @@ class Probe:
         self.seen.error = reason
         self._write()
         sys.stderr.write(f"magi bench: {reason}\n")
-        sys.stderr.flush()
-        os._exit(3)
+        _end(3)
 
     def _warmed_up(self) -> None:
         if self.seen.device == "cuda":
@@ -226,6 +228,20 @@ class Probe:
         rank = os.environ.get("RANK", "0")
         path = Path(self.spec.folder) / f"rank_{rank}.json"
         path.write_text(json.dumps(asdict(self.seen)))
+
+
+def _end(status: int) -> NoReturn:
+    """End the process, and those that the script has started, at once."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    children = multiprocessing.active_children()
+    for child in children:
+        child.terminate()
+    for child in children:
+        child.join(CHILD_SECONDS)
+        if child.is_alive():
+            child.kill()
+    os._exit(status)
 
 
 def _runtimes() -> "list[Runtime]":

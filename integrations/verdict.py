@@ -13,6 +13,8 @@ from magi_train.integrations.probe import Seen
 
 GAIN = 1.03
 """How much faster a step must be to be worth it."""
+ALIKE = 0.05
+"""By how much the first losses may differ, of the same weights and data in another precision."""
 SMALLER = 0.9
 """The part of the memory that may remain for magi to be worth it where it is not faster."""
 
@@ -46,10 +48,11 @@ class Agreement:
 
     Attributes:
         agree: Whether the median and the mean of the last quarter are within the tolerance.
-        compared: Steps of which both losses are known.
+        compared: Steps of which both losses are known, and one is a number.
         median: Of the steps' differences.
         worst: Of them.
         late: Difference between the means of the last quarter of the steps.
+        first: Difference of the first losses.
     """
 
     agree: bool
@@ -57,6 +60,7 @@ class Agreement:
     median: float
     worst: float
     late: float
+    first: float
 
 
 @dataclass(frozen=True)
@@ -102,21 +106,25 @@ def _halves(seconds: Sequence[float]) -> list[Sequence[float]]:
 def compare(
     one: Sequence[float | None], other: Sequence[float | None], tolerance: float
 ) -> Agreement:
-    """Compare losses step by step; without a pair to compare they do not agree."""
-    pairs = [(a, b) for a, b in zip(one, other, strict=False) if a is not None and b is not None]
+    """Compare losses step by step; without a pair to compare they do not agree.
+
+    Two that are both NaN say nothing.
+    """
+    known = [(a, b) for a, b in zip(one, other, strict=False) if a is not None and b is not None]
+    pairs = [(a, b) for a, b in known if not (math.isnan(a) and math.isnan(b))]
     if not pairs:
-        return Agreement(False, 0, math.nan, math.nan, math.nan)
+        return Agreement(False, 0, math.nan, math.nan, math.nan, math.nan)
     apart = [_apart(a, b) for a, b in pairs]
     last = pairs[-max(1, len(pairs) // 4) :]
     late = _apart(statistics.fmean(a for a, _ in last), statistics.fmean(b for _, b in last))
     median = statistics.median(apart)
     return Agreement(
-        median <= tolerance and late <= tolerance, len(pairs), median, max(apart), late
+        median <= tolerance and late <= tolerance, len(pairs), median, max(apart), late, apart[0]
     )
 
 
 def _apart(a: float, b: float) -> float:
-    if a == b or (math.isnan(a) and math.isnan(b)):
+    if a == b:
         return 0.0
     if not (math.isfinite(a) and math.isfinite(b)):
         return math.inf
@@ -131,7 +139,13 @@ def judge(plain: Side, ours: Side, agreement: Agreement) -> Verdict:
     pays = max(0, math.ceil(more / gain)) if gain > 0 else None
     noise = max(max(s.parts_ms) / min(s.parts_ms) for s in (plain, ours))
     if not agreement.compared:
-        use, why = "cannot say", "backward is called on no single number, so no loss is known"
+        use, why = "cannot say", "no loss is a number, or backward is called on no single number"
+    elif agreement.first > ALIKE:
+        use = "no"
+        why = (
+            "the losses differ before the first step was taken; a script that goes on from its own "
+            "checkpoint, or begins without a seed, does that on its own"
+        )
     elif not agreement.agree:
         use, why = "no", "the losses differ by more than the tolerance"
     elif max(speed, 1 / speed) <= noise and noise > GAIN:

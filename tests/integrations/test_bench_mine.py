@@ -252,7 +252,8 @@ def test_losses_agree_or_do_not():
     nothing = compare([None] * 12, falling, 0.01)
     assert (nothing.agree, nothing.compared) == (False, 0)
     assert compare([0.0], [0.0], 0.01).agree
-    assert compare([math.nan], [math.nan], 0.01).agree, "both are beyond saving alike"
+    beyond = compare([math.nan] * 12, [math.nan] * 12, 0.01)
+    assert (beyond.agree, beyond.compared) == (False, 0), "they say nothing"
 
 
 def of(step_ms, parts=None, peak=1.0, start=10.0):
@@ -260,7 +261,7 @@ def of(step_ms, parts=None, peak=1.0, start=10.0):
 
 
 def test_the_verdict():
-    agree = Agreement(True, 9, 0.0, 0.0, 0.0)
+    agree = Agreement(True, 9, 0.0, 0.0, 0.0, 0.0)
     faster = judge(of(100), of(80, start=30), agree)
     assert (faster.use, faster.pays_after) == ("yes", 1000)
     assert faster.speed == pytest.approx(1.25)
@@ -269,8 +270,11 @@ def test_the_verdict():
     assert judge(of(100, [90, 120]), of(80), agree).use == "cannot say"
     assert judge(of(100), of(100, peak=0.8), agree).use == "yes", "less memory"
     assert judge(of(100), of(130, peak=0.8), agree).use == "no", "and slower"
-    assert judge(of(100), of(80), Agreement(False, 9, 1.0, 1.0, 1.0)).use == "no"
-    assert judge(of(100), of(80), Agreement(False, 0, 0.0, 0.0, 0.0)).use == "cannot say"
+    assert judge(of(100), of(80), Agreement(False, 9, 1.0, 1.0, 1.0, 0.0)).use == "no"
+    resumed = judge(of(100), of(80), Agreement(False, 9, 1.0, 1.0, 1.0, 0.7))
+    assert resumed.use == "no"
+    assert "checkpoint" in resumed.why
+    assert judge(of(100), of(80), Agreement(False, 0, 0.0, 0.0, 0.0, 0.0)).use == "cannot say"
 
 
 def test_the_slowest_rank_and_all_rounds_count():
