@@ -17,8 +17,9 @@ convolution, an attention) reads it, nor the other graph, and either
 * it is computed again where it is read: by one reader, or from few tensors with few operations, or
 * all its readers lie in front of the next kernel of a library: one generated kernel has it all.
 
-What is stored is written over an input of the same shape that is read there for the last time. An
-approximation: Inductor also reorders. The measured peak of the first step corrects it.
+What is stored is written over an input of the same shape that is read there for the last time, and
+by nothing else that the same kernel stores. An approximation: Inductor also reorders. The measured
+peak of the first step corrects it.
 
 Source: lifetime analysis as in register allocation; Inductor's own estimate
 (torch/_inductor/memory.py) and its rules of when a value is stored (torch/_inductor/ir.py,
@@ -27,6 +28,7 @@ lowering.
 """
 
 import operator
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -276,7 +278,8 @@ def _stored(
     reads: dict[Node, set[Node]] = {}  # the tensors from which a node is computed where it is read
     same: dict[Node, set[Node]] = {}  # those of them that are read at the place that is written
     count: dict[Node, int] = {}
-    for node in order:
+    readers: Counter[tuple[int, int]] = Counter()
+    for i, node in enumerate(order):
         facts = storages.facts(node)
         below = {r for a in facts.inputs for r in reads.get(a, {a})}
         close = {r for a in facts.inputs if _alike(a, node) for r in same.get(a, {a})}
@@ -291,11 +294,14 @@ def _stored(
             again = len(below) <= most and (len(users) < 2 or ops <= MOST_OPS)
             here = not _is_inlined(node, place, kernels, kept, storages, anywhere=again)
         stored.append(here)
+        if here and facts.generated and not facts.view:
+            readers.update({(s, kernels[i]) for r in below for s in storages.of(r)})
         over.append({s for r in close for s in storages.of(r)} if facts.pointwise else set())
         if not here or facts.view:
             reads[node], count[node] = below, ops
             same[node] = close if facts.pointwise or op_name(node) in SAME_ELEMENTS else set()
-    return stored, over
+    alone = [{s for s in each if readers[s, kernels[i]] == 1} for i, each in enumerate(over)]
+    return stored, alone
 
 
 def _alike(a: Node, b: Node) -> bool:

@@ -233,6 +233,8 @@ def heavy_twice(y, w):
         (lambda y, w: (y.exp().view(32, 128) * 2).sum(), ONE + NARROW),  # a view of what is inlined
         (lambda y, w: (y.exp().amax(), y), ONE + NARROW),  # what reads it is returned
         (lambda y, w: (y.exp().view(32, 128), y), 2 * ONE),  # a view that is returned is memory
+        (lambda y, w: y * 2, ONE),  # written over what it reads last
+        (lambda y, w: (y * 2, y * 3), 3 * ONE),  # one kernel that writes two over neither
         (widened_twice, 3 * ONE),
         (heavy_twice, 5 * ONE),
     ],
