@@ -140,6 +140,8 @@ def saves_and_rolls_back(rank, world_size, folder):
     magi_train.save_checkpoint(folder, model)
     saved, written = weights(model), magi_train.plain_state_dict(folder)
     step(model, optimizer, rank, 1)
+    magi_train.exchange_weights(model)
+    step(model, optimizer, rank, 2)
     magi_train.load_checkpoint(folder, model)
     magi_train.exchange_weights(model)
     return saved, written, weights(model)
