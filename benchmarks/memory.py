@@ -10,7 +10,10 @@ import sys
 
 from benchmarks import train_step
 
-VARIANTS = ("compile-folded", "block-compile", "checkpoint", "magi", "magi-35gib", "magi-27gib")
+VARIANTS = (
+    "fold-masks+compile", "magi:memory_budget_gib=35", "magi:memory_budget_gib=27", "magi",
+    "liger-loss+checkpoint+block-compile", "checkpoint+block-compile", "block-compile",
+)  # fmt: skip
 
 
 def main() -> None:

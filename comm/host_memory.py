@@ -7,6 +7,7 @@ somebody does is asked of the storage itself, so a gradient that the user still 
 overwritten. On a GPU, torch's own allocator does this.
 """
 
+import sys
 import threading
 
 import torch
@@ -31,8 +32,12 @@ class HostMemory:
         num_bytes = torch.Size(shape).numel() * dtype.itemsize
         with self._lock:
             storages = self._kept.setdefault(num_bytes, [])
+            storages[:] = [s for s in storages if not s.is_shared()]  # another process may read it
             for storage in storages:
-                if compat.storage_uses(storage) == 1:  # nobody but this list
+                held = (
+                    sys.getrefcount(storage) > 3
+                )  # list, variable, argument: nobody else in Python
+                if not held and compat.storage_uses(storage) == 1:  # nobody but this list
                     return _on(storage, shape, dtype)
             storages.append(torch.UntypedStorage(num_bytes))
             return _on(storages[-1], shape, dtype)

@@ -24,6 +24,8 @@ Differs: what travels may be compressed with error feedback, and a way that is n
 taken.
 """
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 
@@ -60,6 +62,14 @@ class OuterLoop:
         self._memory = HostMemory()
         self._refused = 0
         self.steps = 0
+        mine = weakref.ref(self)
+
+        def loaded(*_: object) -> None:  # weights that were loaded are no way that was trained
+            loop = mine()
+            if loop is not None:
+                loop.steps = 0
+
+        module.register_load_state_dict_post_hook(loaded)
 
     def begin(self, compressor: Compressor) -> None:
         """At a forward with gradients: exchange if it is time, and note where a round begins."""

@@ -151,6 +151,8 @@ class Zero:
 
         def zero_grad(self: Optimizer, set_to_none: bool = True) -> None:
             zero.engine.optimizer.zero_grad(set_to_none=set_to_none)
+            if zero.stage == 2:
+                _drop_averaged(zero.engine.optimizer)
 
         def refused(name: str) -> Callable[..., Any]:
             original = getattr(optimizer, name)
@@ -247,3 +249,24 @@ def one_of(optimizers: Sequence[Optimizer]) -> Optimizer:
             "prepare(model, optimizer, config=...)"
         )
     return optimizers[0]
+
+
+def _drop_averaged(partitioned: Any) -> None:
+    """Forget the gradients that DeepSpeed's stage 2 has averaged and not stepped with.
+
+    Its own `zero_grad` clears `.grad` alone, so a batch that the user skips would still count.
+
+    Raises:
+        MagiError: There are some, and they were offloaded.
+    """
+    if getattr(partitioned, "micro_step_id", -1) < 0:
+        return
+    if partitioned.cpu_offload:
+        raise MagiError(
+            "zero_grad() cannot drop the gradients of a backward that no step() followed, at ZeRO "
+            "stage 2 with offload; use stage 1 or 3, or step"
+        )
+    partitioned.micro_step_id = -1
+    for kept in (partitioned.averaged_gradients, partitioned.all_grad_tensors):
+        for group in kept:
+            kept[group] = None

@@ -19,6 +19,9 @@ from magi_train.fusion.verified import execute
 MAX_MOVEMENT_NODES = 8
 """How far back from the attention op a repeat of heads is looked for."""
 
+_PROVEN: dict[tuple[Any, ...], bool] = {}
+"""Movements that were run: {shape, heads and operations: whether they repeat heads}. The layers of
+a model have the same ones, and at 32768 tokens a run takes a second."""
 _MOVES = {
     "expand", "reshape", "view", "unsqueeze", "getitem", "contiguous", "repeat_interleave",
     "expand_as", "repeat", "flatten", "_unsafe_view", "clone", "slice", "transpose", "permute",
@@ -85,14 +88,21 @@ def _is_repeat(
     gm: GraphModule, source: Node, path: Sequence[Node], target: Node, heads: int
 ) -> bool:
     """Return whether `path` turns element numbers of `source` into each head repeated in place."""
-    shape = example_value(source).shape
-    numbers = torch.arange(shape.numel(), dtype=torch.int64).reshape(shape)
     if changed_behind(gm, set(path)) is not None:
         return False
+    shape = example_value(source).shape
     other = ancestors(target) - ancestors(source)
+    key = (tuple(shape), heads, *(f"{n.target} {n.args[1:]} {n.kwargs}" for n in path))
+    alone = other == set(path) and all(n.all_input_nodes == [n.args[0]] for n in path)
+    if alone and key in _PROVEN:
+        return _PROVEN[key]
+    numbers = torch.arange(shape.numel(), dtype=torch.int64).reshape(shape)
     moved = execute(gm, other | set(path), {source: numbers}, target)
     wanted = numbers.repeat_interleave(heads // shape[1], dim=1)
-    return isinstance(moved, Tensor) and torch.equal(moved, wanted)
+    found = isinstance(moved, Tensor) and torch.equal(moved, wanted)
+    if alone:
+        _PROVEN[key] = found
+    return found
 
 
 def grouping_pays(query: Node, key: Node, device_type: str) -> bool:

@@ -9,14 +9,11 @@ captured. Its first call runs as it is: PyTorch looks `forward` up before the ho
 
 import functools
 import os
-import weakref
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
 
 from magi_train.api import DataParallel, PreparedModule
@@ -27,6 +24,7 @@ from magi_train.integrations import _autoload
 from magi_train.integrations.bootstrap import replace_ddp
 from magi_train.integrations.huggingface import CapturedForward, attach
 from magi_train.integrations.on_import import when_imported
+from magi_train.integrations.owner import Owner, before_init
 from magi_train.runtime import Runtime
 
 LIGHTNING = ("lightning.pytorch.trainer.trainer", "pytorch_lightning.trainer.trainer")
@@ -50,13 +48,11 @@ class Attachment:
 
     def __init__(self) -> None:
         self.way = ""
-        self._optimizers: list[weakref.ref[Optimizer]] = []
         self._inside = 0  # a Trainer makes its own Accelerator, which is not to be attached alone
         _autoload.register()
         replace_ddp()
-        _before(DataParallel, lambda *_: self._takes("DistributedDataParallel"))
-        _before(Optimizer, lambda made, *_: self._optimizers.append(weakref.ref(made)))
-        self._hook: Any = register_module_forward_pre_hook(self._called)
+        before_init(DataParallel, lambda *_: self._takes("DistributedDataParallel"))
+        self._owner = Owner(self._called)
         when_imported(
             {
                 **dict.fromkeys(LIGHTNING, self._lightning),
@@ -72,7 +68,7 @@ class Attachment:
 
     def _takes(self, way: str) -> None:
         self.way = self.way or way
-        self._hook.remove()  # no plain loop, and nothing is to be looked at while it is captured
+        self._owner.remove()  # no plain loop, and nothing is to be looked at while it is captured
 
     def _lightning(self, module: ModuleType) -> None:
         def before(_: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -89,7 +85,7 @@ class Attachment:
                     options.setdefault("use_distributed_sampler", False)
             self._takes("Lightning")
 
-        _before(module.Trainer, before)
+        before_init(module.Trainer, before)
 
     def _transformers(self, module: ModuleType) -> None:
         real = module.Trainer.__init__
@@ -118,42 +114,21 @@ class Attachment:
 
         module.Accelerator.__init__ = init
 
-    def _called(self, module: nn.Module, _: Any) -> None:
+    def _called(self, module: nn.Module, optimizers: list[Optimizer]) -> None:
         """Capture the module of a plain loop from its next call on."""
         if isinstance(module, DataParallel | PreparedModule):
-            self._hook.remove()
+            self._owner.remove()
             return
-        if not (module.training and torch.is_grad_enabled()) or self._is_distributed():
-            return
-        own = {id(p) for p in module.parameters()}
-        made = [each for ref in self._optimizers if (each := ref()) is not None]
-        mine = [each for each in made if own.issuperset(_parameters(each))]
-        if not mine:
+        if self._is_distributed():
             return
         self._takes("module")
         runtime = Runtime(module, Config())
         region = Region(runtime, module.forward, type(module).__name__)
         module.__dict__["forward"] = CapturedForward(region, module.forward)
-        runtime.take_over(mine)
+        runtime.take_over(optimizers)
 
     @staticmethod
     def _is_distributed() -> bool:
         """Return whether ranks train together: somebody averages their gradients already."""
         found = torch.distributed
         return found.is_available() and found.is_initialized() and found.get_world_size() > 1
-
-
-def _parameters(optimizer: Optimizer) -> set[int]:
-    return {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
-
-
-def _before(kind: type, call: Callable[[Any, tuple[Any, ...], dict[str, Any]], None]) -> None:
-    """Make `call(made, args, options)` come before a class's `__init__`; it may change options."""
-    real = kind.__init__  # type: ignore[misc]
-
-    @functools.wraps(real)
-    def init(made: Any, *args: Any, **options: Any) -> None:
-        call(made, args, options)
-        real(made, *args, **options)
-
-    kind.__init__ = init  # type: ignore[misc]

@@ -83,6 +83,60 @@ def lanes(
     return _svg(title, "; ".join(told), "".join(parts), height)
 
 
+Bar = tuple[str, str, tuple[float, float, float] | None]
+"""Class, label, and value with the ends of its spread; None where there is no value."""
+
+
+def bars(title: str, groups: Sequence[tuple[str, Sequence[Bar]]], *, unit: str) -> str:
+    """Return a chart of bars, from 0, each group on a scale of its own, with thin lines for spread.
+
+    Args:
+        title: What it shows.
+        groups: (heading, bars), drawn in order; "" is no heading.
+        unit: Of the values.
+    """
+    parts, told, y, left = [], [], 4.0, 4.0
+    for heading, each in groups:
+        high = max((top for *_, value in each if value for top in value), default=0.0) or 1.0
+        scale = (WIDTH - left - RIGHT) / high
+        if heading:
+            y += 20
+            parts.append(_text(left, y, heading, "start", "heading"))
+        for kind, label, value in each:
+            y += 16
+            number = f"{value[0]:,.4g} {unit}" if value else "failed"
+            parts.append(_text(left, y, label, "start"))
+            parts.append(_text(WIDTH - RIGHT, y, number, "end"))
+            told.append(f"{heading} {label}: {number}".strip())
+            y += 4
+            if value:
+                middle, low, top = (left + scale * part for part in value)
+                width = max(middle - left, 1.0)
+                parts.append(
+                    f'<rect class="{kind}" x="{left:g}" y="{y:.1f}" width="{width:.1f}" '
+                    'height="10"/>'
+                    f'<line class="spread" x1="{low:.1f}" x2="{top:.1f}" y1="{y + 5:.1f}" '
+                    f'y2="{y + 5:.1f}"/>'
+                )
+            y += 12
+        y += 6
+    return _svg(title, "; ".join(told), "".join(parts), y, "bars") if told else ""
+
+
+STYLE = (
+    "text{font:12px sans-serif;fill:#222}.heading{font-weight:bold}.ours{fill:#2a78d6}"
+    ".theirs{fill:#9a9a9a}.spread{stroke:#222;stroke-width:1.5}"
+)
+
+
+def as_file(svg: str) -> str:
+    """Return a picture of bars as the text of a file of its own, dark on white wherever it lies."""
+    start, _, rest = svg.partition(">")
+    start = start.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="560" ', 1)
+    white = '<rect width="100%" height="100%" fill="#fff"/>'
+    return f"{start}><style>{STYLE}</style>{white}{rest}\n"
+
+
 def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Return up to `most` + 1 round numbers from at most `low` to at least `high`."""
     if not high > low:
@@ -142,8 +196,9 @@ def _told(label: str, points: Points, unit: str) -> str:
     )
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+def _text(x: float, y: float, text: str, anchor: str, kind: str = "") -> str:
+    of = f' class="{kind}"' if kind else ""
+    return f'<text{of} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _legend(entries: Sequence[tuple[str, str]]) -> str:
@@ -156,8 +211,8 @@ def _legend(entries: Sequence[tuple[str, str]]) -> str:
     return f'<ul class="legend">{items}</ul>' if items else ""
 
 
-def _svg(title: str, described: str, inside: str, height: float) -> str:
-    name = f"chart{next(_numbers)}"
+def _svg(title: str, described: str, inside: str, height: float, name: str = "") -> str:
+    name = name or f"chart{next(_numbers)}"  # one of its own for each picture of a page
     return (
         f'<svg role="img" viewBox="0 0 {WIDTH:g} {height:g}" aria-labelledby="{name}t {name}d">'
         f'<title id="{name}t">{escape(title)}</title><desc id="{name}d">{escape(described)}</desc>'

@@ -32,6 +32,7 @@ class FabricModule(nn.Module):
     def __init__(self, module: nn.Module, config: Config) -> None:
         super().__init__()
         self.module = module
+        opt.refuse_outer_steps(config, "Fabric's saving")
         self.runtime = Runtime(module, config)
         self._region = Region(self.runtime, module, type(module).__name__)
         self.optimizers: list[Optimizer] = []

@@ -15,6 +15,8 @@ is the region then: only the loss leaves the graph, and the logits need not be k
 be captured, less is compiled, as everywhere.
 """
 
+import contextlib
+import copy
 import functools
 import weakref
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from torch.optim import Optimizer
 from magi_train.capture import Region
 from magi_train.core.config import Config
 from magi_train.core.report import Report
+from magi_train.integrations.options import refuse_outer_steps
 from magi_train.runtime import Runtime
 
 T = TypeVar("T")
@@ -100,13 +103,14 @@ class _Attached:
             return result
         if not any(p.requires_grad for p in result.parameters()):
             return result
+        refuse_outer_steps(self.config, "the Trainer's, or Accelerate's saving,")
         self.runtime = runtime = Runtime(result, self.config)
         self._loss = None
         forward = CapturedForward(
             Region(runtime, result.forward, type(result).__name__), result.forward
         )
         result.__dict__["forward"] = forward
-        result.__dict__["no_sync"] = runtime.no_sync
+        result.__dict__["no_sync"] = _NoSync(runtime)
         self._take_over()
         return result
 
@@ -145,6 +149,32 @@ class CapturedForward:
         if torch.compiler.is_compiling() or self.region.runtime.inside:
             return self.function(*args, **kwargs)
         return self.region(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Give a copy of the model (an average of its weights, say) its plain forward."""
+        return copy.deepcopy(self.function, memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the plain forward of the model that is pickled."""
+        function: Any = self.function
+        return getattr, (function.__self__, function.__name__)
+
+
+class _NoSync:
+    """A model's `no_sync`; a copy of the model sends nothing, so its own does nothing."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    def __call__(self) -> contextlib.AbstractContextManager[None]:
+        return self.runtime.no_sync()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_sync_of_a_copy, ()
+
+
+def _no_sync_of_a_copy() -> Any:
+    return contextlib.nullcontext
 
 
 def _refuse(accelerator: Any, trainer: Any) -> None:

@@ -1,92 +1,35 @@
 """`magi bench --mine train.py`: the user's script with and without magi, side by side.
 
 The script is not changed. Runs take turns, each in processes of its own: without, with, without,
-with. Both start from the same seeds, so that their losses can be compared step by step. What is
-said at the end follows from three numbers: do the losses agree, how much faster is a step, and is
-that more than parts of one kind's runs differ among themselves.
+with; with --peers others come between, which edit or compile the script's module as
+integrations/peers.py says. All start from the same seeds, so that their losses can be compared step
+by step. verdict.py says what follows.
 """
 
 import argparse
 import json
-import math
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from magi_train.core.errors import MagiError
+from magi_train.integrations.peers import OURS, why_not
 from magi_train.integrations.probe import Seen, Spec
+from magi_train.integrations.ranks import stop
+from magi_train.integrations.script_peer import check_for_scripts
+from magi_train.integrations.verdict import Agreement, Side, Verdict, compare, judge, side
 
-GAIN = 1.03
-"""How much faster a step must be to be worth it."""
-SMALLER = 0.9
-"""The part of the memory that may remain for magi to be worth it where it is not faster."""
+WITHOUT = "without"
 
-
-@dataclass(frozen=True)
-class Side:
-    """What runs of one kind gave, over all rounds and ranks.
-
-    Attributes:
-        step_ms: Median of the timed steps, of the slowest rank.
-        parts_ms: The same of each half of each round.
-        p10_ms: A tenth of the steps is faster.
-        p90_ms: A tenth is slower.
-        peak_gib: Of the rank that needs most.
-        start_up_s: Of each round; the first one may compile what the next finds in caches.
-        losses: Of rank 0's steps, of the first round.
-    """
-
-    step_ms: float
-    parts_ms: list[float]
-    p10_ms: float
-    p90_ms: float
-    peak_gib: float
-    start_up_s: list[float]
-    losses: list[float | None]
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How the losses compare; differences are relative to the larger of the two.
-
-    Attributes:
-        agree: Whether the median and the mean of the last quarter are within the tolerance.
-        compared: Steps of which both losses are known.
-        median: Of the steps' differences.
-        worst: Of them.
-        late: Difference between the means of the last quarter of the steps.
-    """
-
-    agree: bool
-    compared: int
-    median: float
-    worst: float
-    late: float
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The answer.
-
-    Attributes:
-        use: "yes", "no" or "cannot say".
-        why: A sentence.
-        speed: How many times faster a step is.
-        memory: Which part of the memory it takes.
-        pays_after: Steps until a longer start-up is made up for; None where it never is.
-    """
-
-    use: str
-    why: str
-    speed: float
-    memory: float
-    pays_after: int | None
+LAUNCHER_SECONDS = 40.0
+"""How long `magi run` may take to end its ranks, which are sessions of their own."""
 
 
 def command(arguments: Sequence[str]) -> int:
@@ -103,28 +46,36 @@ def command(arguments: Sequence[str]) -> int:
             )
     if not Path(options.script).is_file():
         raise MagiError(f"there is no script {options.script!r}")
-    runs: dict[bool, list[list[Seen]]] = {False: [], True: []}
+    given = options.peers.split(",") if options.peers else []
+    failed = {peer: why for peer in given if (why := _why_not(peer, options.nproc or 1))}
+    runs: dict[str, list[list[Seen]]] = {WITHOUT: [], **{peer: [] for peer in given}, OURS: []}
     for turn in range(options.rounds):
-        for magi in (False, True):
-            with_or_not = "with" if magi else "without"
-            sys.stderr.write(f"magi bench: round {turn + 1} of {options.rounds}, {with_or_not}\n")
-            runs[magi].append(_run(options, magi))
-    plain, ours = side(runs[False]), side(runs[True])
-    agreement = compare(plain.losses, ours.losses, options.tolerance)
-    verdict = judge(plain, ours, agreement)
-    seen = runs[True][0][0]
-    if options.json:
-        found: dict[str, Any] = {
-            "without": plain,
-            "with": ours,
-            "losses": agreement,
-            "verdict": verdict,
-        }
-        text = json.dumps({k: asdict(v) for k, v in found.items()} | _captured(seen), indent=2)
-    else:
-        text = as_text(plain, ours, agreement, verdict, seen, options.tolerance)
+        for name in [each for each in runs if each not in failed]:
+            told = "with" if name == OURS else name
+            sys.stderr.write(f"magi bench: round {turn + 1} of {options.rounds}, {told}\n")
+            try:
+                runs[name].append(_run(options, name))
+            except MagiError as error:
+                if name not in given:
+                    raise
+                failed[name] = str(error)
+    found = Found(
+        {name: side(rounds) for name, rounds in runs.items() if name not in failed}, failed,
+        runs[OURS][0][0], options.tolerance,
+    )  # fmt: skip
+    text = json.dumps(as_dict(found), indent=2) if options.json else as_text(found)
     sys.stdout.write(text + "\n")
-    return 0 if agreement.agree else 1
+    return 0 if found.agreements[OURS].agree else 1
+
+
+def _why_not(peer: str, ranks: int) -> str:
+    """Return why a peer cannot run here, "" if nothing is known against it.
+
+    Raises:
+        MagiError: There is no such peer, or it is none for a script.
+    """
+    check_for_scripts(peer)
+    return why_not(peer, ranks, torch.cuda.is_available())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -137,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--warm-up", type=int, default=15, help="steps before (default: %(default)s; CUDA graphs "
         "are chosen in the first 13)")  # fmt: skip
     add("--rounds", type=int, default=2, help="runs of each kind (default: %(default)s)")
+    add("--peers", metavar="PEER,...", help="run it with these, too: compile, block-compile, "
+        "liger+block-compile and the like")  # fmt: skip
     add("--nproc", type=int, help="ranks, started by `magi run`; without it the script runs as "
         "`python script` would")  # fmt: skip
     add("--tolerance", type=float, default=0.02,
@@ -149,11 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: Any, magi: bool) -> list[Seen]:
+def _run(options: Any, peer: str) -> list[Seen]:
     """Run the script once; return what each rank saw."""
     with tempfile.TemporaryDirectory(prefix="magi_bench_") as name:
         folder, ranks = Path(name), options.nproc or 1
-        spec = Spec(name, magi, options.warm_up, options.steps, time.time(), ranks)
+        chosen = "" if peer == WITHOUT else peer
+        spec = Spec(name, chosen, options.warm_up, options.steps, time.time(), ranks)
         path = folder / "spec.json"
         path.write_text(json.dumps(asdict(spec)))
         start = [sys.executable, "-m"]
@@ -161,118 +115,106 @@ def _run(options: Any, magi: bool) -> list[Seen]:
             start += ["magi_train.cli", "run", "--nproc", str(ranks), "--no-preflight", "-m"]
         probe = ["magi_train.integrations.probe", str(path), options.script, *options.arguments]
         with (folder / "log").open("w+") as log:
+            process = subprocess.Popen([*start, *probe], stdout=log, stderr=log,
+                                       start_new_session=True)  # fmt: skip
             try:
-                done = subprocess.run([*start, *probe], stdout=log, stderr=log,
-                                      timeout=options.seconds, check=False)  # fmt: skip
-                status = done.returncode
+                status = process.wait(options.seconds)
             except subprocess.TimeoutExpired:
                 raise MagiError(
                     f"{options.script} took more than --seconds {options.seconds:g}; give fewer "
                     "--steps or more time"
                 ) from None
+            finally:
+                stop(process, LAUNCHER_SECONDS)
         seen = [Seen(**json.loads(p.read_text())) for p in sorted(folder.glob("rank_*.json"))]
-        kind = "with" if magi else "without"
+        kind = {OURS: "with magi", WITHOUT: "without magi"}.get(peer, f"with {peer}")
         for each in seen:
             if each.error:
-                raise MagiError(f"{options.script}, run {kind} magi: {each.error}")
+                raise MagiError(f"{options.script}, run {kind}: {each.error}")
         if status or len(seen) != ranks:
             end = "\n".join((folder / "log").read_text().strip().splitlines()[-15:])
             hint = (
                 "; give --nproc, and ranks are started" if "variable RANK expected" in end else ""
             )
             raise MagiError(
-                f"{options.script}, run {kind} magi, ended with {status}{hint}; its last lines:\n"
-                f"{end}"
+                f"{options.script}, run {kind}, ended with {status}{hint}; its last lines:\n{end}"
             )
         return seen
 
 
-def side(rounds: Sequence[Sequence[Seen]]) -> Side:
-    """Return runs of one kind, `rounds[round][rank]`, as one."""
-    slowest = [max(ranks, key=lambda seen: statistics.median(seen.seconds)) for ranks in rounds]
-    steps = [1e3 * s for seen in slowest for s in seen.seconds]
-    tenths = statistics.quantiles(steps, n=10)
-    return Side(
-        statistics.median(steps),
-        [1e3 * statistics.median(half) for seen in slowest for half in _halves(seen.seconds)],
-        tenths[0],
-        tenths[-1],
-        max(seen.peak_gib for ranks in rounds for seen in ranks),
-        [max(seen.start_up_seconds for seen in ranks) for ranks in rounds],
-        rounds[0][0].losses,
-    )
+@dataclass(frozen=True)
+class Found:
+    """What the runs gave.
+
+    Attributes:
+        sides: By "without", a peer's name or "magi", in this order.
+        failed: Why there is no side of a peer.
+        seen: By rank 0 of the first run with magi.
+        tolerance: Of losses.
+    """
+
+    sides: dict[str, Side]
+    failed: dict[str, str]
+    seen: Seen
+    tolerance: float
+
+    @property
+    def agreements(self) -> dict[str, Agreement]:
+        """Return how the losses of each side compare with those without."""
+        plain = self.sides[WITHOUT].losses
+        others = {name: each for name, each in self.sides.items() if name != WITHOUT}
+        return {n: compare(plain, each.losses, self.tolerance) for n, each in others.items()}
+
+    @property
+    def verdict(self) -> Verdict:
+        """Return whether to use it: beside the fastest side that is not ours and trains alike."""
+        agree = self.agreements
+        alike = [n for n in self.sides if n == WITHOUT or (n != OURS and agree[n].agree)]
+        best = min(alike, key=lambda name: self.sides[name].step_ms)
+        found = judge(self.sides[best], self.sides[OURS], agree[OURS])
+        return replace(found, why=f"{found.why} (beside {best})") if best != WITHOUT else found
 
 
-def _halves(seconds: Sequence[float]) -> list[Sequence[float]]:
-    middle = len(seconds) // 2
-    return [seconds[:middle], seconds[middle:]]
+def as_dict(found: Found) -> dict[str, Any]:
+    """Return the answer as JSON has it."""
+    agreements, seen = found.agreements, found.seen
+    theirs: dict[str, Any] = {
+        name: {**asdict(found.sides[name]), "agreement": asdict(agreements[name])}
+        for name in found.sides
+        if name not in (WITHOUT, OURS)
+    }
+    theirs |= {name: {"failed": why} for name, why in found.failed.items()}
+    captured = {n: getattr(seen, n) for n in ("way", "how", "tier", "reason", "device")}
+    return {
+        "without": asdict(found.sides[WITHOUT]),
+        "with": asdict(found.sides[OURS]),
+        "peers": theirs,
+        "losses": asdict(agreements[OURS]),
+        "verdict": asdict(found.verdict),
+        **captured,
+    }
 
 
-def compare(
-    one: Sequence[float | None], other: Sequence[float | None], tolerance: float
-) -> Agreement:
-    """Compare losses step by step; without a pair to compare they do not agree."""
-    pairs = [(a, b) for a, b in zip(one, other, strict=False) if a is not None and b is not None]
-    if not pairs:
-        return Agreement(False, 0, math.nan, math.nan, math.nan)
-    apart = [_apart(a, b) for a, b in pairs]
-    last = pairs[-max(1, len(pairs) // 4) :]
-    late = _apart(statistics.fmean(a for a, _ in last), statistics.fmean(b for _, b in last))
-    median = statistics.median(apart)
-    return Agreement(
-        median <= tolerance and late <= tolerance, len(pairs), median, max(apart), late
-    )
-
-
-def _apart(a: float, b: float) -> float:
-    if a == b or (math.isnan(a) and math.isnan(b)):
-        return 0.0
-    if not (math.isfinite(a) and math.isfinite(b)):
-        return math.inf
-    return abs(a - b) / max(abs(a), abs(b))
-
-
-def judge(plain: Side, ours: Side, agreement: Agreement) -> Verdict:
-    """Return whether to use it."""
-    speed, memory = plain.step_ms / ours.step_ms, ours.peak_gib / plain.peak_gib
-    gain = (plain.step_ms - ours.step_ms) / 1e3
-    more = ours.start_up_s[-1] - plain.start_up_s[-1]
-    pays = max(0, math.ceil(more / gain)) if gain > 0 else None
-    noise = max(max(s.parts_ms) / min(s.parts_ms) for s in (plain, ours))
-    if not agreement.compared:
-        use, why = "cannot say", "backward is called on no single number, so no loss is known"
-    elif not agreement.agree:
-        use, why = "no", "the losses differ by more than the tolerance"
-    elif max(speed, 1 / speed) <= noise and noise > GAIN:
-        use = "cannot say"
-        why = (
-            f"steps of one kind drift by {noise - 1:.0%}, as much as the two differ: more --rounds"
-        )
-    elif speed >= GAIN:
-        use, why = "yes", f"a step is {speed:.2f} times as fast"
-    elif memory <= SMALLER and speed >= 1 / GAIN:
-        use, why = "yes", f"a step needs {memory:.0%} of the memory and is as fast"
-    else:
-        use, why = "no", f"a step is {speed:.2f} times as fast; {GAIN} would be worth it"
-    return Verdict(use, why, speed, memory, pays)
-
-
-def as_text(
-    plain: Side, ours: Side, agreement: Agreement, verdict: Verdict, seen: Seen, tolerance: float
-) -> str:
+def as_text(found: Found) -> str:
     """Return the answer for people."""
-    lines = [f"{'':12} {'step ms':>9} {'p10':>9} {'p90':>9} {'peak GiB':>9} {'start-up s':>14}"]
-    for name, each in (("without", plain), ("with magi", ours)):
+    seen, verdict, agreements = found.seen, found.verdict, found.agreements
+    named = {WITHOUT: "without", OURS: "with magi"}
+    wide = max(12, *(len(name) for name in (*found.sides, *found.failed)))
+    lines = [f"{'':{wide}} {'step ms':>9} {'p10':>9} {'p90':>9} {'peak GiB':>9} {'start-up s':>14}"]
+    for name, each in found.sides.items():
         starts = ", ".join(f"{s:.1f}" for s in each.start_up_s)
-        lines.append(f"{name:12} {each.step_ms:9.3f} {each.p10_ms:9.3f} {each.p90_ms:9.3f} "
-                     f"{each.peak_gib:9.3f} {starts:>14}")  # fmt: skip
+        lines.append(f"{named.get(name, name):{wide}} {each.step_ms:9.3f} {each.p10_ms:9.3f} "
+                     f"{each.p90_ms:9.3f} {each.peak_gib:9.3f} {starts:>14}")  # fmt: skip
+    lines += [f"{n:{wide}} failed: {why.splitlines()[-1]}" for n, why in found.failed.items()]
     if seen.device != "cuda":
         lines.append("peak: of the process on the host, compiling included")
-    lines.append(
-        f"losses of {agreement.compared} steps {'agree' if agreement.agree else 'DIFFER'}: median "
-        f"{agreement.median:.2g}, last quarter {agreement.late:.2g}, worst step "
-        f"{agreement.worst:.2g} (tolerance {tolerance:g})"
-    )
+    for name, same in agreements.items():
+        lines.append(
+            f"losses of {same.compared} steps {'agree' if same.agree else 'DIFFER'}: median "
+            f"{same.median:.2g}, last quarter {same.late:.2g}, worst step "
+            f"{same.worst:.2g} (tolerance {found.tolerance:g})"
+            + (f" [{name}]" if name != OURS else "")
+        )
     because = f", because {seen.reason}" if seen.reason else ""
     lines.append(f"captured: tier {seen.tier.upper()}{because}")
     lines.append(f"use it: {verdict.use}; {verdict.why}")
@@ -281,13 +223,3 @@ def as_text(
     if verdict.use == "yes" and verdict.pays_after:
         lines.append(f"the longer start-up is made up for after {verdict.pays_after} steps")
     return "\n".join(lines)
-
-
-def _captured(seen: Seen) -> dict[str, str]:
-    return {
-        "way": seen.way,
-        "how": seen.how,
-        "tier": seen.tier,
-        "reason": seen.reason,
-        "device": seen.device,
-    }

@@ -41,8 +41,10 @@ class _Finder(importlib.abc.MetaPathFinder):
         callback = self.callbacks.get(name)
         if callback is None:
             return None
-        for finder in sys.meta_path:
-            if finder is self or not hasattr(finder, "find_spec"):
+        for finder in sys.meta_path[
+            sys.meta_path.index(self) + 1 :
+        ]:  # two of us never ask in turns
+            if not hasattr(finder, "find_spec"):
                 continue
             spec = finder.find_spec(name, path, target)
             if spec is not None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import pickle
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,6 +55,23 @@ def refuse_unknown(strategy: Any) -> None:
         )
 
 
+def refuse_outer_steps(config: Config, whose: str) -> None:
+    """Refuse weights that differ between ranks, where somebody else saves and evaluates them.
+
+    Args:
+        config: The settings.
+        whose: The loop that would do so, for the message.
+
+    Raises:
+        MagiError: `CommConfig.outer_steps` is set.
+    """
+    if config.comm.outer_steps is not None:
+        raise MagiError(
+            "CommConfig.outer_steps needs a training loop of your own with magi_train.prepare, "
+            f"which calls exchange_weights before it saves and evaluates; {whose} does not"
+        )
+
+
 def is_alone(strategy: Any) -> bool:
     """Return whether the job is this one process, which then needs no process group."""
     return bool(strategy.num_nodes * strategy.num_processes == 1)
@@ -69,6 +87,8 @@ def named_if_damaged(path: Any) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        if zipfile.is_zipfile(path):  # its end is there, so it was written whole
+            raise
         raise MagiError(
             f"{path} cannot be read as a checkpoint: it was cut short or damaged ({error}); use an "
             "earlier checkpoint"

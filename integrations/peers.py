@@ -1,317 +1,311 @@
-"""`magi bench package.module:build`: a training step of the user's own module, beside its peers.
+"""The ways people train a module today, by name: what `magi bench` puts beside ours.
 
-    build() returns (module, batch), (module, batch, loss) or (module, batch, loss, optimizer)
+A peer is a name of parts joined by "+", in any order: "eager" (none), "compile",
+"liger+block-compile", "fsdp2+block-compile". Each part is a function that changes a `Training`, in
+the order of the stages: first the module is edited, then its blocks are compiled, then it is spread
+over the ranks, then the loss as a whole is compiled. Where nothing spreads a module,
+DistributedDataParallel does. "magi" spreads, and takes settings: "magi:precision=fp8,tier=region".
 
-as for `magi explain --fits`. Each peer is a function in PEERS and runs in processes of its own,
-from the same seed, on the same batch, with the same loss and optimizer; a peer that fails is a row
-that says why. `measure` is what times a step, here and in benchmarks/train_step.py: steps that are
-waited for give the median and spread, then as many run back to back, which is how people train.
-
-| peer | what runs |
-|---|---|
-| eager | the module as it is (under DistributedDataParallel on several ranks) |
-| compile | torch.compile of the loss function |
-| block-compile | every repeated block compiled, found by structure; the rest eager |
-| magi | magi_train.prepare and prepare_step, with Config() |
+What is missing is known before a process is started (`why_not`). All peers get the same module,
+batches, loss, optimizer and autocast. Where a library has its own form of mixed precision the
+nearest one is taken: FSDP2 gathers in the dtype of autocast and reduces in float32; DeepSpeed runs
+autocast by itself and sends weights and gradients of linears and convolutions in that dtype.
 """
 
-import argparse
-import json
+import difflib
+import importlib.util
+import inspect
 import os
-import resource
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from argparse import Namespace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from magi_train.comm.shard_blocks import blocks_to_shard
+from magi_train.core import settings
+from magi_train.core.config import Config
 from magi_train.core.errors import MagiError
-from magi_train.core.world import join_from_environment
-from magi_train.fits import FORM, built
-from magi_train.fits_command import load_build
+from magi_train.integrations.parts import PARTS, Part, Stage, Training, part
 
-GIB = 2**30
-LossOf = Callable[[Any], Tensor]
-Peer = Callable[[nn.Module, Callable[[Any, Any], Tensor], Optimizer], LossOf]
-"""From a module, `loss(module, batch)` and the optimizer to a function from a batch to its loss."""
-
-
-def eager(module: nn.Module, loss: Callable[[Any, Any], Tensor], _: Optimizer) -> LossOf:
-    """Return the step as people write it."""
-    model = _replicated(module)
-    return lambda batch: loss(model, batch)
+OURS, PLAIN = "magi", "eager"
+HEADS = {"lm_head", "decoder", "head"}
+"""Last part of the names of linears that make logits."""
+DEFAULT = (
+    PLAIN, "compile", "block-compile", "liger", "liger+block-compile", "torchao+compile",
+    "fsdp2+block-compile", "fsdp2-reshard+block-compile", "zero1", "zero2", "zero3", OURS,
+)  # fmt: skip
 
 
-def compiled(module: nn.Module, loss: Callable[[Any, Any], Tensor], _: Optimizer) -> LossOf:
-    """Return the step compiled whole."""
-    model = _replicated(module)
-    return torch.compile(lambda batch: loss(model, batch))
-
-
-def block_compiled(module: nn.Module, loss: Callable[[Any, Any], Tensor], _: Optimizer) -> LossOf:
-    """Return the step with its repeated blocks compiled."""
-    blocks = blocks_to_shard(module)
-    if not blocks:
-        raise MagiError("the module has no repeated blocks")
-    for block in blocks:
-        block.compile()
-    return eager(module, loss, _)
-
-
-def magi(module: nn.Module, loss: Callable[[Any, Any], Tensor], optimizer: Optimizer) -> LossOf:
-    """Return the step through us."""
-    from magi_train import prepare, prepare_step
-
-    prepared, _ = prepare(module, optimizer)
-    return prepare_step(lambda batch: loss(prepared, batch), prepared)
-
-
-PEERS: dict[str, Peer] = {
-    "eager": eager,
-    "compile": compiled,
-    "block-compile": block_compiled,
-    "magi": magi,
-}
-
-
-def _replicated(module: nn.Module) -> nn.Module:
-    many = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    if not many:
-        return module
-    return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
-
-
-def wait(device: torch.device) -> None:
-    """Wait for the device and for all ranks."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    if torch.distributed.is_initialized():
-        ids = [device.index] if device.type == "cuda" else None
-        torch.distributed.barrier(device_ids=ids)
-
-
-def measure(
-    step: Callable[[int], Tensor], device: torch.device, warm_up: int, steps: int, began: float
-) -> dict[str, Any]:
-    """Time steps.
-
-    Args:
-        step: Takes the step of a number; returns its loss, detached.
-        device: Where.
-        warm_up: Steps before the timed ones.
-        steps: Timed ones that are waited for, and again as many back to back.
-        began: time.perf_counter() when the set-up began.
-
-    Returns:
-        Milliseconds, GiB and seconds by name; and the first and the last loss.
-    """
-    on_gpu = device.type == "cuda"
-    first_loss = float(step(0))
-    wait(device)
-    first = time.perf_counter() - began
-    for i in range(1, warm_up):
-        step(i)
-    wait(device)
-    warm = time.perf_counter() - began
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-    seconds = []
-    for i in range(steps):
-        wait(device)
-        begin = time.perf_counter()
-        loss = step(warm_up + i)
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - begin)
-    wait(device)
-    begin = time.perf_counter()
-    for i in range(steps):
-        loss = step(warm_up + steps + i)
-    if on_gpu:
-        torch.cuda.synchronize(device)
-    back_to_back = (time.perf_counter() - begin) / steps
-    tenths = statistics.quantiles(seconds, n=10)
-    return {
-        "step_ms": statistics.median(seconds) * 1e3,
-        "step_ms_p10": tenths[0] * 1e3,
-        "step_ms_p90": tenths[-1] * 1e3,
-        "back_to_back_ms": back_to_back * 1e3,
-        **_memory(device),
-        "first_step_s": first,
-        "warm_up_s": warm,
-        "first_loss": first_loss,
-        "loss": float(loss),
-    }
-
-
-def _memory(device: torch.device) -> dict[str, float]:
-    if device.type == "cuda":
-        most, held = torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device)
-        return {"peak_gib": most / GIB, "reserved_gib": held / GIB}
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}
-
-
-# -- one peer, on one rank ---------------------------------------------------------------------
-
-
-def work(name: str, place: str, options: Any) -> dict[str, Any]:
-    """Measure one peer on this rank."""
-    from magi_train import to_device
-
-    world = join_from_environment()
-    on_gpu = torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    torch.manual_seed(0)
-    module, batch, loss, optimizer = built(load_build(place))
-    module.to(device)
-    batch = to_device(batch, device)
-    began = time.perf_counter()
-    loss_of = PEERS[name](module, loss, optimizer)
-    dtype = getattr(torch, options.autocast) if options.autocast != "none" else None
-
-    def step(_: int) -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            value = loss_of(batch)
-        value.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
-        return value.detach()
-
-    found = measure(step, device, options.warm_up, options.steps, began)
-    leaf = next(t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor))
-    rows = leaf.shape[0] if leaf.dim() else 1
-    found["rows_per_second"] = rows * world.size / found["back_to_back_ms"] * 1e3
-    if name == "magi":
-        from magi_train.runtime import live_runtimes
-
-        found["report"] = str(live_runtimes()[-1].report).splitlines()
-    return found
-
-
-# -- all of them -------------------------------------------------------------------------------
-
-
-def command(arguments: Sequence[str]) -> int:
-    """Run `magi bench package.module:build`; return 0 if ours was measured and its loss agrees.
+def parse(peer: str) -> list[tuple[Part, str]]:
+    """Return a peer's parts in the order of their turns, each with what follows its ":".
 
     Raises:
-        MagiError: An option or the module is of no use.
+        MagiError: No such part, two that exclude each other, or an option of no use.
     """
-    options = _parser().parse_args(arguments)
-    if options.worker:
-        found = work(options.worker, options.build, options)
-        if os.environ.get("RANK", "0") == "0":
-            options.out.write_text(json.dumps(found))
-        wait(torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available()
-             else torch.device("cpu"))  # fmt: skip
-        return 0
-    load_build(options.build)  # a wrong name is an error, not four rows
-    wrong = sorted(set(options.peers) - set(PEERS))
-    if wrong or options.steps < 2 or options.warm_up < 1:
-        raise MagiError(
-            f"--peers takes {', '.join(PEERS)}, --steps 2 or more and --warm-up 1 or more; got "
-            f"{', '.join(options.peers)}, {options.steps} and {options.warm_up}"
+    found = []
+    for word in peer.split("+") if peer != PLAIN else []:
+        name, _, option = word.partition(":")
+        if name not in PARTS:
+            near = difflib.get_close_matches(name, [PLAIN, *PARTS], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "join them with '+'"
+            raise MagiError(
+                f"there is no peer {name!r}, only {PLAIN} and {', '.join(PARTS)}; {hint}"
+            )
+        if option and not PARTS[name].takes:
+            raise MagiError(f"peer {name!r} takes nothing behind ':', got {option!r}")
+        if name == OURS:
+            our_config(option)
+        found.append((PARTS[name], option))
+    names = [p.name for p, _ in found]
+    spread = [p.name for p, _ in found if p.stage == Stage.SPREAD]
+    if len(spread) > 1 or len(set(names)) < len(names):
+        raise MagiError(f"peer {peer!r}: {', '.join(spread if len(spread) > 1 else names)} in one")
+    if OURS in spread and any(p.stage in (Stage.BLOCKS, Stage.WHOLE) for p, _ in found):
+        raise MagiError(f"peer {peer!r}: {OURS} compiles by itself; leave the other compilers out")
+    return sorted(found, key=lambda each: each[0].stage)
+
+
+def is_ours(peer: str) -> bool:
+    """Return whether a peer is magi, with whatever settings, or something edited for it."""
+    return OURS in {word.partition(":")[0] for word in peer.split("+")}
+
+
+def why_not(peer: str, ranks: int, on_gpu: bool) -> str:
+    """Return why a peer cannot run here, "" if nothing is known against it."""
+    for each, _ in parse(peer):
+        if each.gpu and not on_gpu:
+            return f"{each.name} needs a GPU"
+        if ranks < each.ranks:
+            return f"{each.name} needs {each.ranks} ranks or more: --nproc"
+        if each.package and importlib.util.find_spec(each.package) is None:
+            return f"{each.name} needs the package {each.package}, which is not installed"
+    return ""
+
+
+def apply(peer: str, training: Training) -> None:
+    """Make a step one of a peer.
+
+    Raises:
+        MagiError: A part refuses.
+    """
+    parts = parse(peer)
+    for each, option in parts:
+        if each.stage < Stage.WHOLE:
+            each.apply(training, *([option] if each.takes else []))
+    if training.ranks > 1 and not any(each.stage == Stage.SPREAD for each, _ in parts):
+        ids = [training.device.index] if training.device.type == "cuda" else None
+        training.model = nn.parallel.DistributedDataParallel(
+            training.module, device_ids=ids, gradient_as_bucket_view=True
         )
-    rows = {}
-    for name in options.peers:
-        sys.stderr.write(f"magi bench: {name}\n")
-        rows[name] = _launch(name, options)
-    record = {"build": options.build, "ranks": options.nproc, "autocast": options.autocast,
-              "torch": torch.__version__, "rows": rows}  # fmt: skip
-    if torch.cuda.is_available():
-        record["gpu"] = torch.cuda.get_device_name()
-    if options.output:
-        options.output.write_text(json.dumps(record, indent=2) + "\n")
-    text = json.dumps(record, indent=2) if options.json else table(rows, options.tolerance)
-    sys.stdout.write(text + "\n")
-    return 0 if agrees(rows, options.tolerance) else 1
+    for each, _ in parts:
+        if each.stage == Stage.WHOLE:
+            each.apply(training)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="magi bench", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="magi bench --mine train.py compares a whole script with and without magi; "
-        "magi bench --inference model.pt2 measures an exported file. Both have a --help.",
-    )  # fmt: skip
-    add = parser.add_argument
-    add("build", help=f"script.py:function or package.module:function; {FORM}")
-    add("--peers", nargs="+", default=[*PEERS], help="of " + ", ".join(PEERS))
-    add("--nproc", type=int, default=1, help="ranks (default: %(default)s)")
-    add("--steps", type=int, default=20, help="timed steps, twice (default: %(default)s)")
-    add("--warm-up", type=int, default=20, help="steps before (default: %(default)s)")
-    add("--autocast", choices=("none", "bfloat16", "float16"), default="none")
-    add("--tolerance", type=float, default=0.02, help="relative difference of the last losses")
-    add("--seconds", type=float, default=900, help="limit for one peer (default: %(default)s)")
-    add("--output", type=Path, help="JSON file to write")
-    add("--json", action="store_true", help="print JSON")
-    add("--worker", help=argparse.SUPPRESS)
-    add("--out", type=Path, help=argparse.SUPPRESS)
-    return parser
+# -- ours --------------------------------------------------------------------------------------
 
 
-def _launch(name: str, options: Any) -> dict[str, Any]:
-    """Measure a peer in processes of its own; return its row."""
-    with tempfile.TemporaryDirectory(prefix="magi_bench_") as folder:
-        out, log = Path(folder) / "row.json", Path(folder) / "log"
-        start = [sys.executable, "-m", "magi_train.cli"]
-        if options.nproc > 1:
-            start += ["run", "--nproc", str(options.nproc), "--no-preflight", "-m", start[2]]
-        mine = ["bench", options.build, "--worker", name, "--out", str(out)]
-        mine += ["--steps", str(options.steps), "--warm-up", str(options.warm_up)]
-        mine += ["--autocast", options.autocast]
-        with log.open("w") as file:
-            try:
-                subprocess.run([*start, *mine], stdout=file, stderr=file, check=False,
-                               timeout=options.seconds)  # fmt: skip
-            except subprocess.TimeoutExpired:
-                return {"failed": f"did not finish in {options.seconds:g} s"}
-        if not out.is_file():
-            return {"failed": log.read_text().strip()[-600:] or "no result"}
-        return json.loads(out.read_text())  # type: ignore[no-any-return]
+def our_config(option: str) -> Config:
+    """Return the Config of "key=value,key=value", over file and environment as everywhere.
+
+    Raises:
+        SettingError: A setting is wrong.
+    """
+    return settings.apply(Config(), settings.gather(option.split(",") if option else ()))[0]
 
 
-def agrees(rows: dict[str, dict[str, Any]], tolerance: float) -> bool:
-    """Return whether ours was measured, and its last loss is that of the first peer measured."""
-    mine = rows.get("magi", {})
-    theirs = next((r for n, r in rows.items() if n != "magi" and "loss" in r), None)
-    if "loss" not in mine:
-        return False
-    if theirs is None:
+@part(OURS, Stage.SPREAD, takes="settings of Config: key=value,key=value")
+def magi(training: Training, option: str) -> None:
+    """magi_train.prepare and prepare_step."""
+    from magi_train import prepare, prepare_step
+
+    config = our_config(option)
+    model, training.optimizer = prepare(training.module, training.optimizer, config=config)
+    training.model, loss = model, training.loss
+    training.loss_of = prepare_step(lambda batch: loss(model, batch), model)
+
+
+# -- editing the module --------------------------------------------------------------------------
+
+
+@part("liger", Stage.EDIT, package="liger_kernel", gpu=True)
+def liger(training: Training) -> None:
+    """Liger's kernels patched into a model of transformers."""
+    _patch_liger(training)
+
+
+@part("liger-loss", Stage.EDIT, package="liger_kernel", gpu=True)
+def liger_loss(training: Training) -> None:
+    """Liger's linear and cross-entropy in chunks alone, in a model of transformers."""
+    _patch_liger(training, only="fused_linear_cross_entropy")
+
+
+def _patch_liger(training: Training, only: str = "") -> None:
+    """Patch all that Liger has for a model, or one of its switches."""
+    from liger_kernel.transformers import monkey_patch
+
+    kind = getattr(getattr(training.module, "config", None), "model_type", None)
+    known = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
+    if kind not in known:  # it would do nothing, and not say so
+        raise MagiError(f"Liger has no kernels for a model of type {kind!r}")
+    options = inspect.signature(known[kind]).parameters.values()
+    switches = {option.name for option in options if isinstance(option.default, bool)}
+    if only and only not in switches:
+        raise MagiError(f"Liger has no {only} for a model of type {kind!r}")
+    chosen = {name: name == only for name in switches} if only else {}
+    monkey_patch._apply_liger_kernel_to_instance(model=training.module, **chosen)
+
+
+@part("torchao", Stage.EDIT, package="torchao", gpu=True)
+def torchao(training: Training) -> None:
+    """Linears made fp8 by torchao, tensorwise, by its advice on shapes, without the head."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    converted: list[str] = []
+
+    def wanted(module: nn.Module, name: str) -> bool:
+        if not isinstance(module, nn.Linear) or name.split(".")[-1] in HEADS:
+            return False
+        rows, columns = module.weight.shape
+        if (columns <= 4096 and rows <= 1024) or rows % 16 or columns % 16:
+            return False
+        converted.append(name)
         return True
-    a, b = mine["loss"], theirs["loss"]
-    return abs(a - b) <= tolerance * max(abs(a), abs(b))
+
+    config = Float8LinearConfig.from_recipe_name("tensorwise")
+    convert_to_float8_training(training.module, config=config, module_filter_fn=wanted)
+    if not converted:
+        raise MagiError("torchao's advice leaves every linear as it is: none is large enough")
 
 
-def table(rows: dict[str, dict[str, Any]], tolerance: float) -> str:
-    """Return the rows as text, and what they say."""
-    columns = ("step_ms", "step_ms_p10", "step_ms_p90", "back_to_back_ms", "peak_gib",
-               "first_step_s", "rows_per_second", "loss")  # fmt: skip
-    lines = [f"{'':14}" + " ".join(f"{c:>15}" for c in columns)]
-    for name, row in rows.items():
-        if "failed" in row:
-            lines.append(f"{name:14}failed: {row['failed'].splitlines()[-1][-200:]}")
-        else:
-            lines.append(f"{name:14}" + " ".join(f"{row[c]:15.4g}" for c in columns))
-    timed = {n: r["back_to_back_ms"] for n, r in rows.items() if "failed" not in r}
-    peers = {n: ms for n, ms in timed.items() if n != "magi"}
-    if "magi" in timed and peers:
-        best = min(peers, key=lambda n: peers[n])
-        lines.append(f"magi is {peers[best] / timed['magi']:.3f} times as fast as {best}, the best "
-                     "peer, back to back")  # fmt: skip
-        same = "agrees with" if agrees(rows, tolerance) else "DIFFERS from"
-        lines.append(f"its last loss {same} that of {next(iter(peers))} (tolerance {tolerance:g})")
-    return "\n".join(lines)
+@part("checkpoint", Stage.EDIT)
+def checkpoint(training: Training) -> None:
+    """The gradient checkpointing that a model of transformers offers."""
+    enable = getattr(training.module, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise MagiError("the module has no gradient_checkpointing_enable(), as transformers' have")
+    enable({"use_reentrant": False})
+
+
+@part("channels-last", Stage.EDIT)
+def channels_last(training: Training) -> None:
+    """Convolutions in channels_last."""
+    training.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+@part("fold-masks", Stage.EDIT, package="transformers")
+def fold_masks(training: Training) -> None:
+    """The attention mask of transformers' models folded by hand."""
+    from magi_train.integrations.cases import fold_masks_by_hand
+
+    fold_masks_by_hand()
+
+
+# -- compiling -----------------------------------------------------------------------------------
+
+
+@part("block-compile", Stage.BLOCKS)
+def block_compile(training: Training) -> None:
+    """Every repeated block compiled, the rest eager."""
+    for block in _blocks(training):
+        block.compile()
+
+
+@part("head-compile", Stage.BLOCKS)
+def head_compile(training: Training) -> None:
+    """What transformers' models compute after their blocks compiled: the head and the loss."""
+    module: Any = training.module
+    head = getattr(module, "lm_head", None) or getattr(module, "cls", None)
+    if head is None or not hasattr(module, "loss_function"):
+        raise MagiError("the module has no head and loss_function, as transformers' models have")
+    head.compile()
+    module.loss_function = torch.compile(module.loss_function)
+
+
+@part("compile", Stage.WHOLE)
+def compile_whole(training: Training) -> None:
+    """torch.compile of the loss function."""
+    model, loss = training.model, training.loss
+    training.loss_of = torch.compile(lambda batch: loss(model, batch))
+
+
+def _blocks(training: Training) -> Sequence[nn.Module]:
+    if not training.blocks:
+        raise MagiError("the module has no repeated blocks")
+    return training.blocks
+
+
+# -- sharding ------------------------------------------------------------------------------------
+
+
+@part("fsdp2", Stage.SPREAD, ranks=2)
+def fsdp2(training: Training) -> None:
+    """fully_shard of every block and the module, weights kept whole after forward."""
+    _fully_shard(training, reshard=False)
+
+
+@part("fsdp2-reshard", Stage.SPREAD, ranks=2)
+def fsdp2_reshard(training: Training) -> None:
+    """fully_shard of every block and the module, blocks resharded after forward."""
+    _fully_shard(training, reshard=True)
+
+
+def _fully_shard(training: Training, reshard: bool) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    module, blocks = training.module, _blocks(training)
+    before = {name: p for name, p in module.named_parameters()}
+    mesh = init_device_mesh(training.device.type, (training.ranks,))
+    reduced = torch.float32 if training.autocast is not None else None
+    policy = MixedPrecisionPolicy(param_dtype=training.autocast, reduce_dtype=reduced)
+    for each in blocks:
+        fully_shard(each, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    new = {id(p): q for (_, p), q in zip(before.items(), module.parameters(), strict=True)}
+    for group in training.optimizer.param_groups:
+        group["params"] = [new[id(p)] for p in group["params"]]
+
+
+def _zero(training: Training, stage: int) -> None:
+    import deepspeed
+
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # for its figures only; it must have one
+        "gradient_clipping": 0.0,  # its own default clips to a norm of 1
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    if training.autocast is not None:  # or its forward switches the caller's autocast off
+        name = str(training.autocast).removeprefix("torch.")
+        config["torch_autocast"] = {"enabled": True, "dtype": name}
+    engine = deepspeed.initialize(
+        args=Namespace(device_rank=int(os.environ.get("LOCAL_RANK", "0"))),
+        model=training.module,
+        model_parameters=[p for p in training.module.parameters() if p.requires_grad],
+        optimizer=training.optimizer,
+        config=config,
+        dist_init_required=False,
+    )[0]
+    training.model, training.backward, training.update = engine, engine.backward, engine.step
+
+
+@part("zero1", Stage.SPREAD, package="deepspeed", ranks=2)
+def zero1(training: Training) -> None:
+    """DeepSpeed's ZeRO, stage 1: optimizer state sharded."""
+    _zero(training, 1)
+
+
+@part("zero2", Stage.SPREAD, package="deepspeed", ranks=2)
+def zero2(training: Training) -> None:
+    """DeepSpeed's ZeRO, stage 2: gradients, too."""
+    _zero(training, 2)
+
+
+@part("zero3", Stage.SPREAD, package="deepspeed", ranks=2)
+def zero3(training: Training) -> None:
+    """DeepSpeed's ZeRO, stage 3: weights, too."""
+    _zero(training, 3)

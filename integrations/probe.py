@@ -10,6 +10,7 @@ own end.
 
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -31,10 +32,15 @@ from magi_train.integrations.bootstrap import run_script
 
 if TYPE_CHECKING:  # a run without us shall not pay for our imports
     from magi_train.integrations.auto import Attachment
+    from magi_train.integrations.script_peer import ScriptPeer
     from magi_train.runtime import Runtime
 
 GIB = 2**30
 LEAST_STEPS = 3
+
+
+CHILD_SECONDS = 5.0
+"""How long a process of the script may take to end."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Spec:
 
     Attributes:
         folder: Where `rank_N.json` goes.
-        magi: Whether the script is to train through us.
+        peer: What the script is to train through: "" (as it is), "magi", or a peer of its module.
         warm_up: Steps before those that are timed.
         steps: Steps that are timed.
         began: time.time() when the launcher was started.
@@ -51,7 +57,7 @@ class Spec:
     """
 
     folder: str
-    magi: bool
+    peer: str
     warm_up: int
     steps: int
     began: float
@@ -91,8 +97,10 @@ class Seen:
 class Probe:
     """Looks at a script's steps and ends it after enough of them."""
 
-    def __init__(self, spec: Spec, attachment: "Attachment | None") -> None:
-        self.spec, self.attachment, self.seen = spec, attachment, Seen()
+    def __init__(
+        self, spec: Spec, attachment: "Attachment | None", edited: "ScriptPeer | None"
+    ) -> None:
+        self.spec, self.attachment, self.edited, self.seen = spec, attachment, edited, Seen()
         self._owner: int | None = None
         self._marks: list[Any] = []  # an end of a step each, the first is that of warm-up
         self._losses: list[Tensor | None] = []
@@ -126,9 +134,7 @@ class Probe:
             self._marks.append(self._mark())
         if count == self.spec.warm_up + self.spec.steps:
             self.finish()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
+            _end(0)
 
     def _begin(self, optimizer: Optimizer) -> None:
         self._owner = id(optimizer)
@@ -142,7 +148,7 @@ class Probe:
                 f"the script trains on {ranks} rank(s) and was started as {self.spec.ranks}; give "
                 "--nproc with the number of ranks, and let the script start none itself"
             )
-        if not self.spec.magi and _runtimes():
+        if self.spec.peer != "magi" and _runtimes():
             self.fail("the script trains through magi_train already; bench one that does not")
 
     def fail(self, reason: str) -> None:
@@ -150,8 +156,7 @@ class Probe:
         self.seen.error = reason
         self._write()
         sys.stderr.write(f"magi bench: {reason}\n")
-        sys.stderr.flush()
-        os._exit(3)
+        _end(3)
 
     def _warmed_up(self) -> None:
         if self.seen.device == "cuda":
@@ -202,6 +207,11 @@ class Probe:
             )
 
     def _tell_how(self) -> None:
+        if self.edited is not None and not self.edited.applied:
+            self.seen.error = self.seen.error or (
+                "there is no module to edit: the script calls none that holds all weights of its "
+                "optimizer"
+            )
         if self.attachment is None or self.seen.error:
             return
         report = self._report
@@ -220,6 +230,20 @@ class Probe:
         path.write_text(json.dumps(asdict(self.seen)))
 
 
+def _end(status: int) -> NoReturn:
+    """End the process, and those that the script has started, at once."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    children = multiprocessing.active_children()
+    for child in children:
+        child.terminate()
+    for child in children:
+        child.join(CHILD_SECONDS)
+        if child.is_alive():
+            child.kill()
+    os._exit(status)
+
+
 def _runtimes() -> "list[Runtime]":
     loaded = sys.modules.get("magi_train.runtime")
     return loaded.live_runtimes() if loaded else []
@@ -233,12 +257,16 @@ def main() -> None:
     random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
-    attachment = None
-    if spec.magi:
+    attachment = edited = None
+    if spec.peer == "magi":
         from magi_train.integrations.auto import Attachment
 
         attachment = Attachment()
-    probe = Probe(spec, attachment)
+    elif spec.peer:
+        from magi_train.integrations.script_peer import ScriptPeer
+
+        edited = ScriptPeer(spec.peer)
+    probe = Probe(spec, attachment, edited)
     try:
         run_script(script, arguments)
     except MagiError as error:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from magi_train.capture import Region
 from magi_train.core.config import Config
-from magi_train.core.errors import MagiError
 from magi_train.core.facts import recording
 from magi_train.core.report import Report
 from magi_train.integrations import options as opt
@@ -144,11 +143,7 @@ class MagiStrategyMixin:
         """Set up ranks, plan and captured region; the model stays unwrapped."""
         module: Any = self.model  # type: ignore[attr-defined]
         self.runtime = Runtime(module, self.magi_config)
-        if self.runtime.config.comm.outer_steps is not None:
-            raise MagiError(
-                "CommConfig.outer_steps needs a training loop of your own, which calls "
-                "exchange_weights before it saves and evaluates; Lightning's does not"
-            )
+        opt.refuse_outer_steps(self.runtime.config, "Lightning's")
         trainer = getattr(module, "_trainer", None)
         if self.report_path is not None and trainer is not None and not self.runtime.record_path:
             self.runtime.record_to(Path(trainer.default_root_dir) / self.report_path)

@@ -51,7 +51,8 @@ def save_checkpoint(
 ) -> None:
     """Write weights, buffers and optimizer state; call it on all ranks, between steps.
 
-    Buffers that differ between ranks (BatchNorm statistics) become those of rank 0.
+    Buffers that differ between ranks (BatchNorm statistics) become those of rank 0. With
+    `CommConfig.outer_steps` the outer step is made first, as `exchange_weights` does.
 
     Args:
         folder: Seen by all ranks under this name; an existing checkpoint is replaced at the end.
@@ -66,6 +67,9 @@ def save_checkpoint(
     if zero is not None:
         save_zero(zero, folder)
         return
+    runtime = module.__dict__.get("_magi_runtime")
+    if runtime is not None:  # what is written must be the same on all ranks
+        runtime.reducer.exchange_weights()
     final, world = Path(folder), World.current()
     partial = final.with_name(f".{final.name}.partial")
     if world.rank == 0:
@@ -258,11 +262,18 @@ def _must_be_whole(folder: str | os.PathLike[str]) -> None:
 
 def _rename(partial: Path, final: Path) -> None:
     aside = final.with_name(f".{final.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
     if final.exists():
         final.rename(aside)
     partial.rename(final)
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or the file that another way of saving left in its place."""
+    if path.is_file():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _together(world: World, what: str, why: str) -> list[str]:

@@ -47,9 +47,9 @@ def _bench_training(given: list[str]) -> int:
         from magi_train.integrations import mine
 
         return mine.command(given)
-    from magi_train.integrations import peers
+    from magi_train.integrations import bench
 
-    return peers.command(given)
+    return bench.command(given)
 
 
 def _parse(given: list[str]) -> argparse.Namespace:

@@ -196,6 +196,8 @@ def lower(
         "post_grad_custom_pre_pass": _PostGrad(lowered),
         "custom_partitioner_fn": partition,
     }
+    if limit is not None:  # Inductor keeps a buffer until a later one of its size takes it over
+        patches["allow_buffer_reuse"] = False
     with compat.forced_backward_lowering():
         compiled = compat.compile_fx(gm, inputs, config_patches=patches)
     return compiled, _remember(memory, lowered.report.rows)

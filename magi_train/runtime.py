@@ -421,7 +421,9 @@ def _explain_uncaught() -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         trained = live_runtimes()
         if is_exhausted(error) and trained:
-            explain(error, trained[-1].memory)
+            explain(
+                error, getattr(trained[-1], "memory", None)
+            )  # one that failed half-way has none
         previous(kind, error, trace)
 
     sys.excepthook = hook

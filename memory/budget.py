@@ -113,12 +113,11 @@ class FitBudget:
         graph = Joint(trial.graph, rest["num_fwd_outputs"], self.limit.speed, **on)
         names = {node.name for node in saved_for_backward(default[0])}
         row = Row(graph, (n for n in graph.nodes if n.name in names))
-        chosen = row.choose(lambda plan: self._peak(row, plan), self.limit.budget_bytes)
+        chosen = self._choose(row, self.limit.budget_bytes)
         if chosen is None:
-            least = min(row.plans, key=lambda plan: self._peak(row, plan))
+            chosen = self._least(row)
             if self.limit.strict:
-                raise PassError(self._impossible(row, least))
-            chosen = least
+                raise PassError(self._impossible(row, chosen, self._peak(row, chosen)))
 
         def cut_for(plan: SavedSet) -> Partition:
             if plan is row.default:
@@ -126,21 +125,36 @@ class FitBudget:
             with compat.saving(plan.saved):
                 return compat.min_cut_partition(_copy(joint), inputs, **rest)
 
-        cut = cut_for(chosen)
-        course = simulate(*cut, **on)
+        tried: list[tuple[int, SavedSet, Partition, Timeline]] = []
         for _ in range(CUTS_TRIED):  # the partitioner may order nodes otherwise than the row does
-            beyond = self._step_bytes(course, row, chosen) - self.limit.budget_bytes
-            fitting = self._peak(row, chosen) - beyond
-            lower = row.choose(lambda p: self._peak(row, p), fitting) if beyond > 0 else None
-            if lower is None:
-                break
-            chosen, cut = lower, cut_for(lower)
+            cut = cut_for(chosen)
             course = simulate(*cut, **on)
+            tried.append((self._step_bytes(course, row, chosen), chosen, cut, course))
+            beyond = tried[-1][0] - self.limit.budget_bytes
+            if beyond <= 0:
+                break
+            lower = self._choose(row, self._peak(row, chosen) - beyond) or self._least(row)
+            if any(lower is plan for _, plan, _, _ in tried):
+                break
+            chosen = lower
+        size, chosen, cut, course = min(tried, key=lambda each: each[0])
+        if size > self.limit.budget_bytes and self.limit.strict:
+            raise PassError(self._impossible(row, chosen, size))
         plan = self._plan(row, chosen, course)
         if self.limit.survey:
             raise SurveyedError(plan, course)
         self._note(plan)
         return cut
+
+    def _choose(self, row: Row, limit_bytes: int) -> SavedSet | None:
+        def at_least(plan: SavedSet) -> int:
+            saved = row.saved_bytes(plan)
+            return self.limit.step_bytes(saved, saved)
+
+        return row.choose(lambda plan: self._peak(row, plan), limit_bytes, at_least)
+
+    def _least(self, row: Row) -> SavedSet:
+        return min(row.plans, key=lambda plan: self._peak(row, plan))
 
     def _peak(self, row: Row, plan: SavedSet) -> int:
         return self._step_bytes(row.timeline(plan), row, plan)
@@ -151,12 +165,12 @@ class FitBudget:
     def _milliseconds(self, plan: SavedSet) -> float:
         return round(plan.seconds * 1e3 * self.limit.blocks, 6)
 
-    def _impossible(self, row: Row, least: SavedSet) -> str:
+    def _impossible(self, row: Row, least: SavedSet, size: int) -> str:
         course = row.timeline(least)
         rows = [f"{t.node} {t.size_bytes / GIB:.3g}" for t in course.largest[:3]]
         return (
             f"Config.memory_budget_gib is {self.limit.budget_bytes / GIB:.6g}, but a step takes at "
-            f"least {self._peak(row, least) / GIB:.6g} GiB when as much as possible is recomputed. "
+            f"least {size / GIB:.6g} GiB when as much as possible is recomputed. "
             f"Besides activations: {shares(self.limit)}; largest at the peak: {', '.join(rows)}. "
             "Raise the budget, or lower it with a smaller batch or sequence, a smaller "
             "FusionConfig.loss_chunk_mib, or an optimizer with less state"

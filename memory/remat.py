@@ -10,7 +10,9 @@ S and from the inputs. For one joint graph the row of plans does not depend on a
 3. From there one other value after the other leaves S, always the one that costs the least time
    for the bytes it frees (a greedy knapsack; Kirisame et al. 2021, arXiv 2006.09616, use the
    same ratio). Equal layers tie: the earliest goes first, as its backward runs when little is left.
-4. The same with every second, fourth, ... checkpoint (Chen et al. 2016, arXiv 1604.06174).
+4. The same with every second, fourth, ... checkpoint (Chen et al. 2016, arXiv 1604.06174), twice:
+   a layer often has two places of the same size, and it matters whether what runs again ends with
+   the layer or in its middle.
 
 Every plan is judged by its predicted peak (memory/peak.py) and by the time of what it recomputes
 (memory/cost.py). For a budget the fastest plan that fits is taken:
@@ -42,7 +44,7 @@ from magi_train.memory.peak import Storages, Timeline, body, join, walk
 
 SPACINGS = (1, 2, 4, 8)
 """Of every so many checkpoints one is saved."""
-MOST_PLANS = 32
+MOST_PLANS = 24
 """Plans of one spacing that are judged; more are thinned out evenly."""
 WINDOW = 24
 """A checkpoint lies where less crosses the forward than at this many places on either side."""
@@ -82,6 +84,7 @@ class Joint:
         self.nodes = body(graph)
         self.place = {node: i for i, node in enumerate(self.nodes)}
         self.inputs = graph.find_nodes(op="placeholder")
+        self._sources = {n: [a for a in n.all_input_nodes if a in self.place] for n in self.nodes}
         self.tangents = [node for node in self.inputs if "tangents" in node.name]
         self.results = [n for n in results[:num_outputs] if isinstance(n, Node)]
         self.gradients = [n for n in results[num_outputs:] if isinstance(n, Node)]
@@ -107,7 +110,7 @@ class Joint:
             node = todo.pop()
             if node not in seen:
                 seen.add(node)
-                todo += [a for a in node.all_input_nodes if a in self.place and a not in saved]
+                todo += [a for a in self._sources[node] if a not in saved]
         return seen
 
     def recomputed(self, saved: set[Node]) -> set[Node]:
@@ -118,7 +121,7 @@ class Joint:
         """Return those of `saved` that the backward reads."""
         run = self.needed(self.gradients, saved)
         direct = {g for g in self.gradients if g in saved}
-        return {a for n in run for a in n.all_input_nodes if a in saved} | direct
+        return {a for n in run for a in self._sources[n] if a in saved} | direct
 
     def timeline(self, saved: set[Node]) -> Timeline:
         """Return the predicted timeline of forward and backward."""
@@ -134,6 +137,7 @@ class Joint:
             self.backward_order(saved),
             self.storages,
             start=[*saved, *self.results, *self.tangents],
+            held=self.tangents,
             resident=[n for n in self.inputs if n not in self.tangents],
             keep=[*self.results, *self.gradients],
         )
@@ -156,7 +160,7 @@ class Joint:
                 node = todo.pop()
                 if node in wanted and node not in missing and node not in done:
                     missing.add(node)
-                    todo += node.all_input_nodes
+                    todo += self._sources[node]
             order += sorted(missing, key=self.place.__getitem__)
             done |= missing
         return _parts_first(order)
@@ -236,8 +240,10 @@ class Row:
         start = {n for n in default if n in joint.place}
         plans = [self._plan(start)]
         bounds = checkpoints(joint)
-        for spacing in SPACINGS:
-            stay = {n for bound in bounds[spacing - 1 :: spacing] for n in bound}
+        for first, spacing in dict.fromkeys(
+            (max(s - late, 0), s) for s in SPACINGS for late in (1, 2)
+        ):
+            stay = {n for bound in bounds[first::spacing] for n in bound}
             plans += [self._plan(s) for s in _thin(list(_evict(joint, start | stay, stay)))]
         self.default = plans[0]
         self.plans = sorted(dict.fromkeys(plans), key=lambda p: p.seconds)
@@ -258,11 +264,22 @@ class Row:
         """Return the bytes that a plan keeps for the backward, inputs not counted."""
         return self.joint.storages.total(self._nodes[name] for name in plan.saved)
 
-    def choose(self, peak: Callable[[SavedSet], int], limit_bytes: int) -> SavedSet | None:
-        """Return the fastest plan whose peak of the step is within the limit, None if none is."""
-        if peak(self.default) <= limit_bytes:
-            return self.default
-        return next((p for p in self.plans if peak(p) <= limit_bytes), None)
+    def choose(
+        self,
+        peak: Callable[[SavedSet], int],
+        limit_bytes: int,
+        at_least: Callable[[SavedSet], int] = lambda plan: 0,
+    ) -> SavedSet | None:
+        """Return the fastest plan whose peak of the step is within the limit, None if none is.
+
+        Args:
+            peak: Of a plan.
+            limit_bytes: What it may be.
+            at_least: Bytes below which no peak can be; cheaper to ask for.
+        """
+        order = [self.default, *self.plans]
+        fitting = (p for p in order if at_least(p) <= limit_bytes and peak(p) <= limit_bytes)
+        return next(fitting, None)
 
     def frontier(self, peak: Callable[[SavedSet], int]) -> list[SavedSet]:
         """Return the plans that a budget can choose, from the default to the least peak."""

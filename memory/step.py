@@ -6,10 +6,12 @@ cuBLAS; on a CUDA device also everything else that is allocated when the first s
 take the largest sum of all, so equal graphs are cut equally. Gradients belong to the backward, and
 are there, whole, during the optimizer's step, with its temporaries.
 
-From the second step on the real peak is compared with the plan. If it is beyond, what was found is
-added to the resident bytes, and the step is planned anew, once. So it is if the peak is so far
-below that a faster plan may fit; as plans err by different amounts, that one is watched like the
-first. For this the peak statistics of the device are reset at the second step under a plan.
+From the second step on the real peak is compared with the plan, by the same figures on all ranks. A
+step ends with a step of an optimizer: before the first one its state is not there. If the peak is
+beyond, what was found is added to the resident bytes, and the step is planned anew, once. So it is
+if the peak is so far below that a faster plan may fit; as plans err by different amounts, that one
+is watched like the first. For this the peak statistics of the device are reset at the second step
+under a plan.
 """
 
 import logging
@@ -22,6 +24,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from magi_train.core import compat
 from magi_train.core.errors import MagiError
@@ -124,10 +127,23 @@ class StepMemory:
         self._bounded = False
         self._correction = 0
         self._plans, self._calls, self._done = 1, 0, False
+        self._stepped = False
+        self._hooks: list[RemovableHandle] = []
 
     def know(self, optimizers: Iterable[Optimizer]) -> None:
         """Take note of the optimizers of the model, all of them; those before are forgotten."""
-        self._optimizers = [weakref.ref(each) for each in optimizers]
+        for hook in self._hooks:
+            hook.remove()
+        mine = weakref.ref(self)
+
+        def stepped(*_: Any) -> None:
+            memory = mine()
+            if memory is not None:
+                memory._stepped = True
+
+        every = list(optimizers)
+        self._optimizers = [weakref.ref(each) for each in every]
+        self._hooks = [each.register_step_post_hook(stepped) for each in every]
 
     def begin(self, batch: Any, shadow_bytes: int, bucket_bytes: int) -> None:
         """Look at what is there when the first step begins; all ranks take the largest sum.
@@ -208,9 +224,10 @@ class StepMemory:
         self._bounded |= bounded
 
     def plan_anew(self) -> bool:
-        """Return whether the step that begins has to be planned anew; call it in every step."""
-        if self._done or not self._planned_bytes:
+        """Return whether the step that begins has to be planned anew; call it in every forward."""
+        if self._done or (self._alive() and not self._stepped):
             return False
+        self._stepped = False
         self._calls += 1
         if self._calls == 1:
             start_measuring()
@@ -221,11 +238,17 @@ class StepMemory:
         if mine is None:
             self._done = True
             return False
-        question = f"peak {self._plans}.{self._calls}"
-        peak, planned = max(self._gather(question, mine)), self._planned_bytes
+        question = f"memory: peak {self._plans}.{self._calls}"
+        answer = (mine, self._planned_bytes, self._bounded)
+        peaks, plans, bounded = zip(
+            *self._world.gather(question, answer, self._timeout), strict=True
+        )
+        peak, planned = max(peaks), max(plans)
         self._report.measured["step_peak_gib"] = peak / GIB
+        if not min(plans):  # from a cache that lost it, on some rank
+            return False
         beyond = peak > self.budget_bytes
-        below = self._bounded and peak < planned * (1 - TOLERANCE)
+        below = any(bounded) and peak < planned * (1 - TOLERANCE)
         wasteful = below and self._plans == 1 and self._calls == STEPS_UNTIL_WASTE
         if not beyond and not wasteful:
             return False

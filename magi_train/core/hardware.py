@@ -108,6 +108,28 @@ def speed_of(device_type: str) -> Speed:
     return next((speed for known, speed in SPEEDS.items() if known in name), OTHER_GPU)
 
 
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+}
+"""{part of a GPU's name: dense bfloat16 operations a second by its data sheet}; first match."""
+
+
+def peak_flops(name: str) -> float | None:
+    """Return what utilisation is measured against on a GPU of a name; None if it is not known."""
+    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+
+
 CUBLAS_BYTES, CUBLAS_BYTES_HOPPER = 8 * 2**20 + 128 * 1024, 32 * 2**20
 """cuBLAS's default workspace, before and from compute capability 9.0 on."""
 CUBLAS_HANDLES = 2

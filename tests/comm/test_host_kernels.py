@@ -92,3 +92,18 @@ def test_memory_is_used_again_once_nobody_holds_it():
     third = memory.empty(32, dtype=torch.float32, device=CPU)
     assert third.data_ptr() == where
     assert third.is_contiguous()
+
+
+def test_memory_that_others_can_read_is_not_used_again():
+    """Shared with another process, as in a queue, or held as a storage."""
+    memory = HostMemory()
+    first = memory.empty(32, device=CPU).share_memory_()
+    where = first.data_ptr()
+    del first
+    second = memory.empty(32, device=CPU)
+    assert second.data_ptr() != where
+    where, held = second.data_ptr(), second.untyped_storage()
+    del second
+    third = memory.empty(32, device=CPU)
+    assert third.data_ptr() != where
+    assert held.data_ptr() == where

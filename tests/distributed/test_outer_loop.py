@@ -134,6 +134,26 @@ def test_state_goes_on(compression, two_ranks, tmp_path):
     assert "the outer momentum of a.bias has shape [1], the parameter [32]" in said
 
 
+def saves_and_rolls_back(rank, world_size, folder):
+    model, optimizer = prepared(None, "eager", outer_momentum=0.0)
+    step(model, optimizer, rank, 0)
+    magi_train.save_checkpoint(folder, model)
+    saved, written = weights(model), magi_train.plain_state_dict(folder)
+    step(model, optimizer, rank, 1)
+    magi_train.exchange_weights(model)
+    step(model, optimizer, rank, 2)
+    magi_train.load_checkpoint(folder, model)
+    magi_train.exchange_weights(model)
+    return saved, written, weights(model)
+
+
+def test_a_checkpoint_in_a_round_is_of_equal_weights(two_ranks, tmp_path):
+    """And what is loaded in a round is no way that was trained."""
+    for saved, written, after in values(two_ranks(saves_and_rolls_back, str(tmp_path / "saved"))):
+        assert all(torch.equal(written[n], w) for n, w in saved.items()), "each rank's"
+        assert all(torch.equal(after[n], w) for n, w in saved.items()), "nothing moved"
+
+
 def diverges(rank, world_size):
     """Rank 1 diverges in the second round; the first and the third are as ever."""
     model, optimizer = prepared("int8")

@@ -8,9 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from magi_train.integrations.mine import Agreement, Side, compare, judge, side
+from magi_train.cli import main
+from magi_train.core.errors import MagiError
+from magi_train.integrations.mine import OURS, Found, as_dict, as_text
+from magi_train.integrations.parts import PARTS, Part, Stage
 from magi_train.integrations.probe import Seen
+from magi_train.integrations.script_peer import ScriptPeer
+from magi_train.integrations.verdict import Agreement, Side, compare, judge, side
+from tests.processes import MARK, all_ended
 
 ROOT = Path(__file__).parents[2]
 PLAIN = """
@@ -121,6 +129,30 @@ def test_a_loop_under_ddp_on_two_ranks(tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize(
+    ("script", "nproc"), [(PLAIN.format(steps=20), ()), (DDP, ("--nproc", "2"))]
+)
+def test_peers_of_a_script(tmp_path, script, nproc):
+    done, found = bench(tmp_path, script, "--peers", "compile,checkpoint", *nproc)
+    check(done, found, "DistributedDataParallel" if nproc else "module")
+    peers = found["peers"]
+    assert peers["compile"]["agreement"]["agree"]
+    assert peers["compile"]["start_up_s"] > found["without"]["start_up_s"], "it was compiled"
+    assert "gradient_checkpointing_enable" in peers["checkpoint"]["failed"]
+
+
+@pytest.mark.full
+def test_a_script_that_hangs_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv(MARK, str(tmp_path))
+    script = "import time\nwhile True: time.sleep(1)"
+    done, _ = bench(tmp_path, script, "--seconds", "20", "--nproc", "2")
+    assert done.returncode == 2
+    assert "took more than --seconds 20" in done.stderr
+    monkeypatch.delenv(MARK)
+    assert all_ended(tmp_path) is True
+
+
+@pytest.mark.full
 def test_lightning(tmp_path):
     check(*bench(tmp_path, LIGHTNING.format(devices=1, strategy="auto")), "Lightning")
 
@@ -145,6 +177,69 @@ def test_a_module_in_parts_is_not_captured(tmp_path):
     assert "nothing was captured" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("peer", "words"), [("zero1", "zero1 is no peer for --mine"), ("comple", "no peer 'comple'")]
+)
+def test_a_peer_that_is_none_for_a_script_is_refused(tmp_path, peer, words, capsys):
+    (tmp_path / "train.py").write_text("")
+    assert main(["bench", "--mine", "--peers", f"compile,{peer}", str(tmp_path / "train.py")]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_script_s_module_is_edited_before_its_first_call(monkeypatch):
+    def doubled(training):
+        training.module.weight.data.mul_(2)
+
+    def replaced(training):
+        training.optimizer = torch.optim.SGD(training.module.parameters(), lr=1)
+
+    monkeypatch.setitem(PARTS, "doubled", Part("doubled", Stage.EDIT, doubled))
+    monkeypatch.setitem(PARTS, "replaced", Part("replaced", Stage.EDIT, replaced))
+    monkeypatch.setattr(torch.optim.Optimizer, "__init__", torch.optim.Optimizer.__init__)
+    for peer in ("doubled", "replaced"):
+        edited = ScriptPeer(peer)
+        try:
+            other, module = nn.Linear(2, 2), nn.Linear(2, 1, bias=False)
+            optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+            nn.init.ones_(module.weight)
+            other(torch.ones(2))
+            assert not edited.applied, "a module without an optimizer is not the script's model"
+            if peer == "replaced":
+                with pytest.raises(MagiError, match="replaced replaces the optimizer"):
+                    module(torch.ones(2))
+            else:
+                with torch.no_grad():
+                    assert module(torch.ones(2)).item() == 2
+                assert module(torch.ones(2)).item() == 4
+                assert module(torch.ones(2)).item() == 4, "once"
+                assert edited.applied
+        finally:
+            edited._owner.remove()
+        del optimizer
+
+
+def test_ours_is_compared_with_the_fastest_that_trains_alike():
+    def sides(**step_ms):
+        return {
+            name: Side(ms, [ms, ms], ms, ms, 1.0, [1.0], [9.0 if name == "wrong" else 1.0] * 4)
+            for name, ms in step_ms.items()
+        }
+
+    found = Found(
+        {**sides(without=100.0, compile=70.0, wrong=10.0), OURS: sides(x=60.0)["x"]},
+        {"liger": "Traceback\nliger needs a GPU"}, Seen(tier="graph"), 0.02,
+    )  # fmt: skip
+    assert found.verdict.speed == pytest.approx(70 / 60)
+    assert found.verdict.why == "a step is 1.17 times as fast (beside compile)"
+    text = as_text(found)
+    assert "DIFFER" in next(line for line in text.splitlines() if "[wrong]" in line)
+    assert "liger        failed: liger needs a GPU" in text
+    told = as_dict(found)
+    assert told["peers"]["liger"] == {"failed": "Traceback\nliger needs a GPU"}
+    assert told["peers"]["compile"]["agreement"]["agree"]
+    assert not told["peers"]["wrong"]["agreement"]["agree"]
+
+
 def test_losses_agree_or_do_not():
     falling = [1 / (1 + step) for step in range(12)]
     assert compare(falling, [each * 1.001 for each in falling], 0.01).agree
@@ -157,6 +252,8 @@ def test_losses_agree_or_do_not():
     nothing = compare([None] * 12, falling, 0.01)
     assert (nothing.agree, nothing.compared) == (False, 0)
     assert compare([0.0], [0.0], 0.01).agree
+    beyond = compare([math.nan] * 12, [math.nan] * 12, 0.01)
+    assert (beyond.agree, beyond.compared) == (False, 0), "they say nothing"
 
 
 def of(step_ms, parts=None, peak=1.0, start=10.0):
@@ -164,7 +261,7 @@ def of(step_ms, parts=None, peak=1.0, start=10.0):
 
 
 def test_the_verdict():
-    agree = Agreement(True, 9, 0.0, 0.0, 0.0)
+    agree = Agreement(True, 9, 0.0, 0.0, 0.0, 0.0)
     faster = judge(of(100), of(80, start=30), agree)
     assert (faster.use, faster.pays_after) == ("yes", 1000)
     assert faster.speed == pytest.approx(1.25)
@@ -172,8 +269,12 @@ def test_the_verdict():
     assert judge(of(100), of(130), agree).pays_after is None
     assert judge(of(100, [90, 120]), of(80), agree).use == "cannot say"
     assert judge(of(100), of(100, peak=0.8), agree).use == "yes", "less memory"
-    assert judge(of(100), of(80), Agreement(False, 9, 1.0, 1.0, 1.0)).use == "no"
-    assert judge(of(100), of(80), Agreement(False, 0, 0.0, 0.0, 0.0)).use == "cannot say"
+    assert judge(of(100), of(130, peak=0.8), agree).use == "no", "and slower"
+    assert judge(of(100), of(80), Agreement(False, 9, 1.0, 1.0, 1.0, 0.0)).use == "no"
+    resumed = judge(of(100), of(80), Agreement(False, 9, 1.0, 1.0, 1.0, 0.7))
+    assert resumed.use == "no"
+    assert "checkpoint" in resumed.why
+    assert judge(of(100), of(80), Agreement(False, 0, 0.0, 0.0, 0.0, 0.0)).use == "cannot say"
 
 
 def test_the_slowest_rank_and_all_rounds_count():

@@ -1,6 +1,7 @@
 """Failures around checkpoints under Lightning: a full disk, a file cut short, SIGTERM."""
 
 import os
+import pickle
 import resource
 import signal
 
@@ -9,6 +10,7 @@ import torch
 
 import magi_train
 from magi_train import Config, MagiError
+from magi_train.integrations.options import named_if_damaged
 from tests.integrations import lightning_features as features
 from tests.models import Small
 from tests.ranks import run_ranks, values
@@ -103,3 +105,15 @@ def test_sigterm_saves_and_leaves_on_all_ranks(tmp_path):
     again = feature.trainer(max_epochs=3, use_distributed_sampler=False)
     again.fit(feature.Model(), features.loader(), ckpt_path=tmp_path / "ended.ckpt")
     assert again.global_step > step
+
+
+def test_a_file_that_was_written_whole_is_not_called_damaged(tmp_path):
+    """Its reader may refuse a class in it, or lack the device it was on."""
+    whole, short = tmp_path / "whole.ckpt", tmp_path / "short.ckpt"
+    torch.save({"path": tmp_path}, whole)
+    short.write_bytes(whole.read_bytes()[:-200])
+    with pytest.raises(pickle.UnpicklingError), named_if_damaged(whole):
+        torch.load(whole, weights_only=True)
+    damaged = pytest.raises(MagiError, match=r"short.ckpt cannot be read .* cut short or damaged")
+    with damaged, named_if_damaged(short):
+        torch.load(short, weights_only=True)

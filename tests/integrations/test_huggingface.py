@@ -1,5 +1,7 @@
 """`attach`: transformers' Trainer and Accelerate train as without us, captured."""
 
+import copy
+import io
 import json
 import os
 import subprocess
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from magi_train import Config
+from magi_train import CommConfig, Config, MagiError
 from magi_train.integrations.huggingface import attach, report
 from tests.close import difference, tolerance
 from tests.integrations.huggingface_script import losses, make
@@ -148,3 +150,34 @@ def test_two_ranks_under_torchrun(tmp_path):
     assert plain["wrapped"] == "DistributedDataParallel" != ours["wrapped"]
     assert ours["losses"] == pytest.approx(plain["losses"], rel=FLOAT32)
     assert ours["tier"] == "graph"
+
+
+def test_a_copy_of_a_captured_model_is_a_plain_one():
+    """An average of the weights is one, and so is what torch.save of a whole model gives."""
+    from accelerate import Accelerator
+
+    torch.manual_seed(0)
+    accelerator = attach(Accelerator(cpu=True), Config(lowering="aot_eager"))
+    model = accelerator.prepare(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh()))
+    batch = torch.ones(2, 4)
+    want = model(batch)
+    want.sum().backward()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        with torch.no_grad(), other.no_sync():
+            assert torch.equal(other(batch), want)
+            other[0].weight.zero_()
+            assert not torch.equal(other(batch), want)
+        assert type(other.forward).__name__ == "method"
+    assert torch.equal(model(batch), want)
+
+
+def test_weights_that_differ_between_ranks_are_refused():
+    from accelerate import Accelerator
+
+    config = Config(comm=CommConfig(outer_steps=4))
+    accelerator = attach(Accelerator(cpu=True), config)
+    with pytest.raises(MagiError, match="outer_steps needs a training loop of your own"):
+        accelerator.prepare(torch.nn.Linear(4, 4))

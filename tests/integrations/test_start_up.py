@@ -1,10 +1,13 @@
 """What importing costs: `import magi_train`, and torch's entry point in every `import torch`."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from magi_train.integrations.on_import import when_imported
 
 ROOT = Path(__file__).parents[2]
 MEASURE = """
@@ -64,3 +67,14 @@ def test_the_entry_point_survives_a_broken_installation(tmp_path):
         "print([str(w.message) for w in caught])\n"
     )
     assert "could not register its strategies" in run(code)
+
+
+def test_two_that_wait_for_one_module_are_both_called(tmp_path, monkeypatch):
+    (tmp_path / "waited_for.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    called = []
+    when_imported({"waited_for": lambda _: called.append("first")})
+    when_imported({"waited_for": lambda _: called.append("second")})
+    importlib.import_module("waited_for")
+    assert sorted(called) == ["first", "second"]

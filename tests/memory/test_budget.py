@@ -150,6 +150,25 @@ def test_ranks_count_the_same_resident_bytes(two_ranks):
     assert first == pytest.approx(second, abs=1e-9)
 
 
+def ranks_of_unequal_batches_waste(rank, world_size):
+    torch.manual_seed(0)
+    module, step = prepared(Deep(), 0.0008, timeout_seconds=30)
+    step_memory.measured_peak = lambda: 698_000
+    batch = tokens(0, 16 if rank == 0 else 8) % 32
+    for _ in range(14):
+        step(batch).backward()
+    plans = [r.plan for r in magi_train.report(module).rows if r.name == "fit_budget"]
+    return [plan["recompute_ms"] for plan in plans], plans[0]["without_gib"] > 0.0008
+
+
+def test_ranks_judge_a_plan_alike(two_ranks):
+    """One recomputes, the other does not: both plan anew, or one would wait for ever."""
+    (first, bound), (second, free) = values(two_ranks(ranks_of_unequal_batches_waste))
+    assert bound
+    assert not free
+    assert len(first) == len(second) == 2
+
+
 def one_rank_cannot(rank, world_size):
     torch.manual_seed(0)
     _, step = prepared(Deep(), 0.0006)
@@ -230,3 +249,42 @@ def test_a_plan_that_wasted_memory_is_watched_again(unlimited, monkeypatch):
     assert len(plans) == 3
     assert corrections[0] == 0 > corrections[2] > corrections[1]
     assert plans[2]["planned_gib"] <= budget
+
+
+def test_no_verdict_before_the_optimizer_has_its_state(unlimited, monkeypatch):
+    """Forwards of an accumulated batch are no steps: AdamW's state comes with the first one."""
+    model, free, _ = unlimited
+    torch._dynamo.reset()
+    module = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    config = Config(tier="graph", lowering="aot_eager", memory_budget_gib=between(free, 0.9))
+    module, optimizer = magi_train.prepare(module, optimizer, config=config)
+    step = magi_train.prepare_step(lambda x: loss_of(module(input_ids=x, labels=x)), module)
+    memory = module._magi_runtime.memory
+    state = 2 * sum(p.nbytes for p in module.parameters())
+
+    def measured():  # the plan is right, once the state is there
+        return memory.planned_bytes - (0 if optimizer.state else state)
+
+    monkeypatch.setattr(step_memory, "measured_peak", measured)
+    for i in range(40):
+        step(tokens(0, 16) % 32).backward()
+        if i % 10 == 9:
+            optimizer.step()
+            optimizer.zero_grad()
+    report = magi_train.report(module)
+    assert not any("planned anew" in note for note in report.notes)
+    assert report.measured["step_peak_gib"] == pytest.approx(memory.planned_bytes / GIB)
+
+
+def test_a_cut_beyond_the_budget_is_an_error(unlimited, monkeypatch):
+    model, free, _ = unlimited
+    budget = between(free, 0.9)
+
+    def larger(*cut, **on):
+        course = simulate(*cut, **on)
+        return dataclasses.replace(course, peak=course.peak + int(budget * GIB))
+
+    monkeypatch.setattr(memory_budget, "simulate", larger)
+    with pytest.raises(MagiError, match="a step takes at least"):
+        run(copy.deepcopy(model), budget)
