@@ -56,7 +56,12 @@ class Arriving(torch.Tensor):
         """Wait, and do it with the gradient itself."""
         return func(*map(_arrived, args), **{k: _arrived(v) for k, v in (kwargs or {}).items()})
 
-    __torch_function__ = compat.no_torch_function
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Wait, so that `numpy()`, `data_ptr()` and the like see the gradient's own memory."""
+        return func(*map(_arrived, args), **{k: _arrived(v) for k, v in (kwargs or {}).items()})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """Return a copy of the gradient itself."""
@@ -75,7 +80,9 @@ def _arrived(given: Any) -> Any:
     """Return an operator's argument with gradients themselves in the place of stand-ins."""
     if isinstance(given, Arriving):
         return given.arrived()
-    return [_arrived(each) for each in given] if isinstance(given, list | tuple) else given
+    if type(given) in (list, tuple):
+        return type(given)(map(_arrived, given))
+    return given
 
 
 @dataclass
@@ -120,8 +127,9 @@ class Pending:
         """
         taken: list[Tensor] = []
         while self._parcels and (not taken or self._parcels[0].handle.arrived()):
-            parcel = self._parcels.pop(0)
-            self._wait(parcel.handle.wait)
+            parcel = self._parcels[0]
+            self._wait(parcel.handle.wait)  # raises again for who asks again
+            del self._parcels[0]
             for parameter, stand_in, plain in parcel.members:
                 if parameter.grad is stand_in:  # else the user has put something in its place
                     parameter.grad = plain
@@ -135,6 +143,13 @@ class Pending:
         """Wait for all."""
         while self.take():
             pass
+
+    def drop(self) -> None:
+        """Wait for nothing more: parameters whose gradients never arrived have none."""
+        for parcel in self._parcels:
+            for parameter, stand_in, _ in parcel.members:
+                if parameter.grad is stand_in:
+                    parameter.grad = None
 
 
 class EarlyStep:
@@ -187,7 +202,7 @@ def _step_only(optimizer: Optimizer, own: Callable[[Optimizer], Any], ids: set[i
 
 def step_early(
     optimizer: Optimizer, pending: Callable[[], Pending | None], report: Report, refused: str
-) -> None:
+) -> bool:
     """Let an optimizer's step begin before all gradients have arrived; its class changes.
 
     Args:
@@ -195,12 +210,18 @@ def step_early(
         pending: Returns what is on its way, None for nothing.
         report: Gets the row "early_step".
         refused: Why the step shall stay as it is, "" if it need not.
+
+    Returns:
+        Whether it does.
     """
-    row = {"optimizer": type(optimizer).__name__, "early": not refused, "because": refused}
+    kind = type(optimizer)
+    if not refused and hasattr(kind, "_magi_class") and not issubclass(kind, EarlyStep):
+        refused = "its step is one kernel of ours"
+    row = {"optimizer": kind.__name__, "early": not refused, "because": refused}
     report.add(PassRow("early_step", "run_time", row, 0.0))
     if refused:
-        return
+        return False
     vars(optimizer)["_magi_pending"] = pending
-    if not isinstance(optimizer, EarlyStep):
-        own = type(optimizer)
-        compat.change_class(optimizer, compat.subclass_before(own, EarlyStep, _magi_class=own))
+    if not issubclass(kind, EarlyStep):
+        compat.change_class(optimizer, compat.subclass_before(kind, EarlyStep, _magi_class=kind))
+    return True

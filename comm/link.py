@@ -51,6 +51,9 @@ SLOPE_FROM_BYTES = 2**18
 BURST_MESSAGES, BURST_BYTES = 8, 2**18
 """Started at once, for the gap: more than any backend has in flight, and larger than a shaper's
 burst."""
+LAUNCH_SECONDS, CPU_LAUNCH_SECONDS = 1e-4, 3e-4
+"""Host time to launch a bucket where a device does the work; and to pack, launch and end one, beside
+its bytes, where the host does (measured there: 0.2 to 0.5 ms)."""
 BURST_SHARE = 0.25
 """Of the budget. A link that is too slow for it is taken to have a gap like its latency."""
 STILL_HOLDS = 1.6
@@ -80,6 +83,7 @@ class Link:
         source: "measured", "remembered" or "given".
         points: What was timed: bytes and seconds.
         gap_seconds: Of a message behind another one, beyond its bytes; None for the latency.
+        launch_seconds: Of the host, for each bucket.
     """
 
     latency_seconds: float
@@ -87,6 +91,7 @@ class Link:
     source: str
     points: Points = ()
     gap_seconds: float | None = None
+    launch_seconds: float = CPU_LAUNCH_SECONDS
 
     def seconds(self, num_bytes: float) -> float:
         """Return how long an all-reduce of `num_bytes` takes by itself."""
@@ -253,6 +258,8 @@ def link_for(
     start = time.perf_counter()
     given = link_from_text(config.link)
     link = Link(*given, "given") if given else find(world, device, timeout_seconds)
+    if device.type != "cpu":
+        link = replace(link, launch_seconds=LAUNCH_SECONDS)
     report.add(PassRow("link", "run_time", link.row(), time.perf_counter() - start))
     return link
 

@@ -162,7 +162,14 @@ class Reducer:
 
     def close(self) -> None:
         """Take the hooks off the parameters: their gradients are the user's own again."""
-        self.arrive()
+        pending, self.steps_early = self.pending, False
+        try:
+            self.arrive()
+        except Exception:  # of a job that has failed, as it has said already
+            logger.warning("gradients that were on their way are lost", exc_info=True)
+            if pending is not None:
+                pending.drop()
+            self.pending = None
         for handle in self._hooks.values():
             handle.remove()
         self._hooks.clear()
@@ -499,7 +506,14 @@ class Reducer:
 
         Not while anything is measured, chosen or agreed on at the end of backwards.
         """
-        if not self.steps_early or state.in_graph or not self._proven:
+        if not self.steps_early or not self._proven:
+            return False
+        if state.in_graph:
+            self.steps_early = False
+            self.report.note(
+                "CommConfig.early_step changes nothing: the captured graph waits for gradients; "
+                "use Config(tier='region') or 'eager'"
+            )
             return False
         undecided = self.compressor is None or self.compressor.exact.undecided(self._autocast)
         trying = self._trial is not None and not self._trial.done
@@ -535,7 +549,10 @@ class Reducer:
         self._end_step()
 
     def step_early(self, optimizer: Optimizer, refused: str) -> None:
-        """Let an optimizer's step begin with the gradients that have arrived, unless `refused`."""
+        """Let an optimizer's step begin with the gradients that have arrived, unless `refused`.
+
+        Any optimizer may step on gradients that are on their way: those without this class wait.
+        """
         if not refused:
             refused = self._why_not_early()
         me = weakref.ref(self)
@@ -544,18 +561,20 @@ class Reducer:
             reducer = me()
             return None if reducer is None else reducer.pending
 
-        step_early(optimizer, pending, self.report, refused)
-        self.steps_early |= not refused
+        self.steps_early |= step_early(optimizer, pending, self.report, refused)
 
     def _why_not_early(self) -> str:
         if self.world.size == 1:
             return "there is one rank"
         if self._device().type != "cpu":
             return "on a GPU streams wait for gradients, the host does not"
-        if self.outer is not None:
-            return "outer_steps sends no gradients"
+        if self.config.check_replicas is not None:
+            return "a backward ends with a look at all weights; set CommConfig.check_replicas=None"
         if self._ends_with_collectives():
-            return "a backward ends with a collective, for buffers or check_replicas"
+            return (
+                "a backward ends with the broadcast of the module's buffers; set "
+                "CommConfig.broadcast_buffers=False if they are alike on all ranks"
+            )
         return ""
 
     def arrive(self) -> None:

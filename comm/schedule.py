@@ -5,7 +5,7 @@ than one in flight, so behind another a message costs a gap instead of a latency
 
     start_i = max(ready_i, sent_{i-1})   sent_i = start_i + messages_i * gap + bytes_i * per_byte
     end_i = sent_i + messages_i * (latency - gap)
-    exposed = max(0, last end - end of the backward) + buckets * LAUNCH_SECONDS
+    exposed = max(0, last end - end of the backward) + buckets * host's launch
 
 Small buckets start early and leave a short tail, but each costs a gap and the host's time; `choose`
 tries powers of two for the size of a bucket, with the first bucket as small as the last or not, and
@@ -30,9 +30,6 @@ from dataclasses import dataclass
 from magi_train.comm.link import Link
 
 KIB = 2**10
-LAUNCH_SECONDS = 3e-4
-"""Host time to pack, launch and end a bucket beside its bytes, which delays the backward on a CPU.
-Measured there: 0.2 to 0.5 ms."""
 CAPS = tuple(2**k * KIB for k in range(6, 18))
 """Bucket sizes that are tried: 64 KiB to 128 MiB."""
 SMALL = 0.125
@@ -81,7 +78,7 @@ def exposed(buckets: Sequence[Message], link: Link, backward_seconds: float | No
         start = max(b.ready * unit, sent)
         sent = start + b.messages * link.gap + b.num_bytes * link.seconds_per_byte
         end = max(end, sent + b.messages * (link.latency_seconds - link.gap))
-    return max(0.0, end - backward_seconds) + len(buckets) * LAUNCH_SECONDS
+    return max(0.0, end - backward_seconds) + len(buckets) * link.launch_seconds
 
 
 def choose(total_bytes: int, predict: Callable[[Sizes], float]) -> Sizes:

@@ -45,7 +45,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._dispatch.python.enable_python_dispatcher | fake values of sizes that vary |
 | torch._C._ExcludeDispatchKeyGuard, Library._destroy | autocast on the CPU as on CUDA |
 | torch.nn.init._no_grad_trunc_normal_ | which asks for values, so never ends without any |
-| Tensor._make_wrapper_subclass, _C._disabled_torch_function_impl | gradients to wait for |
+| Tensor._make_wrapper_subclass | gradients to wait for |
 | SymInt.node.expr, .hint | symbols of a dynamic size, and its size while compiling |
 | SymInt.node.shape_env.bound_sympy | the range of a dynamic size |
 """
@@ -354,10 +354,6 @@ def flash_backward(
         window_size_left=back, window_size_right=ahead,
     )  # fmt: skip
     return found[0], found[1], found[2]
-
-
-no_torch_function = torch._C._disabled_torch_function_impl
-"""For a tensor class whose operations return plain tensors."""
 
 
 def wrapper_like(kind: type[torch.Tensor], like: torch.Tensor) -> Any:

@@ -346,11 +346,8 @@ class Config:
                     "of the two"
                 )
 
-        if self.comm.early_step and self.shard_optimizer:
-            raise ValueError(
-                "CommConfig.early_step does not go with shard_optimizer=True, whose step ends with "
-                "a gathering of weights; remove one of the two"
-            )
+        if self.comm.early_step:
+            self._check_early_step()
         if self.comm.outer_steps is not None:
             self._check_outer_loop()
         if self.engine in ("fsdp2", "deepspeed"):
@@ -361,6 +358,19 @@ class Config:
                 f"ShardingConfig.{given[0]} is for Config(engine='deepspeed'), but Config.engine "
                 f"is {self.engine!r}; set the engine, or leave it out"
             )
+
+    def _check_early_step(self) -> None:
+        """Refuse what steps or sends in another way."""
+        wrong = {
+            "tier='graph'": (self.tier == "graph", "whose graph waits for its gradients"),
+            "shard_optimizer=True": (self.shard_optimizer, "whose step ends with a collective"),
+            "outer_steps": (self.comm.outer_steps is not None, "which sends no gradients"),
+        }
+        for name, (is_given, why) in wrong.items():
+            if is_given:
+                raise ValueError(
+                    f"CommConfig.early_step does not go with {name}, {why}; remove one of the two"
+                )
 
     def _check_outer_loop(self) -> None:
         """Refuse what needs equal weights in every step, or plans for all memory."""

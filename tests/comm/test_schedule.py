@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from magi_train.comm.link import CPU_LAUNCH_SECONDS as LAUNCH_SECONDS
 from magi_train.comm.link import Link
 from magi_train.comm.plan import MIB, plan_buckets, predict
 from magi_train.comm.schedule import (
-    LAUNCH_SECONDS,
     TIMED,
     WARM,
     Message,
