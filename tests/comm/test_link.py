@@ -24,6 +24,18 @@ def test_fit_finds_latency_and_bandwidth_past_one_disturbed_size():
     assert found.seconds(10**6) == pytest.approx(clean(10**6), rel=0.05)
 
 
+@pytest.mark.parametrize("gap", [0.0, 2e-4, 1e-3])
+def test_fit_finds_the_gap_between_messages_in_flight(gap):
+    single = timed(1e-3, GBIT)
+    points = tuple((size, single(size)) for size in link.SIZES[:6])
+    count, size = link.BURST_MESSAGES, link.BURST_BYTES
+    together = 1e-3 + (count - 1) * gap + count * size * GBIT
+    assert link.fit(points, burst_seconds=together).gap == pytest.approx(gap, abs=1e-9)
+    assert link.fit(points).gap == pytest.approx(1e-3)  # not measured: as one after the other
+    for disturbed in (0.0, 10.0):
+        assert 0 <= link.fit(points, burst_seconds=disturbed).gap <= 1e-3 * (1 + 1e-9)
+
+
 def test_fit_of_noise_stays_positive():
     found = link.fit(((4096, 2e-3), (2**20, 1e-3), (2**22, 1e-3)))
     assert found.latency_seconds > 0
@@ -60,7 +72,11 @@ def test_the_file_comes_back_and_a_wrong_one_does_not(tmp_path):
     link._save(file, link.fit(((4096, 1e-3), (2**20, 9e-3))))
     good = json.loads(file.read_text())
     assert link._points(link._load(file)) == ((4096, 1e-3), (2**20, 9e-3))
+    old = {k: v for k, v in good.items() if k not in ("gap_seconds", "launch_seconds")}
     wrong = [
+        {**old, "version": 1},
+        {**good, "gap_seconds": -1.0},
+        {**good, "gap_seconds": "none"},
         {**good, "version": link.VERSION + 1},
         {**good, "points": [[4096, 1e-3]]},
         {**good, "points": [[4096, 1e-3], [2**20, -1.0]]},

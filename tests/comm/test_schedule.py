@@ -20,6 +20,8 @@ from magi_train.comm.trial import FORMS, GAIN, ROUNDS, Trial
 from magi_train.comm.trial import WARM as TRIAL_WARM
 from magi_train.core.config import CommConfig
 
+GBIT = 8e-9
+
 
 def gbit(rate, latency=3e-4):
     return Link(latency, 8e-9 / rate, "given")
@@ -41,6 +43,22 @@ def test_exposed_by_hand():
     # unknown backward: as long as the bytes take, 3 seconds; ready after a half, and all of it
     parts = [Message(10, 1, 0.5), Message(20, 1, 1.0)]
     assert exposed(parts, link) == pytest.approx(1.5 + 2 + 3 - 3 + 2 * LAUNCH_SECONDS)
+
+
+def test_messages_in_flight_together_cost_gaps():
+    link = Link(1.0, 0.1, "measured", gap_seconds=0.25, launch_seconds=0.0)
+    buckets = [Message(10, 1, 2.0), Message(20, 2, 3.0), Message(5, 1, 20.0)]
+    # sent at 3.25 and 5.75, there at 4 and 7.25; the third has the wire for itself
+    assert exposed(buckets, link, 20.0) == pytest.approx(1.5)
+    assert exposed(buckets[:2], link, 4.0) == pytest.approx(3.25)
+    host = Link(1.0, 0.1, "measured", gap_seconds=0.25, launch_seconds=0.5)
+    assert exposed(buckets[:2], host, 4.0) == pytest.approx(3.25 + 2 * 0.5)
+    # so buckets may be smaller than where each costs a latency
+    late, early = (
+        plan_buckets(MODEL, CommConfig(), 2, Link(0.1, GBIT, "measured", gap_seconds=gap))
+        for gap in (None, 1e-4)
+    )
+    assert max(sizes(early)) < max(sizes(late))
 
 
 def test_sizes_follow_the_latency():

@@ -52,6 +52,8 @@ def test_ranks_have_one_link_and_doubt_the_file(tmp_path, two_ranks):
     sources = [each.source for each in first]
     assert sources == ["measured", "remembered", "measured", "measured", "measured"]
     assert first[0].points == first[1].points
+    assert first[0].gap_seconds == first[1].gap_seconds
+    assert 0 <= first[0].gap <= first[0].latency_seconds
     assert all(each.latency_seconds > 0 and each.seconds_per_byte > 0 for each in first)
 
 
