@@ -52,8 +52,8 @@ BURST_MESSAGES, BURST_BYTES = 8, 2**18
 """Started at once, for the gap: more than any backend has in flight, and larger than a shaper's
 burst."""
 LAUNCH_SECONDS, CPU_LAUNCH_SECONDS = 1e-4, 3e-4
-"""Host time to launch a bucket where a device does the work; and to pack, launch and end one, beside
-its bytes, where the host does (measured there: 0.2 to 0.5 ms)."""
+"""Host time to launch a bucket where a device does the work; and to pack, launch and end one,
+beside its bytes, where the host does (measured there: 0.2 to 0.5 ms)."""
 BURST_SHARE = 0.25
 """Of the budget. A link that is too slow for it is taken to have a gap like its latency."""
 STILL_HOLDS = 1.6

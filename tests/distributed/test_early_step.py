@@ -310,6 +310,30 @@ def test_a_gradient_that_is_lost_is_never_read():
     assert weight.grad is None
 
 
+class Filling:
+    """A bucket whose content comes when it is waited for."""
+
+    def __init__(self, flat):
+        self.flat = flat
+
+    def arrived(self):
+        """Return False: it has to be waited for."""
+        return False
+
+    def wait(self):
+        """Fill."""
+        self.flat.fill_(1.0)
+
+
+def test_autograd_adds_to_what_has_arrived():
+    weight, plain = nn.Parameter(torch.zeros(3)), torch.zeros(3)
+    pending = Pending(lambda: None, lambda wait: wait())
+    pending.add(Filling(plain), [(weight, plain)])
+    (2 * weight).sum().backward()  # in C++, past __torch_function__
+    assert weight.grad.tolist() == [3.0] * 3
+    assert not pending.parameters()
+
+
 def dies(rank, world_size):
     torch.manual_seed(0)
     model = Net()
