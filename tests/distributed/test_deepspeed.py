@@ -205,6 +205,49 @@ class TestTraining:
             assert "magi_train.save_checkpoint()" in got["refused"]
 
 
+def leaves_a_batch_out(rank, _, stage, offload):
+    """Train with a backward in between that zero_grad() is to undo; return how far DDP is."""
+    quick()
+
+    def trained(model, optimizer):
+        for step in range(3):
+            draw = torch.Generator().manual_seed(10 * step + rank)
+            x = torch.randn(8, 16, generator=draw)
+            if step == 1:
+                (model(x) * float("nan")).sum().backward()
+                optimizer.zero_grad()
+            (model(x) - 1).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def made():
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+        return model, torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
+
+    (plain, sgd), (twin, own) = made(), made()
+    trained(DistributedDataParallel(plain), sgd)
+    model, own = magi_train.prepare(twin, own, config=sharded(stage, offload=offload))
+    trained(model, own)
+    return difference(whole(twin), plain.state_dict())
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+class TestZeroGrad:
+    pytestmark = needs_deepspeed
+
+    def test_a_batch_before_zero_grad_does_not_count(self, stage):
+        for got in values(run_ranks(leaves_a_batch_out, stage, False)):
+            assert got <= tolerance(torch.float32, 64)
+
+
+@needs_deepspeed[0]
+@needs_deepspeed[1]
+def test_zero_grad_says_where_deepspeed_has_offloaded_what_it_should_drop():
+    for got in run_ranks(leaves_a_batch_out, 2, True):
+        assert "at ZeRO stage 2 with offload; use stage 1 or 3, or step" in got.error
+
+
 def prepared(stage, seed=0):
     quick()
     torch._dynamo.reset()
