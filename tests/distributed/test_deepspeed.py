@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 import magi_train
 from magi_train import CommConfig, Config, MagiError, ShardingConfig
 from magi_train.comm.zero_config import zero_config
+from magi_train.comm.zero_files import client_state
 from magi_train.comm.zero_leaves import Leaves
 from tests.close import difference, tolerance
-from tests.distributed.test_fully_shard import make, state_of, train
+from tests.distributed.test_fully_shard import make, state_of, train, uneven
 from tests.models import Small
 from tests.ranks import run_ranks, values
 
@@ -290,6 +292,67 @@ def resumes(rank, _, folder, stage):
     model, adam = prepared(stage, seed=1)
     magi_train.load_checkpoint(folder, model, adam)
     return train(model, adam, "blocks", 0, first=3)[0]
+
+
+def saves_without_us(rank, _, folder, stage):
+    """Return losses after each of two checkpoints, and the weights in the first."""
+    quick()
+    import deepspeed
+
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    given = {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}
+    more = {"zero_allow_untested_optimizer": True, "gradient_clipping": 0.0}
+    model = make("blocks")
+    adam = torch.optim.AdamW(model.parameters(), 1e-2)
+    engine = deepspeed.initialize(model=model, optimizer=adam, config={**given, **more})[0]
+
+    def go_on(first):
+        losses = []
+        for step in range(first, first + 3):
+            loss = engine(**uneven("blocks", step, 0))
+            losses.append(float(loss))
+            engine.backward(loss)
+            engine.step()
+        return losses
+
+    go_on(0)
+    engine.save_checkpoint(folder, client_state={"epoch": 7})
+    saved, first = whole(model), go_on(3)
+    engine.save_checkpoint(f"{folder}_again")
+    return saved, first, go_on(3)
+
+
+def resumes_both(rank, _, folder, stage):
+    """Return losses after the first checkpoint, and after the second, which replaces it."""
+    first = resumes(rank, _, folder, stage)
+    if rank == 0:
+        shutil.copytree(f"{folder}_again", folder, dirs_exist_ok=True)
+    torch.distributed.barrier()
+    return first, resumes(rank, _, folder, stage)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+class TestCheckpointsOfDeepSpeedsOwn:
+    pytestmark = needs_deepspeed
+
+    def test_they_are_read_on_any_number_of_ranks(self, stage, tmp_path):
+        folder, limit = tmp_path / "run", tolerance(torch.float32, 64)
+        saved, *want = values(run_ranks(saves_without_us, str(folder), stage))[0]
+        plain = magi_train.plain_state_dict(folder)
+        assert all(torch.equal(plain[n], v) for n, v in saved.items())
+        assert client_state(folder)["epoch"] == 7
+        shutil.copytree(folder, tmp_path / "other")
+        for ranks, place in ((2, folder), (3, tmp_path / "other")):
+            if ranks == 3:
+                shutil.copytree(f"{folder}_again", f"{place}_again")
+            for got in values(run_ranks(resumes_both, place, stage, world_size=ranks)):
+                for mine, theirs in zip(got, want, strict=True):
+                    assert mine == pytest.approx(theirs, rel=limit), ranks
+        inner = folder / "global_step6"
+        for path in inner.glob("*_optim_states.pt"):
+            path.unlink()
+        with pytest.raises(MagiError, match=r"'global_step6', and there is no \*_optim_states.pt"):
+            magi_train.plain_state_dict(folder)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
