@@ -14,7 +14,7 @@ offloading to the host. All of that is DeepSpeed's; what is ours:
   the optimizer's own on this rank's parts.
 
 Where it differs from DDP: gradients are not in `.grad` (clipping is a setting of DeepSpeed's,
-`gradient_clipping`), and the optimizer's state is saved by `magi_train.save_checkpoint` only.
+`gradient_clipping`; see comm/zero_clipping.py), and the optimizer's state is saved by `magi_train.save_checkpoint` only.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from magi_train.comm import zero_clipping
 from magi_train.comm.broadcast import broadcast
 from magi_train.comm.shard_blocks import blocks_to_shard
 from magi_train.comm.zero_config import must_be_installed, stage_of
@@ -103,6 +104,7 @@ class Zero:
         self.engine = _initialize(_Shell(module), self.blocks, optimizer, settings)
         self.device: torch.device = self.engine.device
         self._inside = False
+        zero_clipping.watch(self)
         broadcast(world, list(module.buffers()))
         plan = {
             "stage": self.stage,
@@ -200,6 +202,7 @@ class Zero:
 
     def destroy(self) -> None:
         """Take DeepSpeed's hooks off the model, for another engine; weights stay where they are."""
+        zero_clipping.forget(self)
         self._leaves.close()
         self.engine.destroy()
 

@@ -47,6 +47,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch.nn.init._no_grad_trunc_normal_ | which asks for values, so never ends without any |
 | SymInt.node.expr, .hint | symbols of a dynamic size, and its size while compiling |
 | SymInt.node.shape_env.bound_sympy | the range of a dynamic size |
+| torch.nn.utils.clip_grad._clip_grads_with_norm_ | gradients that an engine clips by itself |
 """
 
 import contextlib
@@ -568,6 +569,24 @@ def storage_uses(storage: torch.UntypedStorage) -> int:
 def saved_tensors_are_hooked() -> bool:
     """Return whether the user's hooks see what is saved for a backward (offloading, for one)."""
     return _saved_tensors_hooks(True) is not None
+
+
+def before_clipping(ask: Callable[[Sequence[torch.Tensor], float], bool]) -> None:
+    """Let `ask(parameters, max_norm)` say before each `clip_grad_norm_` whether torch may scale.
+
+    It looks this function up at each call, so it does not matter how a script has imported it.
+    """
+    module: Any = torch.nn.utils.clip_grad
+    scale = getattr(module, "_clip_grads_with_norm_", None)
+    if scale is None:
+        return
+
+    def ask_first(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> None:
+        parameters = [parameters] if torch.is_tensor(parameters) else list(parameters)
+        if ask(parameters, float(max_norm)):
+            scale(parameters, max_norm, *args, **kwargs)
+
+    module._clip_grads_with_norm_ = ask_first
 
 
 def end_failed_capture(device: int, pool: tuple[int, int]) -> None:

@@ -207,6 +207,50 @@ class TestTraining:
             assert "magi_train.save_checkpoint()" in got["refused"]
 
 
+def clips_in_the_loop(rank, _, stage):
+    """Return how far DDP is where DeepSpeed clips too, and what is said where it does not."""
+    quick()
+    clip = nn.utils.clip_grad_norm_  # as `from torch.nn.utils import clip_grad_norm_`
+
+    def trained(model, optimizer):
+        for step in range(3):
+            x = torch.randn(8, 16, generator=torch.Generator().manual_seed(10 * step + rank))
+            (model(x) - 10 * rank).square().mean().backward()
+            clip(model.parameters(), 0.25)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def made():
+        torch.manual_seed(0)
+        model = nn.Linear(16, 16)
+        return model, torch.optim.SGD(model.parameters(), 0.5)
+
+    (plain, sgd), (twin, own) = made(), made()
+    ddp = DistributedDataParallel(plain)
+    config = sharded(stage, given={"gradient_clipping": 0.25})
+    model, own = magi_train.prepare(twin, own, config=config)
+    trained(ddp, sgd)  # whose gradients torch clips all the same
+    trained(model, own)
+    far = difference(whole(twin), plain.state_dict())
+    model, own = magi_train.prepare(*made(), config=sharded(stage))
+    try:
+        trained(model, own)
+        return far, ""
+    except MagiError as error:
+        return far, str(error)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+class TestClipping:
+    pytestmark = needs_deepspeed
+
+    def test_in_the_loop_it_is_deepspeeds_or_refused(self, stage):
+        for far, said in values(run_ranks(clips_in_the_loop, stage)):
+            assert far <= tolerance(torch.float32, 64)
+            assert "clip_grad_norm_() to 0.25 cannot clip" in said
+            assert "{'gradient_clipping': 0.25}" in said
+
+
 def leaves_a_batch_out(rank, _, stage, offload):
     """Train with a backward in between that zero_grad() is to undo; return how far DDP is."""
     quick()
@@ -258,7 +302,8 @@ def prepared(stage, seed=0):
     if seed:
         nn.init.ones_(next(iter(model.parameters())))
     adam = torch.optim.AdamW(model.parameters(), 1e-2)
-    return magi_train.prepare(model, adam, config=sharded(stage))
+    config = sharded(stage, given={"gradient_clipping": 1.0})  # train() clips to that
+    return magi_train.prepare(model, adam, config=config)
 
 
 def saves(rank, _, folder, stage):
@@ -301,7 +346,7 @@ def saves_without_us(rank, _, folder, stage):
 
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     given = {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}
-    more = {"zero_allow_untested_optimizer": True, "gradient_clipping": 0.0}
+    more = {"zero_allow_untested_optimizer": True, "gradient_clipping": 1.0}
     model = make("blocks")
     adam = torch.optim.AdamW(model.parameters(), 1e-2)
     engine = deepspeed.initialize(model=model, optimizer=adam, config={**given, **more})[0]
