@@ -1,4 +1,4 @@
-"""`torch.nn.utils.clip_grad_norm_` in a loop of engine "deepspeed": refused where it would do nothing.
+"""`clip_grad_norm_` in a loop of engine "deepspeed": refused where it would do nothing.
 
 DeepSpeed keeps the gradients until its step and clips them there, by its setting
 `gradient_clipping`. At stages 2 and 3 torch's function finds no `.grad` and clips nothing; at stage
@@ -16,34 +16,29 @@ from torch import Tensor
 from magi_train.core import compat
 from magi_train.core.errors import MagiError
 
-_engines: "weakref.WeakSet[Any]" = weakref.WeakSet()
-"""Of class Zero."""
+_watching: list[Any] = []
 
 
-def watch(zero: Any) -> None:
-    """Ask from now on what is clipped; `zero` has `parameters`, `engine` and `stage`."""
-    _engines.add(zero)
-    _install()
+def watch(engines: "weakref.WeakSet[Any]") -> None:
+    """Ask before torch clips whether the gradients are those of one of `engines`, of class Zero.
+
+    A second call does nothing: there is one set of them.
+    """
+    if not _watching:
+        _watching.append(engines)
+        compat.before_clipping(functools.partial(_may_scale, engines))
 
 
-def forget(zero: Any) -> None:
-    """Let torch clip the gradients of `zero`'s parameters again."""
-    _engines.discard(zero)
-
-
-@functools.cache
-def _install() -> None:
-    compat.before_clipping(_may_scale)
-
-
-def _may_scale(parameters: Sequence[Tensor], max_norm: float) -> bool:
+def _may_scale(
+    engines: "weakref.WeakSet[Any]", parameters: Sequence[Tensor], max_norm: float
+) -> bool:
     """Return whether torch is to scale these gradients.
 
     Raises:
         MagiError: They are DeepSpeed's, which clips to another norm or not at all.
     """
     asked = {id(p) for p in parameters}
-    for zero in _engines:
+    for zero in engines:
         if asked.isdisjoint(map(id, zero.parameters.values())):
             continue
         clips_to = float(zero.engine.gradient_clipping())

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 
 import pytest
@@ -205,6 +206,28 @@ class TestTraining:
             assert "canonicalize_attention" in got["passes"]
             assert (got["numbers"] == 0) == (stage == 3), "weights are gone between steps"
             assert "magi_train.save_checkpoint()" in got["refused"]
+
+
+@needs_deepspeed[0]
+@needs_deepspeed[1]
+@pytest.mark.parametrize("stage", [2, 3])
+def test_one_process_is_left_as_it_was(stage, monkeypatch):
+    """Without a launcher, group and LOCAL_RANK are ours, and go with the engine."""
+    quick()
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    model = nn.Linear(4, 4)
+    for _ in range(2):  # DeepSpeed must not find the group that is gone
+        sgd = torch.optim.SGD(model.parameters(), 0.1)
+        prepared, sgd = magi_train.prepare(model, sgd, config=sharded(stage))
+        for _ in range(2):
+            prepared(torch.ones(2, 4)).sum().backward()
+            sgd.step()
+        assert torch.distributed.is_initialized()
+        assert ("LOCAL_RANK" in os.environ) == (stage == 3), "which reads it in the first steps"
+        prepared._magi_runtime.reducer.destroy()
+        assert "LOCAL_RANK" not in os.environ
+        assert not torch.distributed.is_initialized()
+        model = nn.Linear(4, 4)
 
 
 def clips_in_the_loop(rank, _, stage):
