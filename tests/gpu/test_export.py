@@ -45,7 +45,8 @@ def machine_code(tmp_path_factory):
         if "loader ends with" not in str(error):
             raise
         ended = ends_torchs_loader(folder / "plain.pt2", "cuda")
-        assert ended, f"torch loads what it writes by itself, but not what we wrote: {error}"
+        if not ended:  # so what is wrong is ours
+            raise
         pytest.skip(f"{error}; what torch writes alone ends its loader by signal {ended} too")
 
 
