@@ -46,7 +46,8 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._C._ExcludeDispatchKeyGuard, Library._destroy | autocast on the CPU as on CUDA |
 | torch.nn.init._no_grad_trunc_normal_ | which asks for values, so never ends without any |
 | SymInt.node.expr, .hint | symbols of a dynamic size, and its size while compiling |
-| SymInt.node.shape_env.bound_sympy | the range of a dynamic size |
+| SymInt.node.shape_env.bound_sympy, .guards | the range of a dynamic size, and its divisor |
+| torch.utils._sympy.functions.Mod, FloorDiv | what a dynamic size was divided by |
 | torch.nn.utils.clip_grad._clip_grads_with_norm_ | gradients that an engine clips by itself |
 """
 
@@ -55,6 +56,7 @@ import copy
 import functools
 import json
 import logging
+import math
 import time
 import warnings
 import weakref
@@ -120,6 +122,9 @@ extract_tensor_metadata: Callable[..., Any] = _lookup(
 cache_dir: Callable[[], str] = _lookup("torch._inductor.runtime.cache_dir_utils", "cache_dir")
 TorchDispatchMode: Any = (
     _lookup("torch.utils._python_dispatch", "TorchDispatchMode") or contextlib.nullcontext
+)
+_QUOTIENTS: tuple[Any, ...] = tuple(
+    filter(None, (_lookup("torch.utils._sympy.functions", n) for n in ("Mod", "FloorDiv")))
 )
 python_dispatcher: Callable[[], contextlib.AbstractContextManager[None]] = _lookup(
     "torch._dispatch.python", "enable_python_dispatcher"
@@ -367,6 +372,31 @@ def known_size(size: int | torch.SymInt) -> int | torch.SymInt:
     if isinstance(size, torch.SymInt) and size.node.expr.is_number:
         return int(size.node.expr)
     return size
+
+
+def size_divisor(size: torch.SymInt) -> int:
+    """Return what must divide a dynamic size without rest, by what was found while tracing.
+
+    Tracing asks in many forms: `Mod(s, 2) == 0`, `4*s == 8*(s//2)`. So the numbers that sizes are
+    divided by are tried: what must divide lets its multiples pass, and nothing between them.
+    """
+    symbol, asked = size.node.expr, []
+    for guard in size.node.shape_env.guards:
+        quotients = [e for e in guard.expr.atoms(*_QUOTIENTS) if e.args[0].has(symbol)]
+        divisors = {int(e.args[1]) for e in quotients if e.args[1].is_Integer}
+        if divisors:
+            others = dict.fromkeys(guard.expr.free_symbols - {symbol}, 120)
+            asked.append((guard.expr.subs(others), divisors))
+
+    def passes(value: int) -> bool:
+        return all(bool(expr.subs(symbol, value) == True) for expr, _ in asked)  # noqa: E712
+
+    found = 1
+    for d in set().union(*(divisors for _, divisors in asked)):
+        rests = {r for r in range(1, d) if d % r == 0} | {d - 1} if d > 1 else set()
+        if rests and passes(4 * d) and not any(passes(4 * d + r) for r in rests):
+            found = math.lcm(found, d)
+    return found
 
 
 def size_symbols(size: torch.SymInt) -> list[Any]:
