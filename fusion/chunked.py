@@ -108,6 +108,8 @@ def chunked_cross_entropy(
         )
         total = loss if total is None else total + loss
         parts.add(tokens, w, dz)
+    if parts.last is not None:  # else its last two parts may wait for the backward instead of it
+        total = copy_after(total, parts.last)
     if recipe.mean:
         count = counted.sum().to(recipe.wide)  # true division of integers is in float32
         total = total / count
