@@ -22,6 +22,7 @@ import collections
 import contextlib
 import itertools
 import logging
+import math
 import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +48,7 @@ from magi_train.core.passes import (
 )
 from magi_train.fusion.attention import CanonicalizeAttention, mask_inputs
 from magi_train.fusion.fp8 import Fp8Linears
-from magi_train.fusion.loss import ChunkLinearCrossEntropy
+from magi_train.fusion.loss import BUDGET_CHUNK_MIB, ChunkLinearCrossEntropy
 from magi_train.fusion.narrow_gradients import SkipGradientCasts
 from magi_train.fusion.projections import MergeProjections
 from magi_train.fusion.shadow import UseWeightShadows, shadow_graph
@@ -68,13 +69,19 @@ class _NotTogetherError(Exception):
     """This rank captured the region, another one did not."""
 
 
-def pre_grad_passes(config: Config) -> list[Pass[Any]]:
-    """Return the passes over the graph before autograd that `config` asks for, in their order."""
+def pre_grad_passes(config: Config, *, budgeted: bool) -> list[Pass[Any]]:
+    """Return the passes over the graph before autograd that `config` asks for, in their order.
+
+    Args:
+        config: The settings.
+        budgeted: Whether a memory budget limits the step.
+    """
     passes: list[Pass[Any]] = []
     if config.fusion is not None and config.fusion.attention:
         passes.append(CanonicalizeAttention())
     if config.fusion is not None and config.fusion.loss:
-        passes.append(ChunkLinearCrossEntropy(int(config.fusion.loss_chunk_mib * MIB)))
+        most = min(config.fusion.loss_chunk_mib, BUDGET_CHUNK_MIB if budgeted else math.inf)
+        passes.append(ChunkLinearCrossEntropy(int(most * MIB)))
     return [*passes, *registered_passes(Stage.PRE_GRAD)]
 
 
@@ -393,7 +400,8 @@ class Region:
         context = PassContext(runtime.device_type, facts=facts)
         before = _mask_places(gm, places)
         settings = self._tuner.settings
-        run_passes(pre_grad_passes(settings), gm, context, runtime.report)
+        budgeted = runtime.memory is not None and runtime.memory.limits
+        run_passes(pre_grad_passes(settings, budgeted=budgeted), gm, context, runtime.report)
         if places and settings.fusion is not None and settings.fusion.attention:
             after = _mask_places(gm, places)
             advice = self._facts.learn(self._inputs, self._assumed, before, after)

@@ -104,9 +104,14 @@ class StepMemory:
         timeout_seconds: How long they wait for each other.
         report: Gets measured peaks and what follows from them.
 
+    Attributes:
+        limits: Whether the step has to keep to the budget.
+
     Raises:
         ValueError: "auto" without a CUDA device.
     """
+
+    limits = True
 
     def __init__(
         self,
