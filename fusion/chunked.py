@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from magi_train.fusion.attach import attach_gradients
 
 _library = torch.library.Library("magi_train", "FRAGMENT")
-_library.define("copy_after(Tensor x, Tensor done) -> Tensor")
+_library.define("copy_after(Tensor x, Tensor[] done) -> Tensor")
 _library.impl("copy_after", lambda x, done: x.clone(), "CompositeExplicitAutograd")
 
 copy_after = torch.ops.magi_train.copy_after.default
-"""`(x, done) -> x`, once `done` is computed and lies in memory. Without it Inductor may compute all
-chunks side by side, in one kernel, and sum the parts of the weight's gradient behind the last."""
+"""`(x, done) -> x`, once all of `done` lies in memory. Without it Inductor may compute all chunks side
+by side in one kernel, or behind the last chunk what it still needs every chunk's logits for: the
+losses and the sum of the weight's gradient."""
 
 ALIGNED_ROWS, ROUNDED_FROM = 128, 1024
 """Chunks of at least ROUNDED_FROM tokens are multiples of ALIGNED_ROWS, as matmul tiles are."""
@@ -98,10 +99,9 @@ def chunked_cross_entropy(
     parts = _Gradients(recipe)
     size = rows.size(0) if num_tokens is None else num_tokens
     for low, high in chunk_bounds(size, chunks, static=num_tokens is not None):
-        tokens = rows.detach()[low:high]
+        tokens = rows.detach()[low:high].to(recipe.compute)
         if parts.last is not None:
-            tokens = copy_after(tokens, parts.last)
-        tokens = tokens.to(recipe.compute)
+            tokens = copy_after(tokens, [parts.last, total])
         logits = F.linear(tokens, w, b)
         loss, dz = _chunk(
             logits, targets[low:high], counted[low:high].unsqueeze(1), columns, recipe
@@ -109,7 +109,7 @@ def chunked_cross_entropy(
         total = loss if total is None else total + loss
         parts.add(tokens, w, dz)
     if parts.last is not None:  # else its last two parts may wait for the backward instead of it
-        total = copy_after(total, parts.last)
+        total = copy_after(total, [parts.last])
     if recipe.mean:
         count = counted.sum().to(recipe.wide)  # true division of integers is in float32
         total = total / count

@@ -20,7 +20,7 @@ from magi_train.core import compat
 from magi_train.core.config import FusionConfig
 from magi_train.core.graph import example_value, num_bytes, saved_for_backward
 from magi_train.core.passes import PassContext, Stage
-from magi_train.fusion.chunked import Recipe, chunk_bounds, chunked_cross_entropy
+from magi_train.fusion.chunked import Recipe, chunk_bounds, chunked_cross_entropy, copy_after
 from magi_train.fusion.loss import ChunkLinearCrossEntropy
 from tests.close import difference, tolerance
 from tests.models import Small, UnusedFrozenTied, bert, gpt2, llama, t5, tokens
@@ -526,7 +526,9 @@ def most_alive(code, shape):
     return most
 
 
-def test_chunks_do_not_wait_for_each_other_in_generated_code():
+@pytest.fixture
+def traced_chunks():
+    """The graph of a loss in 4 chunks and of its weight's gradient, and its inputs."""
     rows, vocabulary, chunks = 1024, 512, 4
     recipe = Recipe(
         ignore_index=-100, mean=True, smoothing=0.0, slices=(), steps=(), vocabulary=vocabulary,
@@ -534,18 +536,41 @@ def test_chunks_do_not_wait_for_each_other_in_generated_code():
         wide=torch.float32, out=torch.float32,
     )  # fmt: skip
 
-    def gradient(weight, x, labels, columns):
+    def loss_and_gradient(weight, x, labels, columns):
         loss = chunked_cross_entropy(x, weight, None, labels, columns, recipe, chunks, rows)
-        return torch.autograd.grad(loss, weight)
+        return loss, *torch.autograd.grad(loss, weight)
 
     weight = torch.randn(vocabulary, WIDTH, requires_grad=True)
     labels = torch.randint(0, vocabulary, (rows,))
     inputs = (weight, torch.randn(rows, WIDTH), labels, torch.arange(vocabulary))
-    compiled = torch.compile(make_fx(gradient, tracing_mode="fake")(*inputs))
+    return make_fx(loss_and_gradient, tracing_mode="fake")(*inputs), inputs
+
+
+def test_chunks_do_not_wait_for_each_other_in_generated_code(traced_chunks):
+    graph, inputs = traced_chunks
     with torch.no_grad():
-        _, (code,) = run_and_get_code(compiled, *inputs)
-    assert most_alive(code, (rows // chunks, vocabulary)) == 2  # logits and their gradient
-    assert most_alive(code, (vocabulary, WIDTH)) == 3  # the weight and two parts of its gradient
+        _, (code,) = run_and_get_code(torch.compile(graph), *inputs)
+    assert most_alive(code, (256, 512)) == 2  # logits and their gradient
+    assert most_alive(code, (512, WIDTH)) == 3  # the weight and two parts of its gradient
+
+
+def test_a_chunk_starts_behind_all_that_reads_the_logits_of_the_last(traced_chunks):
+    graph, _ = traced_chunks
+    before = {}
+    for node in graph.graph.nodes:
+        before[node] = set().union(*({n} | before[n] for n in node.all_input_nodes))
+    starts = [n for n in graph.graph.nodes if n.target is copy_after and n.meta["val"].dim() == 2]
+    assert len(starts) == 3
+    readers = 0
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        chunk = sum(start in before[node] for start in starts)
+        if not isinstance(value, torch.Tensor) or chunk == 3:
+            continue
+        if value.shape == (256, 512) and value.is_floating_point():
+            readers += len(node.users)
+            assert not set(node.users) - before[starts[chunk]], node
+    assert readers > 20
 
 
 CACHED = """
