@@ -24,9 +24,9 @@ _library.define("copy_after(Tensor x, Tensor[] done) -> Tensor")
 _library.impl("copy_after", lambda x, done: x.clone(), "CompositeExplicitAutograd")
 
 copy_after = torch.ops.magi_train.copy_after.default
-"""`(x, done) -> x`, once all of `done` lies in memory. Without it Inductor may compute all chunks side
-by side in one kernel, or behind the last chunk what it still needs every chunk's logits for: the
-losses and the sum of the weight's gradient."""
+"""`(x, done) -> x`, once all of `done` lies in memory. Without it Inductor may compute all chunks
+side by side in one kernel, or behind the last chunk what it still needs every chunk's logits for:
+the losses and the sum of the weight's gradient."""
 
 ALIGNED_ROWS, ROUNDED_FROM = 128, 1024
 """Chunks of at least ROUNDED_FROM tokens are multiples of ALIGNED_ROWS, as matmul tiles are."""
