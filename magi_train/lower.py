@@ -5,6 +5,7 @@ PyTorch's compile cache they do not run, so their rows are kept in a file beside
 key that covers the graph, the passes and the versions, and read back.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -196,9 +197,11 @@ def lower(
         "post_grad_custom_pre_pass": _PostGrad(lowered),
         "custom_partitioner_fn": partition,
     }
+    fusing: Any = contextlib.nullcontext()
     if limit is not None:  # Inductor keeps a buffer until a later one of its size takes it over
         patches["allow_buffer_reuse"] = False
-    with compat.forced_backward_lowering():
+        fusing = compat.fusions_in_place()
+    with compat.forced_backward_lowering(), fusing:
         compiled = compat.compile_fx(gm, inputs, config_patches=patches)
     return compiled, _remember(memory, lowered.report.rows)
 

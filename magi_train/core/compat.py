@@ -7,6 +7,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 |---|---|
 | torch._inductor.compile_fx.compile_fx | lowering with our passes in Inductor's slots |
 | torch._inductor.custom_graph_pass.CustomGraphPass, CustomPartitionerFn | bases of those passes |
+| torch._inductor.choices.InductorChoices, virtualized.V.set_choices_handler | what is fused |
 | torch._inductor.runtime.cache_dir_utils.cache_dir | where PyTorch keeps compiled code |
 | torch._functorch._aot_autograd.descriptors | what graph inputs and outputs are gradients of |
 | torch._functorch.partitioners.min_cut_rematerialization_partition | the partition to bound |
@@ -196,6 +197,46 @@ def problems() -> tuple[str, ...]:
 def forced_backward_lowering() -> Any:
     """Context in which AOTAutograd compiles the backward together with the forward."""
     return functorch_config.patch(force_non_lazy_backward_lowering=True)
+
+
+@contextlib.contextmanager
+def fusions_in_place() -> Iterator[None]:
+    """Context in which Inductor fuses no two kernels if more is made early than the fusion saves.
+
+    Kernels that read the same, and do not need each other, become one where they lie up to 64
+    kernels apart, of two layers, say: then whatever the second one needs is computed before the
+    first one's results are used. Seen to add 2 GiB to a backward that recomputes.
+    """
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.virtualized import V
+
+    class InPlace(InductorChoices):
+        scheduler: Any = None
+        by_order: Mapping[int, Any] = {}
+
+        def can_fuse_horizontal(  # type: ignore[override]
+            self, scheduler: Any, node1: Any, node2: Any, shared_data_score: int
+        ) -> bool:
+            if not InductorChoices.can_fuse_horizontal(scheduler, node1, node2, shared_data_score):
+                return False
+            if self.scheduler is not scheduler:
+                self.scheduler = scheduler
+                nodes = scheduler.name_to_node.values()  # also of dead ones, without a place
+                self.by_order = {getattr(n, "min_order", -1): n for n in nodes}
+            first, second = sorted((node1, node2), key=lambda node: node.min_order)
+            between = map(self.by_order.get, range(first.max_order + 1, second.min_order))
+            early = [
+                write
+                for node in between
+                if node is not None
+                and node.get_name() in second.ancestors
+                and node.get_name() not in first.ancestors
+                for write in node.read_writes.writes
+            ]
+            return sum(map(scheduler.dep_size_hint, early)) <= shared_data_score
+
+    with V.set_choices_handler(InPlace()):
+        yield
 
 
 def call_captured(function: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> Any:
