@@ -23,7 +23,10 @@ class SoftplusThenTranspose(nn.Module):
         return (y * torch.arange(64.0).view(2, 8, 4)).sum()
 
 
-@pytest.mark.parametrize("lowering", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+GENERATED = pytest.param("inductor", marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize("lowering", ["aot_eager", GENERATED])
 @pytest.mark.parametrize("tier", ["graph", "region"])
 def test_views_of_what_lies_otherwise_than_traced(lowering, tier):
     torch.manual_seed(0)
