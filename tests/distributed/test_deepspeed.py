@@ -233,9 +233,9 @@ def test_one_process_is_left_as_it_was(stage, monkeypatch):
 def clips_in_the_loop(rank, _, stage):
     """Return how far DDP is where DeepSpeed clips too, and what is said where it does not."""
     quick()
-    clip = nn.utils.clip_grad_norm_  # as `from torch.nn.utils import clip_grad_norm_`
+    by_norm = nn.utils.clip_grad_norm_  # as `from torch.nn.utils import clip_grad_norm_`
 
-    def trained(model, optimizer):
+    def trained(model, optimizer, clip=by_norm):
         for step in range(3):
             x = torch.randn(8, 16, generator=torch.Generator().manual_seed(10 * step + rank))
             (model(x) - 10 * rank).square().mean().backward()
@@ -256,11 +256,16 @@ def clips_in_the_loop(rank, _, stage):
     trained(model, own)
     far = difference(whole(twin), plain.state_dict())
     model, own = magi_train.prepare(*made(), config=sharded(stage))
-    try:
-        trained(model, own)
-        return far, ""
-    except MagiError as error:
-        return far, str(error)
+    said = []
+    for clip in (by_norm, nn.utils.clip_grad_value_):
+        try:
+            trained(model, own, clip)
+        except MagiError as error:
+            said.append(str(error))
+    lone = nn.Linear(1, 1)  # nobody's but torch's
+    lone(torch.ones(1, 1)).sum().backward()
+    nn.utils.clip_grad_value_(lone.parameters(), 0.25)
+    return far, said, [float(p.grad) for p in lone.parameters()]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -268,10 +273,12 @@ class TestClipping:
     pytestmark = needs_deepspeed
 
     def test_in_the_loop_it_is_deepspeeds_or_refused(self, stage):
-        for far, said in values(run_ranks(clips_in_the_loop, stage)):
+        for far, (norm, value), lone in values(run_ranks(clips_in_the_loop, stage)):
             assert far <= tolerance(torch.float32, 64)
-            assert "clip_grad_norm_() to 0.25 cannot clip" in said
-            assert "{'gradient_clipping': 0.25}" in said
+            assert "clipping by norm to 0.25 is not possible" in norm
+            assert "{'gradient_clipping': 0.25}" in norm
+            assert "clipping by value to 0.25 is not possible" in value
+            assert lone == [0.25, 0.25]
 
 
 def leaves_a_batch_out(rank, _, stage, offload):
