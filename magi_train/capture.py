@@ -116,6 +116,7 @@ class Region:
         self.runtime, self.name = runtime, name
         self._hooks_because = hooks_because
         self.tier = ""
+        self._ran_once = False
         self._ordinal = next(runtime.region_ordinals)
         runtime.regions.add(self)
         self._function = function
@@ -163,8 +164,9 @@ class Region:
     # -- the first call --------------------------------------------------------------------------
 
     def _first(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        wanted, reason = self.runtime.config.tier, ""
-        self.runtime.begin_memory((args, kwargs))
+        runtime = self.runtime
+        wanted, reason = runtime.config.tier, ""
+        runtime.begin_memory((args, kwargs))
         if compat.problems():
             reason = f"this torch lacks {'; '.join(compat.problems())}"
             self._must_not_be_forced("graph", "region", reason=reason)
@@ -176,6 +178,8 @@ class Region:
             if done:
                 return self._take("graph", "", result)
             reason = result
+            if compat.enters_a_lock(reason) and not self._ran_once and runtime.memory is None:
+                return self._run_once(args, kwargs)
             self._must_not_be_forced("graph", reason=reason)
         if wanted in ("auto", "region") and not compat.problems():
             done, result = self._try_region(args, kwargs)
@@ -194,6 +198,16 @@ class Region:
         self.runtime.reducer.begin(in_graph=False)
         with self.runtime.entered():
             return self._take("eager", reason, self._function(*args, **kwargs))
+
+    def _run_once(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run the first step eagerly: what code does under a lock it does only once."""
+        self._ran_once = True
+        self.runtime.report.note(
+            f"the first step of {self.name} ran eagerly: its code prepares something under a lock"
+        )
+        self.runtime.reducer.begin(in_graph=False)
+        with self.runtime.entered():
+            return self._function(*args, **kwargs)
 
     def _take(self, tier: str, reason: str, output: Any) -> Any:
         self.tier = tier

@@ -535,6 +535,11 @@ def capture_failure_text(error: BaseException) -> str:
     return f"{text}{'. ' + explanation if explanation else ''}{where}"
 
 
+def enters_a_lock(failure: str) -> bool:
+    """Return whether a capture failed, in the words of `capture_failure_text`, at `with lock:`."""
+    return "a `lock` context manager" in failure
+
+
 def inner_backend_error(error: BaseException) -> BaseException:
     """Return what a backend raised, without the wrapper that Dynamo puts around it."""
     inner = getattr(error, "inner_exception", None)
