@@ -6,7 +6,7 @@ A cast's bytes are what it must move once: 2 read and 2 written for an element o
 column is the share of what a copy from device to device moves. Every call takes the next of so
 many tensors that together they are larger than four L2 caches (60 MB each). Beside ours: what
 Inductor makes of the same three lines, and the maximum that gives the scale. The products calibrate
-the model that decides which linears run in fp8 (`MACHINE` in fusion/fp8_match.py).
+the model that decides which linears run in fp8 (`FP8_H200` in magi_train/core/hardware.py).
 """
 
 import itertools

@@ -4,7 +4,9 @@ Large tensors on the CPU come from the system, which clears each page at its fir
 about four times as long as copying the page. Buckets and what codecs need are of the same sizes in
 every step, so their memory is kept, and given out again once nobody holds a tensor in it: whether
 somebody does is asked of the storage itself, so a gradient that the user still has is never
-overwritten. On a GPU, torch's own allocator does this.
+overwritten. What some steps in a row did not ask for is let go: a user who keeps the gradients of
+many steps, or a bucket that is no longer used, must not hold memory for ever. On a GPU, torch's own
+allocator does this.
 """
 
 import sys
@@ -15,12 +17,17 @@ from torch import Tensor
 
 from magi_train.core import compat
 
+KEPT_ROUNDS = 4
+"""Residuals take turns with those of the step before, and a bucket may miss a step."""
+
 
 class HostMemory:
-    """Gives out tensors; of any size at most as many exist as were needed at the same time."""
+    """Gives out tensors; of any size at most as many are kept as the last rounds needed at once."""
 
     def __init__(self) -> None:
         self._kept: dict[int, list[torch.UntypedStorage]] = {}
+        self._given: dict[int, int] = {}  # by the storage's id: in which round it was given last
+        self._round = 0
         self._lock = threading.Lock()  # codecs run in threads
 
     def empty(
@@ -38,14 +45,30 @@ class HostMemory:
                     sys.getrefcount(storage) > 3
                 )  # list, variable, argument: nobody else in Python
                 if not held and compat.storage_uses(storage) == 1:  # nobody but this list
-                    return _on(storage, shape, dtype)
-            storages.append(torch.UntypedStorage(num_bytes))
-            return _on(storages[-1], shape, dtype)
+                    break
+            else:
+                storage = torch.UntypedStorage(num_bytes)
+                storages.append(storage)
+            self._given[id(storage)] = self._round
+            return _on(storage, shape, dtype)
+
+    def end_round(self) -> None:
+        """Note the end of a step, and keep nothing that the last KEPT_ROUNDS did not ask for."""
+        with self._lock:
+            self._round += 1
+            last, given = self._round - KEPT_ROUNDS, self._given
+            for size, storages in list(self._kept.items()):
+                storages[:] = [s for s in storages if given[id(s)] >= last]
+                if not storages:
+                    del self._kept[size]
+            kept = {id(s) for storages in self._kept.values() for s in storages}
+            self._given = {key: when for key, when in given.items() if key in kept}
 
     def forget(self) -> None:
         """Keep nothing of what was given out so far; tensors that are in use keep their memory."""
         with self._lock:
             self._kept.clear()
+            self._given.clear()
 
 
 def _on(storage: torch.UntypedStorage, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -110,6 +110,7 @@ class OuterLoop:
             ]
             finite = all([bool(flat.isfinite().all()) for flat in flats])
             compressor.settle()
+            self._memory.end_round()
             for bucket, flat in zip(compressor.plan.buckets, flats, strict=True):
                 for slot in bucket.slots:
                     self._step(slot.name, slot.view(flat) if finite else None)

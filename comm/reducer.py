@@ -588,6 +588,7 @@ class Reducer:
             broadcast(self.world, self._buffers())
         if self._meter is not None:
             self.report.measured |= self._meter.end()
+        self._memory.end_round()
         self._synchronised += 1
         every = self.config.check_replicas
         if every is not None and self._synchronised % every == 0:

@@ -14,20 +14,21 @@ offloading to the host. All of that is DeepSpeed's; what is ours:
   the optimizer's own on this rank's parts.
 
 Where it differs from DDP: gradients are not in `.grad` (clipping is a setting of DeepSpeed's,
-`gradient_clipping`), and the optimizer's state is saved by `magi_train.save_checkpoint` only.
+`gradient_clipping`; see comm/zero_clipping.py), and the optimizer's state is saved by
+`magi_train.save_checkpoint` only.
 """
 
 import argparse
-import os
 import types
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from magi_train.comm import zero_alone, zero_clipping
 from magi_train.comm.broadcast import broadcast
 from magi_train.comm.shard_blocks import blocks_to_shard
 from magi_train.comm.zero_config import must_be_installed, stage_of
@@ -38,6 +39,7 @@ from magi_train.core.report import PassRow, Report
 from magi_train.core.world import World
 
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_live: "weakref.WeakSet[Zero]" = weakref.WeakSet()
 
 
 class _Shell(nn.Module):
@@ -101,8 +103,12 @@ class Zero:
         self.blocks = blocks_to_shard(module) if leaves else []
         self._leaves = Leaves(module, self.blocks)
         self.engine = _initialize(_Shell(module), self.blocks, optimizer, settings)
+        if self.stage < 3 and not any(other.stage == 3 for other in _live):
+            zero_alone.drop_variable()
         self.device: torch.device = self.engine.device
         self._inside = False
+        _live.add(self)
+        zero_clipping.watch(_live)
         broadcast(world, list(module.buffers()))
         plan = {
             "stage": self.stage,
@@ -200,8 +206,11 @@ class Zero:
 
     def destroy(self) -> None:
         """Take DeepSpeed's hooks off the model, for another engine; weights stay where they are."""
+        _live.discard(self)
         self._leaves.close()
         self.engine.destroy()
+        if not _live:
+            zero_alone.leave()
 
 
 class _Inside:
@@ -222,19 +231,19 @@ def _initialize(
 
     for leaf in leaves:
         deepspeed.utils.set_z3_leaf_module(leaf, True)
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
-    if not dist.is_initialized():  # one process: DeepSpeed needs a group all the same
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    return deepspeed.initialize(
-        args=argparse.Namespace(device_rank=local_rank),
-        model=shell,
-        model_parameters=[p for p in shell.parameters() if p.requires_grad],
-        optimizer=optimizer,
-        config=settings,
-        dist_init_required=False,
-    )[0]
+    try:
+        return deepspeed.initialize(
+            args=argparse.Namespace(device_rank=zero_alone.join()),
+            model=shell,
+            model_parameters=[p for p in shell.parameters() if p.requires_grad],
+            optimizer=optimizer,
+            config=settings,
+            dist_init_required=False,
+        )[0]
+    except BaseException:
+        if not _live:
+            zero_alone.leave()
+        raise
 
 
 def one_of(optimizers: Sequence[Optimizer]) -> Optimizer:

@@ -4,7 +4,8 @@ DeepSpeed writes a folder with files of each rank, and a plain resume needs as m
 same stage. For anything else it has universal checkpoints: a tool cuts the files up by parameter,
 and any number of ranks reads them. Here that happens by itself when it is needed. A list of all
 files and their sizes is written last, so that a folder that was cut short is known before DeepSpeed
-reads it, and named.
+reads it, and named. What DeepSpeed's own `save_checkpoint` wrote has no such list; it is read all
+the same: its file `latest` names the folder inside, whose files tell the stage and the ranks.
 """
 
 import argparse
@@ -60,24 +61,28 @@ def read(zero: Zero, folder: Path, *, strict: bool = True) -> dict[str, Any]:
         MagiError: A file is missing or cut short, or was written at a stage that does not convert.
     """
     about = must_be_whole(folder)
-    if about is not None and (about["stage"] == 3) != (zero.stage == 3):
+    if (about["stage"] == 3) != (zero.stage == 3):
         raise MagiError(
             f"{folder} was written at ZeRO stage {about['stage']}, and this model is at stage "
             f"{zero.stage}: DeepSpeed converts between stages 1 and 2 only; use the same stage, or "
             "take the weights: model.load_state_dict(magi_train.plain_state_dict(folder)) before "
             "prepare()"
         )
-    if about is None or about["ranks"] == zero.world.size:
-        return _load(zero, folder, TAG, strict)
-    if zero.world.rank == 0:
-        _convert(folder)
-    zero.world.gather("checkpoint is converted", "", TIMEOUT_SECONDS)
+    if about["ranks"] == zero.world.size:
+        return _load(zero, folder, about["tag"], strict)
+    _convert_together(zero, folder, about)
     settings = zero.engine._config  # what engine.load_universal_checkpoint() reads
     before, settings.load_universal_checkpoint = settings.load_universal_checkpoint, True
     try:
-        return _load(zero, folder, UNIVERSAL, strict)
+        state = _load(zero, folder, _universal(about["tag"]), strict)
     finally:
         settings.load_universal_checkpoint = before
+    if "files" not in about:  # DeepSpeed's own, which keep buffers beside the weights
+        saved = _model_states(folder / about["tag"])["module"]
+        for name, buffer in zero.module.named_buffers():
+            if name in saved:
+                buffer.copy_(saved[name])
+    return state
 
 
 def load_weights(
@@ -112,9 +117,7 @@ def load_weights(
 
 def client_state(folder: Path) -> dict[str, Any]:
     """Return what the caller of `write` added, read without an engine."""
-    must_be_whole(folder)
-    names = sorted((folder / TAG).glob("*mp_rank_00_model_states.pt"))
-    state: dict[str, Any] = torch.load(names[0], map_location="cpu", weights_only=False)
+    state = _model_states(folder / must_be_whole(folder)["tag"])
     return {k: v for k, v in state.items() if k not in ("module", "optimizer", BUFFERS)}
 
 
@@ -126,22 +129,21 @@ def plain(folder: Path) -> dict[str, Tensor]:
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    must_be_whole(folder)
-    tag = TAG if (folder / TAG).is_dir() else None
+    tag = must_be_whole(folder)["tag"]
     with contextlib.redirect_stdout(io.StringIO()):
         found = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag)
     return {name: tensor.clone() for name, tensor in found.items()}
 
 
-def must_be_whole(folder: Path) -> dict[str, Any] | None:
-    """Return what the list of files says; None for a checkpoint that DeepSpeed wrote by itself.
+def must_be_whole(folder: Path) -> dict[str, Any]:
+    """Return the number of `ranks`, the `stage` and the `tag`, the folder inside of the folder.
 
     Raises:
         MagiError: The list, or a file of it, is missing or has another size; names it.
     """
     if not (folder / LIST).is_file():
         if (folder / "latest").is_file():
-            return None
+            return _written_by_deepspeed(folder)
         raise MagiError(
             f"{folder} holds no whole checkpoint: it has no {LIST}, which is written last; use an "
             "earlier checkpoint"
@@ -155,7 +157,34 @@ def must_be_whole(folder: Path) -> dict[str, Any] | None:
             raise MagiError(
                 f"{path} {what}: the checkpoint was cut short; use an earlier checkpoint"
             )
-    return about
+    return {**about, "tag": TAG}
+
+
+def _written_by_deepspeed(folder: Path) -> dict[str, Any]:
+    """Return what `must_be_whole` does, of a folder that has no list."""
+    tag = (folder / "latest").read_text().strip()
+    optimizers = list((folder / tag).glob("*mp_rank_00_optim_states.pt"))
+    weights = list((folder / tag).glob("*mp_rank_00_model_states.pt"))
+    if not optimizers or not weights:
+        raise MagiError(
+            f"{folder} holds no whole checkpoint: its file 'latest' names {tag!r}, and there is no "
+            f"{'*_optim_states.pt' if weights else '*_model_states.pt'} of DeepSpeed's in "
+            f"{folder / tag}; use an earlier checkpoint"
+        )
+    sharded = any(path.name.startswith("zero_pp_rank_") for path in weights)
+    return {"ranks": len(optimizers), "stage": 3 if sharded else 2, "tag": tag}
+
+
+def _model_states(inner: Path) -> dict[str, Any]:
+    """Return what the first file of weights holds."""
+    path = sorted(inner.glob("*mp_rank_00_model_states.pt"))[0]
+    found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+    return found
+
+
+def _universal(tag: str) -> str:
+    """Return the name of the universal form; of DeepSpeed's own, one folder holds several tags."""
+    return UNIVERSAL if tag == TAG else f"{tag}_{UNIVERSAL}"
 
 
 def _files(folder: Path) -> list[Path]:
@@ -176,16 +205,36 @@ def _load(zero: Zero, folder: Path, tag: str, strict: bool) -> dict[str, Any]:
     return state
 
 
-def _convert(folder: Path) -> None:
+def _convert_together(zero: Zero, folder: Path, about: dict[str, Any]) -> None:
+    """Let rank 0 convert; raise on all ranks if it cannot."""
+    why = ""
+    if zero.world.rank == 0:
+        try:
+            _convert(folder, about)
+        except Exception as error:  # noqa: BLE001  whatever it is, the others must hear of it
+            why = f"{type(error).__name__}: {error}"
+    why = zero.world.gather("checkpoint is converted", why, TIMEOUT_SECONDS)[0]
+    if why:
+        raise MagiError(
+            f"{folder} was written on {about['ranks']} ranks, and its conversion for "
+            f"{zero.world.size} failed on rank 0: {why}; start as many ranks as wrote it"
+        )
+
+
+def _convert(folder: Path, about: dict[str, Any]) -> None:
     """Write DeepSpeed's universal form beside what it is made from, once."""
     from deepspeed.checkpoint import ds_to_universal
 
-    done, partial = folder / UNIVERSAL, folder / f".{UNIVERSAL}.partial"
+    inner, name = folder / about["tag"], _universal(about["tag"])
+    done, partial = folder / name, folder / f".{name}.partial"
     if done.is_dir():
-        return
+        newest = max(path.stat().st_mtime for path in _files(inner))
+        if "files" in about or done.stat().st_mtime >= newest:  # else a tag was written again
+            return
+    shutil.rmtree(done, ignore_errors=True)
     shutil.rmtree(partial, ignore_errors=True)
     options = argparse.Namespace(
-        input_folder=str(folder / TAG),
+        input_folder=str(inner),
         output_folder=str(partial),
         num_extract_workers=1,
         num_merge_workers=1,
@@ -196,4 +245,4 @@ def _convert(folder: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         ds_to_universal.main(options)
     partial.rename(done)
-    (folder / "latest_universal").write_text(UNIVERSAL)  # for DeepSpeed's own users
+    (folder / "latest_universal").write_text(name)  # for DeepSpeed's own users

@@ -19,6 +19,15 @@ import torch.nn.functional as F
 
 from magi_train.fusion.attach import attach_gradients
 
+_library = torch.library.Library("magi_train", "FRAGMENT")
+_library.define("copy_after(Tensor x, Tensor[] done) -> Tensor")
+_library.impl("copy_after", lambda x, done: x.clone(), "CompositeExplicitAutograd")
+
+copy_after = torch.ops.magi_train.copy_after.default
+"""`(x, done) -> x`, once all of `done` lies in memory. Without it Inductor may compute all chunks
+side by side in one kernel, or behind the last chunk what it still needs every chunk's logits for:
+the losses and the sum of the weight's gradient."""
+
 ALIGNED_ROWS, ROUNDED_FROM = 128, 1024
 """Chunks of at least ROUNDED_FROM tokens are multiples of ALIGNED_ROWS, as matmul tiles are."""
 Value = Any
@@ -91,12 +100,16 @@ def chunked_cross_entropy(
     size = rows.size(0) if num_tokens is None else num_tokens
     for low, high in chunk_bounds(size, chunks, static=num_tokens is not None):
         tokens = rows.detach()[low:high].to(recipe.compute)
+        if parts.last is not None:
+            tokens = copy_after(tokens, [parts.last, total])
         logits = F.linear(tokens, w, b)
         loss, dz = _chunk(
             logits, targets[low:high], counted[low:high].unsqueeze(1), columns, recipe
         )
         total = loss if total is None else total + loss
         parts.add(tokens, w, dz)
+    if parts.last is not None:  # else its last two parts may wait for the backward instead of it
+        total = copy_after(total, [parts.last])
     if recipe.mean:
         count = counted.sum().to(recipe.wide)  # true division of integers is in float32
         total = total / count
@@ -150,10 +163,15 @@ def _chunk(
 
 
 class _Gradients:
-    """Collects what each chunk adds to the gradients of input, weight and bias."""
+    """Collects what each chunk adds to the gradients of input, weight and bias.
+
+    Attributes:
+        last: What the last chunk computed last; None before the first.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        self.last: Value | None = None
         self.tokens: list[Value] = []
         self.weight: list[Value] = []
         self.bias: list[Value] = []
@@ -164,9 +182,12 @@ class _Gradients:
         dlogits = dz.to(self.recipe.compute)
         if of_tokens:
             self.tokens.append(torch.matmul(dlogits, weight))
+            self.last = self.tokens[-1]
         if of_weight:
             pair = (tokens.t(), dlogits) if self.recipe.transposed else (dlogits.t(), tokens)
-            _add(self.weight, torch.matmul(*pair).to(self.recipe.wide))
+            part = torch.matmul(*pair)
+            self.last = self.weight[0] + part if self.weight else part
+            self.weight = [self.last.to(self.recipe.wide)]
         if of_bias:
             _add(self.bias, dz.sum(0))
 

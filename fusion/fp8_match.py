@@ -24,36 +24,14 @@ from torch.fx import Graph, GraphModule, Node
 
 from magi_train.core import compat
 from magi_train.core.graph import CASTS, SAME, example_value, outputs
+from magi_train.core.hardware import FP8_H200, Machine
 from magi_train.fusion.projections_match import SHAPES, must_be_copied, upright, value_key
 
 aten = torch.ops.aten
 PRODUCTS = (aten.mm.default, aten.addmm.default)
 MULTIPLE = 16
 """Every dimension of an fp8 product is one of these many elements: 16 bytes."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Speeds that decide where fp8 pays.
-
-    Attributes:
-        bf16_tflops: Of a large bf16 product.
-        fp8_tflops: Of a large fp8 product, forward and backward mixed.
-        gb_per_second: What casts and maxima move.
-        launch_us: Time that one more small kernel takes on the device.
-    """
-
-    bf16_tflops: float
-    fp8_tflops: float
-    gb_per_second: float
-    launch_us: float
-
-
-H200 = Machine(bf16_tflops=760.0, fp8_tflops=1300.0, gb_per_second=3400.0, launch_us=2.0)
-"""Measured by benchmarks/fp8_cast.py. bf16: 741 to 772 for the products of a 1.24 B Llama. fp8:
-1261 to 1463 with fast accumulation, 1185 to 1317 without. Bandwidth: the cast moves 3770 GB/s, a
-maximum that nothing is fused with 2290."""
-MACHINE = H200
+MACHINE = FP8_H200
 
 
 class Operand(NamedTuple):

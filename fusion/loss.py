@@ -38,6 +38,9 @@ MIB = 2**20
 MAX_CHUNKS = 8
 """More would spend the gain on reading and writing the gradient of the weight."""
 PROOF_CHUNKS = 3
+BUDGET_CHUNK_MIB = 2048.0
+"""Under a memory budget, a chunk takes at most this: it costs less time than what would have to be
+recomputed in place of it."""
 
 
 @dataclass(frozen=True)

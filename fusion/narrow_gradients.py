@@ -110,6 +110,7 @@ class NarrowGradients:
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._hooks: dict[int, tuple[weakref.ref[nn.Parameter], Any, Any]] = {}
+        self._closed: list[weakref.ref[nn.Parameter]] = []
         for p in parameters:
             if p.dtype is not torch.float32 or not p.requires_grad:
                 continue
@@ -125,6 +126,7 @@ class NarrowGradients:
 
     def close(self) -> None:
         """Make the parameters plain again; gradients that are there are widened."""
+        self._closed += [ref for ref, _, _ in self._hooks.values()]
         for ref, _, handle in self._hooks.values():
             handle.remove()
             p = ref()
@@ -133,6 +135,11 @@ class NarrowGradients:
                     p.grad = p.grad.to(p.dtype)
                 p.grad_dtype = p.dtype  # type: ignore[attr-defined]
         self._hooks = {}
+
+    def again(self) -> "NarrowGradients":
+        """Return what has been closed, on the same parameters; itself where it is not closed."""
+        alive = [p for ref in self._closed if (p := ref()) is not None]
+        return NarrowGradients(alive) if alive else self
 
 
 def _widen(ref: "weakref.ref[nn.Parameter]") -> Any:

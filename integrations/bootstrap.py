@@ -42,7 +42,8 @@ def main() -> None:
         if "--preflight" in options:
             from magi_train.integrations.preflight import check
 
-            check(own_view="--own-view" in options)
+            place = Path(folder) if folder else None
+            check(own_view="--own-view" in options, folder=place)
         if files is not None:
             files.start()
         _autoload.register()

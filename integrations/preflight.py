@@ -2,9 +2,11 @@
 
 Each rank forks; the child compares versions and settings through the launcher's store, looks at its
 device's free memory and at the disk, and takes part in one all-reduce over the back end that
-training will use. In a child, because NCCL and CUDA then leave nothing behind in the process that
-runs the script, and a back end that hangs can be killed and named. Source of the wish: users of
-NCCL cannot tell a broken link from a bug of theirs (pytorch-lightning issue 19487).
+training will use. Where the launcher keeps its store to itself (rank 0 then hosts one, and would
+have to host it twice), ranks of one node meet in a file instead. In a child, because NCCL and CUDA
+then leave nothing behind in the process that runs the script, and a back end that hangs can be
+killed and named. Source of the wish: users of NCCL cannot tell a broken link from a bug of theirs
+(pytorch-lightning issue 19487).
 """
 
 import json
@@ -18,11 +20,12 @@ import sys
 import time
 import traceback
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from magi_train.core import settings, versions
 from magi_train.core.errors import MagiError
@@ -34,26 +37,31 @@ BUSY_FRACTION = 0.1
 NUMEL = 2**20
 
 
-def check(own_view: bool = False) -> None:
-    """Run the check; a line from rank 0 says what was found.
+def check(own_view: bool = False, folder: Path | None = None) -> None:
+    """Run the check; a line from rank 0 says what was found, or why nothing was looked at.
 
     Args:
         own_view: Each rank sees its own device only, as under torchrun's --virtual-local-rank.
+        folder: An empty one that all ranks of this node have.
 
     Raises:
         MagiError: Ranks differ, or the all-reduce fails or does not end; names rank and step.
     """
     if int(os.environ["WORLD_SIZE"]) == 1 or os.environ.get("TORCHELASTIC_RESTART_COUNT") != "0":
         return
+    file = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return  # rank 0 hosts the store, and would host it twice
+        if folder is None or os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+            _say_skipped()
+            return
+        file = folder / "preflight"
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
         if own_view:
             os.environ["LOCAL_WORLD_SIZE"] = "1"
-        _child(writer)
+        _child(writer, file)
     os.close(writer)
     steps = _follow(reader, child)
     last = steps[-1] if steps else "its start"
@@ -62,6 +70,16 @@ def check(own_view: bool = False) -> None:
             f"the pre-flight check of rank {os.environ['RANK']} failed at {last}; "
             "`magi run --no-preflight` starts without it"
         )
+
+
+def _say_skipped() -> None:
+    if os.environ["RANK"] == "0":
+        sys.stderr.write(
+            "magi run: no pre-flight check: restarted ranks need a store of their own "
+            "(--max-restarts), so the launcher shares none, and ranks of several nodes have no "
+            "other place to meet; a start without --max-restarts checks them\n"
+        )
+        sys.stderr.flush()
 
 
 def _follow(reader: int, child: int) -> list[str]:
@@ -80,12 +98,12 @@ def _follow(reader: int, child: int) -> list[str]:
     return text.decode(errors="replace").split("\0")[1:]
 
 
-def _child(writer: int) -> None:
+def _child(writer: int, file: Path | None) -> None:
     def step(name: str) -> None:
         os.write(writer, f"\0{name}".encode())
 
     try:
-        _examine(step)
+        _examine(step, file)
         os.write(writer, b"\0done")
     except Exception as error:  # noqa: BLE001  it goes to the parent, which raises
         os.write(writer, f": {error}".encode())
@@ -95,14 +113,11 @@ def _child(writer: int) -> None:
         os._exit(0)  # not through the cleanup of a process that was only half started
 
 
-def _examine(step: Any) -> None:
+def _examine(step: Any, file: Path | None) -> None:
     begin = time.monotonic()
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     step("meeting the other ranks")
-    limit = timedelta(seconds=LIMIT_SECONDS)
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    server = TCPStore(host, port, size, is_master=False, timeout=limit)
-    store = PrefixStore("magi/preflight", server)
+    store = PrefixStore("magi/preflight", _meeting_place(file, size))
     step("looking at the device")
     device, mine = _device(), facts()
     mine["device"] = str(device)
@@ -125,6 +140,15 @@ def _examine(step: Any) -> None:
             + "".join(f"magi run: warning: {w}\n" for w in warnings_of(answers))
         )
         sys.stderr.flush()
+
+
+def _meeting_place(file: Path | None, size: int) -> Any:
+    """Return a store that all ranks reach: in `file`, or the launcher's."""
+    if file is not None:
+        return FileStore(str(file), size)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    limit = timedelta(seconds=LIMIT_SECONDS)
+    return TCPStore(host, port, size, is_master=False, timeout=limit)
 
 
 def _device() -> torch.device:

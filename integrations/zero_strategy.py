@@ -15,6 +15,7 @@ model summary). What differs from it:
 import argparse
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from magi_train.capture import Region
 from magi_train.checkpoint import save_zero
 from magi_train.comm import zero_files
 from magi_train.comm.zero import Zero
+from magi_train.comm.zero_clipping import must_clip_to
 from magi_train.comm.zero_config import must_be_installed, zero_config
 from magi_train.core.config import Config
 from magi_train.core.errors import MagiError
@@ -150,6 +152,7 @@ class MagiDeepSpeedMixin:
         zero = self.runtime.reducer
         assert isinstance(zero, Zero)
         strategy.model = zero.engine
+        strategy.precision_plugin.clip_gradients = functools.partial(_clip_gradients, zero)
         strategy.optimizers = [zero.engine.optimizer]
         strategy.lr_scheduler_configs = [] if scheduler is None else [scheduler]
         strategy._set_deepspeed_activation_checkpointing()
@@ -286,3 +289,12 @@ class MagiDeepSpeedMixin:
         if self.runtime is not None:
             self.runtime.close()
         super().teardown()  # type: ignore[misc]
+
+
+def _clip_gradients(
+    zero: Zero, optimizer: Any, clip_val: float = 0.0, gradient_clip_algorithm: Any = "norm"
+) -> None:
+    """Leave clipping to DeepSpeed, as Lightning's plugin, if that is what it does."""
+    if clip_val:
+        by = getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm)
+        must_clip_to(zero, float(clip_val), by)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from magi_train.core import settings
 from magi_train.core.config import CommConfig, Config
 from magi_train.core.report import Report
 from magi_train.runtime import Runtime
@@ -139,16 +140,10 @@ class DataParallel(nn.Module):
             config = Config(comm=comm)
         elif bucket_cap_mb is not None:
             raise ValueError("give DataParallel either bucket_cap_mb or config, not both")
-        if config.shard_optimizer:
-            raise ValueError(
-                "Config.shard_optimizer needs the optimizer, which DataParallel does not get; use "
-                "magi_train.prepare(model, optimizer, config=...)"
-            )
-        if config.comm.early_step:
-            raise ValueError(
-                "CommConfig.early_step needs the optimizer, which DataParallel does not get; use "
-                "magi_train.prepare(model, optimizer, config=...)"
-            )
+        _needs_optimizer(
+            config,
+            "which DataParallel does not get; use magi_train.prepare(model, optimizer, config=...)",
+        )
         self.module = module
         runtime = Runtime(module, config)
         self.__dict__["_magi_runtime"] = runtime
@@ -245,14 +240,8 @@ def prepare(
         mine = {id(p) for p in model.parameters()}
         if not any(id(p) in mine for g in optimizer.param_groups for p in g["params"]):
             raise ValueError("the optimizer holds no parameter of this model; build it from them")
-    elif config is not None and config.shard_optimizer:
-        raise ValueError(
-            "Config.shard_optimizer needs the optimizer: prepare(model, optimizer, config=...)"
-        )
-    elif config is not None and config.comm.early_step:
-        raise ValueError(
-            "CommConfig.early_step needs the optimizer: prepare(model, optimizer, config=...)"
-        )
+    else:
+        _needs_optimizer(config or Config(), "as in prepare(model, optimizer, config=...)")
     optimizers = [] if optimizer is None else [optimizer]
     runtime = Runtime(model, config or Config(), optimizers)
     runtime.scale_by(grad_scaler)
@@ -261,6 +250,19 @@ def prepare(
         return prepared
     runtime.take_over([optimizer])
     return prepared, optimizer
+
+
+def _needs_optimizer(config: Config, where: str) -> None:
+    """Raise if Config, or what is set from outside, asks for what needs the optimizer."""
+    outside = settings.from_environment()
+    wanted = settings.apply(config, outside)[0]
+    for name, asked in {
+        "shard_optimizer": wanted.shard_optimizer,
+        "comm.early_step": wanted.comm.early_step,
+    }.items():
+        if asked:
+            source = f" ({outside[name].source})" if name in outside else ""
+            raise ValueError(f"Config.{name}{source} needs the optimizer, {where}")
 
 
 def prepare_step(function: F, module: PreparedModule) -> F:

@@ -22,6 +22,7 @@ import collections
 import contextlib
 import itertools
 import logging
+import math
 import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +48,7 @@ from magi_train.core.passes import (
 )
 from magi_train.fusion.attention import CanonicalizeAttention, mask_inputs
 from magi_train.fusion.fp8 import Fp8Linears
-from magi_train.fusion.loss import ChunkLinearCrossEntropy
+from magi_train.fusion.loss import BUDGET_CHUNK_MIB, ChunkLinearCrossEntropy
 from magi_train.fusion.narrow_gradients import SkipGradientCasts
 from magi_train.fusion.projections import MergeProjections
 from magi_train.fusion.shadow import UseWeightShadows, shadow_graph
@@ -68,13 +69,19 @@ class _NotTogetherError(Exception):
     """This rank captured the region, another one did not."""
 
 
-def pre_grad_passes(config: Config) -> list[Pass[Any]]:
-    """Return the passes over the graph before autograd that `config` asks for, in their order."""
+def pre_grad_passes(config: Config, *, budgeted: bool) -> list[Pass[Any]]:
+    """Return the passes over the graph before autograd that `config` asks for, in their order.
+
+    Args:
+        config: The settings.
+        budgeted: Whether a memory budget limits the step.
+    """
     passes: list[Pass[Any]] = []
     if config.fusion is not None and config.fusion.attention:
         passes.append(CanonicalizeAttention())
     if config.fusion is not None and config.fusion.loss:
-        passes.append(ChunkLinearCrossEntropy(int(config.fusion.loss_chunk_mib * MIB)))
+        most = min(config.fusion.loss_chunk_mib, BUDGET_CHUNK_MIB if budgeted else math.inf)
+        passes.append(ChunkLinearCrossEntropy(int(most * MIB)))
     return [*passes, *registered_passes(Stage.PRE_GRAD)]
 
 
@@ -109,6 +116,7 @@ class Region:
         self.runtime, self.name = runtime, name
         self._hooks_because = hooks_because
         self.tier = ""
+        self._ran_once = False
         self._ordinal = next(runtime.region_ordinals)
         runtime.regions.add(self)
         self._function = function
@@ -156,8 +164,9 @@ class Region:
     # -- the first call --------------------------------------------------------------------------
 
     def _first(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        wanted, reason = self.runtime.config.tier, ""
-        self.runtime.begin_memory((args, kwargs))
+        runtime = self.runtime
+        wanted, reason = runtime.config.tier, ""
+        runtime.begin_memory((args, kwargs))
         if compat.problems():
             reason = f"this torch lacks {'; '.join(compat.problems())}"
             self._must_not_be_forced("graph", "region", reason=reason)
@@ -169,6 +178,8 @@ class Region:
             if done:
                 return self._take("graph", "", result)
             reason = result
+            if compat.enters_a_lock(reason) and not self._ran_once and runtime.memory is None:
+                return self._run_once(args, kwargs)
             self._must_not_be_forced("graph", reason=reason)
         if wanted in ("auto", "region") and not compat.problems():
             done, result = self._try_region(args, kwargs)
@@ -187,6 +198,16 @@ class Region:
         self.runtime.reducer.begin(in_graph=False)
         with self.runtime.entered():
             return self._take("eager", reason, self._function(*args, **kwargs))
+
+    def _run_once(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run the first step eagerly: what code does under a lock it does only once."""
+        self._ran_once = True
+        self.runtime.report.note(
+            f"the first step of {self.name} ran eagerly: its code prepares something under a lock"
+        )
+        self.runtime.reducer.begin(in_graph=False)
+        with self.runtime.entered():
+            return self._function(*args, **kwargs)
 
     def _take(self, tier: str, reason: str, output: Any) -> Any:
         self.tier = tier
@@ -393,7 +414,8 @@ class Region:
         context = PassContext(runtime.device_type, facts=facts)
         before = _mask_places(gm, places)
         settings = self._tuner.settings
-        run_passes(pre_grad_passes(settings), gm, context, runtime.report)
+        budgeted = runtime.memory is not None and runtime.memory.limits
+        run_passes(pre_grad_passes(settings, budgeted=budgeted), gm, context, runtime.report)
         if places and settings.fusion is not None and settings.fusion.attention:
             after = _mask_places(gm, places)
             advice = self._facts.learn(self._inputs, self._assumed, before, after)

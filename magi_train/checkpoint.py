@@ -95,9 +95,7 @@ def save_checkpoint(
         raise MagiError(
             f"{final} could not be written: {reasons[0]}; what was there before is kept"
         )
-    if world.rank == 0:
-        _rename(partial, final)
-    _together(world, "checkpoint is in place", "")
+    _put_in_place(world, partial, final)
 
 
 def save_zero(
@@ -125,9 +123,7 @@ def save_zero(
         world.fail(failed)
         raise failed from error
     _together(world, "checkpoint is written", "")
-    if world.rank == 0:
-        _rename(partial, final)
-    _together(world, "checkpoint is in place", "")
+    _put_in_place(world, partial, final)
 
 
 def _wait_for_the_cause(world: World) -> None:
@@ -260,18 +256,40 @@ def _must_be_whole(folder: str | os.PathLike[str]) -> None:
             raise MagiError(f"{path} {what}: the checkpoint was cut short; use an earlier one")
 
 
+def _put_in_place(world: World, partial: Path, final: Path) -> None:
+    """Let rank 0 rename what all have written; raise on all ranks if it cannot."""
+    why = ""
+    if world.rank == 0:
+        try:
+            _rename(partial, final)
+        except OSError as error:
+            why = f"on rank 0, {type(error).__name__}: {error}"
+    reasons = _together(world, "checkpoint is in place", why)
+    if reasons:
+        raise MagiError(
+            f"the checkpoint is whole in {partial} and could not be renamed to {final}: "
+            f"{reasons[0]}; what was there before is kept"
+        )
+
+
 def _rename(partial: Path, final: Path) -> None:
     aside = final.with_name(f".{final.name}.old")
     _remove(aside)
-    if final.exists():
+    there = os.path.lexists(final)
+    if there:
         final.rename(aside)
-    partial.rename(final)
+    try:
+        partial.rename(final)
+    except OSError:
+        if there:
+            aside.rename(final)
+        raise
     _remove(aside)
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder, or the file that another way of saving left in its place."""
-    if path.is_file():
+    """Remove a folder, or the file or link that another way of saving left in its place."""
+    if path.is_symlink() or path.is_file():
         path.unlink()
     shutil.rmtree(path, ignore_errors=True)
 

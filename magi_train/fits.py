@@ -31,8 +31,9 @@ from magi_train.core.errors import CaptureError, MagiError
 from magi_train.core.hardware import Gpu
 from magi_train.core.passes import PassContext, Plan, Stage, register_pass, unregister_pass
 from magi_train.fusion.attention import ATTENTION, attention_arguments
+from magi_train.fusion.loss import BUDGET_CHUNK_MIB
 from magi_train.memory.budget import SurveyedError
-from magi_train.memory.step import GIB
+from magi_train.memory.step import GIB, MIB
 from magi_train.memory.survey import SurveyMemory
 from magi_train.runtime import Runtime, buffer_bytes
 
@@ -67,7 +68,8 @@ class Estimate:
         model: Class of the module.
         parameters: Their number.
         batch: Size of dimension 0.
-        without_gib: Predicted peak without a budget.
+        without_gib: Predicted peak without a budget; if `Setup.config` has one, with the passes of
+            a step that has one, which cut large logits into more chunks.
         least_gib: Predicted peak when as much as possible is recomputed: the smallest budget.
         least_recompute_ms: Predicted time of that recomputation, a step.
         step_ms: Predicted time of forward and backward without it.
@@ -124,7 +126,17 @@ def estimate(build: Build, setup: Setup, batch_size: int | None = None) -> Estim
                 if setup.gpu is not None:
                     around.enter_context(compat.autocast_as_on_cuda())
             _check_loss(loss, module, batch)
-            return _captured(module, batch, loss, optimizer, setup)
+            given = setup.config.memory_budget_gib is not None
+            free = _captured(module, batch, loss, optimizer, setup, limits=given)
+            if given or free.without_gib * GIB <= BUDGET_CHUNK_MIB * MIB:
+                return free
+            under = _captured(module, batch, loss, optimizer, setup, limits=True)
+            return dataclasses.replace(
+                free,
+                least_gib=under.least_gib,
+                least_recompute_ms=under.least_recompute_ms,
+                frontier=under.frontier,
+            )
 
 
 def built(build: Build) -> tuple[nn.Module, Any, Callable[[Any, Any], Tensor], Optimizer]:
@@ -204,6 +216,8 @@ def _captured(
     loss: Callable[[Any, Any], Tensor],
     optimizer: Optimizer,
     setup: Setup,
+    *,
+    limits: bool,
 ) -> Estimate:
     on_gpu, config = setup.gpu is not None, setup.config
     if config.engine != "replicate":
@@ -227,6 +241,7 @@ def _captured(
         buffer_bytes=buffer_bytes(
             plan_buckets(module.named_parameters(), config.comm, setup.ranks)
         ),
+        limits=limits,
         report=runtime.report,
     )
     memory.know([optimizer])

@@ -5,6 +5,7 @@ PyTorch's compile cache they do not run, so their rows are kept in a file beside
 key that covers the graph, the passes and the versions, and read back.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -196,9 +197,11 @@ def lower(
         "post_grad_custom_pre_pass": _PostGrad(lowered),
         "custom_partitioner_fn": partition,
     }
+    fusing: Any = contextlib.nullcontext()
     if limit is not None:  # Inductor keeps a buffer until a later one of its size takes it over
         patches["allow_buffer_reuse"] = False
-    with compat.forced_backward_lowering():
+        fusing = compat.fusions_in_place()
+    with compat.forced_backward_lowering(), fusing:
         compiled = compat.compile_fx(gm, inputs, config_patches=patches)
     return compiled, _remember(memory, lowered.report.rows)
 
@@ -208,6 +211,7 @@ def _lower_without_code(
 ) -> Callable[..., Any]:
     def forward(traced: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         _note_saved(lowered, traced.graph)
+        _copy_where_no_view_is(traced)
         return compat.make_boxed(traced.forward)
 
     def backward(traced: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
@@ -216,7 +220,7 @@ def _lower_without_code(
             plan = place(traced.graph, lowered.collectives, pin=False)
             if plan is not None:
                 lowered.note("place_collectives", "backward", plan)
-                traced.recompile()
+        _copy_where_no_view_is(traced)
         return compat.make_boxed(traced.forward)
 
     compiler = compat.aot_autograd(
@@ -226,6 +230,17 @@ def _lower_without_code(
     )
     with compat.forced_backward_lowering():
         return compiler(gm, inputs)  # type: ignore[no-any-return]
+
+
+def _copy_where_no_view_is(traced: GraphModule) -> None:
+    """Let views copy whose input lies otherwise in memory than traced, and recompile the module.
+
+    The strides of fake tensors are wrong for some ops, the backward of softplus among them. Values
+    of a functional graph do not depend on who shares memory.
+    """
+    for node in traced.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
+    traced.recompile()
 
 
 def _memory_of(gm: GraphModule, inputs: Sequence[Any], lowered: Lowered) -> Path:

@@ -335,11 +335,14 @@ class Runtime:
         self.memory.begin(batch, self.shadows.num_bytes, buffer_bytes(self.reducer.plan))
 
     def reopen(self) -> None:
-        """Go on after `close`, with the weights as they are cut, and record on."""
+        """Go on after `close`: hooks are on the parameters again, and steps are recorded."""
         self.closed, path, self.record_path = False, self.record_path, None
         self._record(torch.device(self.device_type))
         if path is not None and self.record_path is None:
             self.record_to(path)
+        if isinstance(self.reducer, Reducer):
+            self.reducer.refresh()
+        self.narrow_gradients = self.narrow_gradients.again()
 
     def close(self) -> None:
         """Take everything of ours off the model: it is a plain module again."""

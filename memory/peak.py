@@ -104,6 +104,7 @@ class Facts:
     Attributes:
         inputs: The nodes that it reads.
         storages: That its value lies in.
+        elements: Of its value; None if that is no tensor.
         view: Whether it looks at the memory of its first input.
         pointwise: Whether its elements can be computed where they are read.
         generated: Whether no kernel of a library runs it.
@@ -112,6 +113,7 @@ class Facts:
 
     inputs: tuple[Node, ...]
     storages: tuple[int, ...]
+    elements: int | None
     view: bool
     pointwise: bool
     generated: bool
@@ -139,9 +141,11 @@ class Storages:
         """Return what is known of a node."""
         found = self._facts.get(node)
         if found is None:
+            value = _value(node)
             found = self._facts[node] = Facts(
                 tuple(node.all_input_nodes),
                 self.of(node),
+                value.numel() if isinstance(value, torch.Tensor) else None,
                 is_view(node),
                 is_pointwise(node),
                 _is_generated(node),
@@ -282,7 +286,8 @@ def _stored(
     for i, node in enumerate(order):
         facts = storages.facts(node)
         below = {r for a in facts.inputs for r in reads.get(a, {a})}
-        close = {r for a in facts.inputs if _alike(a, node) for r in same.get(a, {a})}
+        alike = [a for a in facts.inputs if storages.facts(a).elements == facts.elements]
+        close = {r for a in alike for r in same.get(a, {a})}
         ops = 1 + sum(count.get(a, 0) for a in facts.inputs)
         here = True
         if facts.view:
@@ -302,12 +307,6 @@ def _stored(
             same[node] = close if facts.pointwise or op_name(node) in SAME_ELEMENTS else set()
     alone = [{s for s in each if readers[s, kernels[i]] == 1} for i, each in enumerate(over)]
     return stored, alone
-
-
-def _alike(a: Node, b: Node) -> bool:
-    """Return whether two values have as many elements."""
-    x, y = _value(a), _value(b)
-    return isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and x.numel() == y.numel()
 
 
 def _written_over(made: Sequence[int], freed: Sequence[int], storages: Storages) -> int:

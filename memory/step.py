@@ -11,7 +11,8 @@ step ends with a step of an optimizer: before the first one its state is not the
 beyond, what was found is added to the resident bytes, and the step is planned anew, once. So it is
 if the peak is so far below that a faster plan may fit; as plans err by different amounts, that one
 is watched like the first. For this the peak statistics of the device are reset at the second step
-under a plan.
+under a plan. They are read when an optimizer's step ends, and again when the next step begins:
+training code may reset them in between.
 """
 
 import logging
@@ -104,9 +105,14 @@ class StepMemory:
         timeout_seconds: How long they wait for each other.
         report: Gets measured peaks and what follows from them.
 
+    Attributes:
+        limits: Whether the step has to keep to the budget.
+
     Raises:
         ValueError: "auto" without a CUDA device.
     """
+
+    limits = True
 
     def __init__(
         self,
@@ -128,6 +134,7 @@ class StepMemory:
         self._correction = 0
         self._plans, self._calls, self._done = 1, 0, False
         self._stepped = False
+        self._peak: int | None = None
         self._hooks: list[RemovableHandle] = []
 
     def know(self, optimizers: Iterable[Optimizer]) -> None:
@@ -140,6 +147,7 @@ class StepMemory:
             memory = mine()
             if memory is not None:
                 memory._stepped = True
+                memory._look_at_peak()
 
         every = list(optimizers)
         self._optimizers = [weakref.ref(each) for each in every]
@@ -231,10 +239,11 @@ class StepMemory:
         self._calls += 1
         if self._calls == 1:
             start_measuring()
-        if self._calls < 2:
+            self._peak = None
             return False
+        self._look_at_peak()
         self._done = self._calls >= STEPS_WATCHED
-        mine = measured_peak()
+        mine = self._peak
         if mine is None:
             self._done = True
             return False
@@ -260,6 +269,12 @@ class StepMemory:
             f"{planned / GIB:.3f} GiB"
         )
         return True
+
+    def _look_at_peak(self) -> None:
+        """Take note of the peak so far; after it, training code may reset the statistics."""
+        peak = None if self._done else measured_peak()
+        if peak is not None:
+            self._peak = max(peak, self._peak or 0)
 
     def _device_bytes(self, known_bytes: int) -> dict[str, int]:
         """Return what libraries and others hold on the device, beside what is known."""

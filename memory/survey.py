@@ -33,6 +33,7 @@ class SurveyMemory(StepMemory):
         sharded: Whether they divide the optimizer's state, where it can be divided.
         taken: Whether a kernel of ours takes the steps of the optimizers that it knows.
         buffer_bytes: That communication between these ranks needs.
+        limits: Whether the passes are those of a step with a budget.
         report: Gets notes.
     """
 
@@ -45,12 +46,14 @@ class SurveyMemory(StepMemory):
         sharded: bool,
         taken: bool,
         buffer_bytes: int,
+        limits: bool,
         report: Report,
     ) -> None:
         super().__init__(module, UNLIMITED_GIB, "cpu", World(), 0.0, report)
         self.gpu, self._on_cuda = gpu, gpu is not None
         self._ranks, self._sharded, self._taken = ranks, sharded, taken
         self._buffer_bytes = buffer_bytes
+        self.limits = limits
 
     def begin(self, batch: Any, shadow_bytes: int, bucket_bytes: int) -> None:
         """See StepMemory.begin; communication is that of the ranks that are planned for."""

@@ -19,6 +19,27 @@ folder = sys.argv[1]  # both calls write their own
 build_meta.build_sdist(folder)
 build_meta.build_wheel(folder)
 """
+IMPORTS = """
+import importlib, sys
+for name in sys.argv[1:]:
+    sys.stdout.write(importlib.import_module(name).__file__ + "\\n")
+"""
+TRAINS = """
+import torch, magi_train
+model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+config = magi_train.Config(lowering="aot_eager", memory_budget_gib=1.0)
+model, optimizer = magi_train.prepare(model, torch.optim.AdamW(model.parameters()), config=config)
+losses = []
+for _ in range(3):
+    loss = model(torch.ones(4, 8)).sub(1).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(float(loss.detach()))
+assert losses == sorted(losses, reverse=True), losses
+assert magi_train.report(model).tier == "graph", magi_train.report(model).reason
+print("trained")
+"""
 LEFT_OUT = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
 
 
@@ -86,9 +107,15 @@ def test_the_wheel_trains_from_another_folder(built, tmp_path):
     shutil.copytree(ROOT / "tests", tmp_path / "elsewhere" / "tests")
     shutil.copy(ROOT / "pyproject.toml", tmp_path / "elsewhere")
     path = f"{tmp_path / 'site'}{os.pathsep}{tmp_path / 'elsewhere'}"
-    where = run(tmp_path / "elsewhere", "-c", "import magi_train.comm.plan as m; print(m.__file__)",
-                PYTHONPATH=path)  # fmt: skip
-    assert where.strip() == str(tmp_path / "site" / "magi_train" / "comm" / "plan.py")
+    site = tmp_path / "site"
+    modules = sorted(place.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+                     for place in sources() if place.endswith(".py"))  # fmt: skip
+    assert {"magi_train.memory.engine", "magi_train.comm.plan", "magi_train.fusion"} <= {*modules}
+    where = run(tmp_path / "elsewhere", "-c", IMPORTS, *modules, PYTHONPATH=path).split()
+    assert len(where) == len(modules)
+    outside = [each for each in where if not Path(each).is_relative_to(site / "magi_train")]
+    assert not outside, "the wheel lacks them"
+    assert "trained" in run(tmp_path / "elsewhere", "-c", TRAINS, PYTHONPATH=path)
     tests = ["tests/test_public_api.py", "tests/comm/test_plan.py", "tests/comm/test_schedule.py"]
     command = ["-m", "pytest", "-q", "-o", "pythonpath=", "-p", "no:cacheprovider", *tests]
     assert "passed" in run(tmp_path / "elsewhere", *command, PYTHONPATH=path)

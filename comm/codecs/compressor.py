@@ -166,6 +166,7 @@ class Compressor:
     def settle(self) -> None:
         """End a backward: keep what its exchanges left, if all gradients are finite."""
         plain, self._plain = self._plain, []
+        self._memory.end_round()
         if not self.stateful:
             return
         found = [c.finite for c in self._codecs.values() if c.finite is not None]

@@ -7,6 +7,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 |---|---|
 | torch._inductor.compile_fx.compile_fx | lowering with our passes in Inductor's slots |
 | torch._inductor.custom_graph_pass.CustomGraphPass, CustomPartitionerFn | bases of those passes |
+| torch._inductor.choices.InductorChoices, virtualized.V.set_choices_handler | what is fused |
 | torch._inductor.runtime.cache_dir_utils.cache_dir | where PyTorch keeps compiled code |
 | torch._functorch._aot_autograd.descriptors | what graph inputs and outputs are gradients of |
 | torch._functorch.partitioners.min_cut_rematerialization_partition | the partition to bound |
@@ -47,7 +48,9 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch.nn.init._no_grad_trunc_normal_ | which asks for values, so never ends without any |
 | Tensor._make_wrapper_subclass | gradients to wait for |
 | SymInt.node.expr, .hint | symbols of a dynamic size, and its size while compiling |
-| SymInt.node.shape_env.bound_sympy | the range of a dynamic size |
+| SymInt.node.shape_env.bound_sympy, .guards | the range of a dynamic size, and its divisor |
+| torch.utils._sympy.functions.Mod, FloorDiv | what a dynamic size was divided by |
+| torch.nn.utils.clip_grad._clip_grads_with_norm_ | gradients that an engine clips by itself |
 """
 
 import contextlib
@@ -55,6 +58,7 @@ import copy
 import functools
 import json
 import logging
+import math
 import time
 import warnings
 import weakref
@@ -120,6 +124,9 @@ extract_tensor_metadata: Callable[..., Any] = _lookup(
 cache_dir: Callable[[], str] = _lookup("torch._inductor.runtime.cache_dir_utils", "cache_dir")
 TorchDispatchMode: Any = (
     _lookup("torch.utils._python_dispatch", "TorchDispatchMode") or contextlib.nullcontext
+)
+_QUOTIENTS: tuple[Any, ...] = tuple(
+    filter(None, (_lookup("torch.utils._sympy.functions", n) for n in ("Mod", "FloorDiv")))
 )
 python_dispatcher: Callable[[], contextlib.AbstractContextManager[None]] = _lookup(
     "torch._dispatch.python", "enable_python_dispatcher"
@@ -191,6 +198,46 @@ def problems() -> tuple[str, ...]:
 def forced_backward_lowering() -> Any:
     """Context in which AOTAutograd compiles the backward together with the forward."""
     return functorch_config.patch(force_non_lazy_backward_lowering=True)
+
+
+@contextlib.contextmanager
+def fusions_in_place() -> Iterator[None]:
+    """Context in which Inductor fuses no two kernels if more is made early than the fusion saves.
+
+    Kernels that read the same, and do not need each other, become one where they lie up to 64
+    kernels apart, of two layers, say: then whatever the second one needs is computed before the
+    first one's results are used. Seen to add 2 GiB to a backward that recomputes.
+    """
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.virtualized import V
+
+    class InPlace(InductorChoices):
+        scheduler: Any = None
+        by_order: Mapping[int, Any] = {}
+
+        def can_fuse_horizontal(  # type: ignore[override]
+            self, scheduler: Any, node1: Any, node2: Any, shared_data_score: int
+        ) -> bool:
+            if not InductorChoices.can_fuse_horizontal(scheduler, node1, node2, shared_data_score):
+                return False
+            if self.scheduler is not scheduler:
+                self.scheduler = scheduler
+                nodes = scheduler.name_to_node.values()  # also of dead ones, without a place
+                self.by_order = {getattr(n, "min_order", -1): n for n in nodes}
+            first, second = sorted((node1, node2), key=lambda node: node.min_order)
+            between = map(self.by_order.get, range(first.max_order + 1, second.min_order))
+            early = [
+                write
+                for node in between
+                if node is not None
+                and node.get_name() in second.ancestors
+                and node.get_name() not in first.ancestors
+                for write in node.read_writes.writes
+            ]
+            return sum(map(scheduler.dep_size_hint, early)) <= shared_data_score
+
+    with V.set_choices_handler(InPlace()):
+        yield
 
 
 def call_captured(function: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> Any:
@@ -376,6 +423,31 @@ def known_size(size: int | torch.SymInt) -> int | torch.SymInt:
     return size
 
 
+def size_divisor(size: torch.SymInt) -> int:
+    """Return what must divide a dynamic size without rest, by what was found while tracing.
+
+    Tracing asks in many forms: `Mod(s, 2) == 0`, `4*s == 8*(s//2)`. So the numbers that sizes are
+    divided by are tried: what must divide lets its multiples pass, and nothing between them.
+    """
+    symbol, asked = size.node.expr, []
+    for guard in size.node.shape_env.guards:
+        quotients = [e for e in guard.expr.atoms(*_QUOTIENTS) if e.args[0].has(symbol)]
+        divisors = {int(e.args[1]) for e in quotients if e.args[1].is_Integer}
+        if divisors:
+            others = dict.fromkeys(guard.expr.free_symbols - {symbol}, 120)
+            asked.append((guard.expr.subs(others), divisors))
+
+    def passes(value: int) -> bool:
+        return all(bool(expr.subs(symbol, value) == True) for expr, _ in asked)  # noqa: E712
+
+    found = 1
+    for d in set().union(*(divisors for _, divisors in asked)):
+        rests = {r for r in range(1, d) if d % r == 0} | {d - 1} if d > 1 else set()
+        if rests and passes(4 * d) and not any(passes(4 * d + r) for r in rests):
+            found = math.lcm(found, d)
+    return found
+
+
 def size_symbols(size: torch.SymInt) -> list[Any]:
     """Return the symbols that a dynamic size is computed from."""
     return sorted(size.node.expr.free_symbols, key=str)
@@ -469,6 +541,11 @@ def capture_failure_text(error: BaseException) -> str:
             code = lines[frames[-1] + 1] if frames[-1] + 1 < len(lines) else ""
             where = f" at {lines[frames[-1]]}: {code}"
     return f"{text}{'. ' + explanation if explanation else ''}{where}"
+
+
+def enters_a_lock(failure: str) -> bool:
+    """Return whether a capture failed, in the words of `capture_failure_text`, at `with lock:`."""
+    return "a `lock` context manager" in failure
 
 
 def inner_backend_error(error: BaseException) -> BaseException:
@@ -576,6 +653,24 @@ def storage_uses(storage: torch.UntypedStorage) -> int:
 def saved_tensors_are_hooked() -> bool:
     """Return whether the user's hooks see what is saved for a backward (offloading, for one)."""
     return _saved_tensors_hooks(True) is not None
+
+
+def before_clipping(ask: Callable[[Sequence[torch.Tensor], float], bool]) -> None:
+    """Let `ask(parameters, max_norm)` say before each `clip_grad_norm_` whether torch may scale.
+
+    It looks this function up at each call, so it does not matter how a script has imported it.
+    """
+    module: Any = torch.nn.utils.clip_grad
+    scale = getattr(module, "_clip_grads_with_norm_", None)
+    if scale is None:
+        return
+
+    def ask_first(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> None:
+        parameters = [parameters] if torch.is_tensor(parameters) else list(parameters)
+        if ask(parameters, float(max_norm)):
+            scale(parameters, max_norm, *args, **kwargs)
+
+    module._clip_grads_with_norm_ = ask_first
 
 
 def end_failed_capture(device: int, pool: tuple[int, int]) -> None:

@@ -61,7 +61,8 @@ class FusionConfig:
     loss_chunk_mib: float = 8192.0
     """MiB that the logits of one chunk may take, in the dtype of the matmul and float32 together;
     at most 8 chunks. Losses that fit one chunk are left alone. Smaller saves memory, and costs one
-    read and write of the weight's gradient per chunk."""
+    read and write of the weight's gradient per chunk. With Config.memory_budget_gib it is at most
+    2048."""
 
     optimizer: bool = True
     """Let one kernel take the steps of torch's Adam, AdamW and SGD on CUDA devices. What it cannot

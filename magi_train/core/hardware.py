@@ -108,6 +108,29 @@ def speed_of(device_type: str) -> Speed:
     return next((speed for known, speed in SPEEDS.items() if known in name), OTHER_GPU)
 
 
+@dataclass(frozen=True)
+class Machine:
+    """Speeds that decide where fp8 pays: of whole casts and products, where `Speed` is peaks.
+
+    Attributes:
+        bf16_tflops: Of a large bf16 product.
+        fp8_tflops: Of a large fp8 product, forward and backward mixed.
+        gb_per_second: What casts and maxima move.
+        launch_us: Time that one more small kernel takes on the device.
+    """
+
+    bf16_tflops: float
+    fp8_tflops: float
+    gb_per_second: float
+    launch_us: float
+
+
+FP8_H200 = Machine(bf16_tflops=760.0, fp8_tflops=1300.0, gb_per_second=3400.0, launch_us=2.0)
+"""Measured by benchmarks/fp8_cast.py. bf16: 741 to 772 for the products of a 1.24 B Llama. fp8:
+1261 to 1463 with fast accumulation, 1185 to 1317 without. Bandwidth: the cast moves 3770 GB/s, a
+maximum that nothing is fused with 2290."""
+
+
 PEAK_FLOPS = {
     "B200": 2250e12,
     "GH200": 989e12,

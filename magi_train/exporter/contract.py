@@ -22,15 +22,22 @@ Constant = bool | int | float | str | None
 
 @dataclass(frozen=True)
 class Size:
-    """A size that may change from call to call: its name, and its range, ends included."""
+    """A size that may change from call to call: name, range with its ends, and a divisor."""
 
     name: str
     minimum: int
     maximum: int | None
+    multiple: int = 1
 
     def __str__(self) -> str:
         end = "" if self.maximum is None else self.maximum
-        return f"{self.name} in {self.minimum}..{end}"
+        steps = f" by {self.multiple}" if self.multiple > 1 else ""
+        return f"{self.name} in {self.minimum}..{end}{steps}"
+
+    def takes(self, value: int) -> bool:
+        """Return whether the file can be run with this size."""
+        within = self.minimum <= value and (self.maximum is None or value <= self.maximum)
+        return within and value % self.multiple == 0
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ class Contract:
         if problem:
             raise ExportError(f"{wanted.name} must be {wanted.text()}: {problem}")
         for number, (size, have) in enumerate(zip(wanted.shape, got.shape, strict=True)):
-            fits = have == size if isinstance(size, int) else _within(have, size)
+            fits = have == size if isinstance(size, int) else size.takes(have)
             if not fits:
                 raise ExportError(
                     f"{wanted.name} must be {wanted.text()}: got {list(got.shape)}, whose "
@@ -151,7 +158,7 @@ class Contract:
         for name, value in sizes.items():
             if name not in known:
                 raise ExportError(f"{name!r} is no dynamic size; the file has {sorted(known)}")
-            if not _within(value, known[name]):
+            if not known[name].takes(value):
                 raise ExportError(f"{known[name]}; got {value}")
         made = []
         for each in self.inputs:
@@ -235,10 +242,6 @@ def rebuild(skeleton: Skeleton, tensors: Sequence[Tensor]) -> Any:
 def _spec(data: Mapping[str, Any]) -> TensorSpec:
     sizes = tuple(Size(**s) if isinstance(s, Mapping) else s for s in data["shape"])
     return TensorSpec(data["name"], data["dtype"], sizes)
-
-
-def _within(value: int, size: Size) -> bool:
-    return size.minimum <= value and (size.maximum is None or value <= size.maximum)
 
 
 def _kind(value: Any) -> str:

@@ -163,6 +163,5 @@ def _check_buckets(contract: Contract, buckets: Sequence[int]) -> None:
                 f"buckets pad the batch and cut the results, but {each.name} is {each.text()}, "
                 "whose first dimension is not the batch; load the file without buckets"
             )
-    high = batch.maximum
-    if min(buckets) < batch.minimum or (high is not None and max(buckets) > high):
+    if not all(map(batch.takes, buckets)):
         raise ExportError(f"buckets must lie in {batch}, got {list(buckets)}")

@@ -6,6 +6,7 @@ second one of the token-like inputs. torch.export proves for each whether the mo
 which takes them for a broadcast; such an example is repeated to 2 before it is captured.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -126,9 +127,16 @@ def captured_sizes(
             name = places.get((key, dim))
             hint = specs[key].get(dim)
             known = Size(name, *limits[name]) if name else _declared_size(hint, key, dim)
+            known = _by_steps(known, compat.size_divisor(size))
             shape.append(symbols.setdefault(str(size), known))
         shapes[key] = tuple(shape)
     return shapes, symbols
+
+
+def _by_steps(size: Size, divisor: int) -> Size:
+    """Return `size` where the model's code has asked whether a number divides it, and it did."""
+    least = -(-size.minimum // divisor) * divisor
+    return dataclasses.replace(size, minimum=least, multiple=divisor) if divisor > 1 else size
 
 
 def _declared_size(hint: Any, key: str, dim: int) -> Size:

@@ -5,10 +5,14 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 
+import magi_train
+from magi_train import CommConfig, Config
 from magi_train.comm.codecs import host_kernels, two_shot
-from magi_train.comm.host_memory import HostMemory
+from magi_train.comm.host_memory import KEPT_ROUNDS, HostMemory
 from magi_train.core import compat
+from tests.ranks import values
 
 FORMAT = two_shot.FORMATS["int8"]
 CPU = torch.device("cpu")
@@ -92,6 +96,52 @@ def test_memory_is_used_again_once_nobody_holds_it():
     third = memory.empty(32, dtype=torch.float32, device=CPU)
     assert third.data_ptr() == where
     assert third.is_contiguous()
+
+
+def test_memory_that_is_no_longer_asked_for_is_let_go():
+    """What a user kept of many steps, and sizes of another plan; what each step needs stays."""
+    memory = HostMemory()
+    kept = [memory.empty(32, device=CPU) for _ in range(20)]
+    where = {each.data_ptr() for each in kept}
+    del kept
+    for _ in range(2 * KEPT_ROUNDS):
+        pair = [memory.empty(32, device=CPU), memory.empty(32, device=CPU)]
+        assert {each.data_ptr() for each in pair} < where
+        memory.empty(64, device=CPU)
+        del pair
+        memory.end_round()
+    assert {size: len(storages) for size, storages in memory._kept.items()} == {128: 2, 256: 1}
+    for _ in range(KEPT_ROUNDS - 1):
+        memory.empty(32, device=CPU)
+        memory.end_round()
+    assert {size: len(storages) for size, storages in memory._kept.items()} == {128: 2, 256: 1}
+    memory.empty(32, device=CPU)
+    memory.end_round()
+    assert {size: len(storages) for size, storages in memory._kept.items()} == {128: 1}
+
+
+def keeps_gradients_of_many_steps(rank, _, comm):
+    """Return how many pieces of memory each of ours has while the user has 30 gradients."""
+    model = nn.Linear(64, 64)
+    model = magi_train.prepare(model, config=Config(tier="eager", comm=comm))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    kept = []
+    for _ in range(30):
+        model(torch.ones(2, 64)).square().mean().backward()
+        kept += [p.grad for p in model.parameters()]
+        optimizer.step()
+        optimizer.zero_grad()
+    reducer = model._magi_runtime.reducer
+    owners = (reducer, reducer.compressor, reducer.outer)
+    memories = [o._memory for o in owners if o is not None]
+    return [sum(map(len, memory._kept.values())) for memory in memories], memories[-1]._round
+
+
+@pytest.mark.parametrize("more", [{}, {"compression": "int8"}, {"outer_steps": 1}])
+def test_what_a_user_keeps_of_many_steps_is_not_kept_by_us(more, two_ranks):
+    for pieces, rounds in values(two_ranks(keeps_gradients_of_many_steps, CommConfig(**more))):
+        assert max(pieces) <= 20
+        assert rounds >= 29, "of each step"
 
 
 def test_memory_that_others_can_read_is_not_used_again():

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 import magi_train
 from magi_train import CommConfig, Config, MagiError, ShardingConfig
 from magi_train.comm.zero_config import zero_config
+from magi_train.comm.zero_files import client_state
 from magi_train.comm.zero_leaves import Leaves
 from tests.close import difference, tolerance
-from tests.distributed.test_fully_shard import make, state_of, train
+from tests.distributed.test_fully_shard import make, state_of, train, uneven
 from tests.models import Small
 from tests.ranks import run_ranks, values
 
@@ -205,6 +208,122 @@ class TestTraining:
             assert "magi_train.save_checkpoint()" in got["refused"]
 
 
+@needs_deepspeed[0]
+@needs_deepspeed[1]
+@pytest.mark.parametrize("stage", [2, 3])
+def test_one_process_is_left_as_it_was(stage, monkeypatch):
+    """Without a launcher, group and LOCAL_RANK are ours, and go with the engine."""
+    quick()
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    model = nn.Linear(4, 4)
+    for _ in range(2):  # DeepSpeed must not find the group that is gone
+        sgd = torch.optim.SGD(model.parameters(), 0.1)
+        prepared, sgd = magi_train.prepare(model, sgd, config=sharded(stage))
+        for _ in range(2):
+            prepared(torch.ones(2, 4)).sum().backward()
+            sgd.step()
+        assert torch.distributed.is_initialized()
+        assert ("LOCAL_RANK" in os.environ) == (stage == 3), "which reads it in the first steps"
+        prepared._magi_runtime.reducer.destroy()
+        assert "LOCAL_RANK" not in os.environ
+        assert not torch.distributed.is_initialized()
+        model = nn.Linear(4, 4)
+
+
+def clips_in_the_loop(rank, _, stage):
+    """Return how far DDP is where DeepSpeed clips too, and what is said where it does not."""
+    quick()
+    by_norm = nn.utils.clip_grad_norm_  # as `from torch.nn.utils import clip_grad_norm_`
+
+    def trained(model, optimizer, clip=by_norm):
+        for step in range(3):
+            x = torch.randn(8, 16, generator=torch.Generator().manual_seed(10 * step + rank))
+            (model(x) - 10 * rank).square().mean().backward()
+            clip(model.parameters(), 0.25)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def made():
+        torch.manual_seed(0)
+        model = nn.Linear(16, 16)
+        return model, torch.optim.SGD(model.parameters(), 0.5)
+
+    (plain, sgd), (twin, own) = made(), made()
+    ddp = DistributedDataParallel(plain)
+    config = sharded(stage, given={"gradient_clipping": 0.25})
+    model, own = magi_train.prepare(twin, own, config=config)
+    trained(ddp, sgd)  # whose gradients torch clips all the same
+    trained(model, own)
+    far = difference(whole(twin), plain.state_dict())
+    model, own = magi_train.prepare(*made(), config=sharded(stage))
+    said = []
+    for clip in (by_norm, nn.utils.clip_grad_value_):
+        try:
+            trained(model, own, clip)
+        except MagiError as error:
+            said.append(str(error))
+    lone = nn.Linear(1, 1)  # nobody's but torch's
+    lone(torch.ones(1, 1)).sum().backward()
+    nn.utils.clip_grad_value_(lone.parameters(), 0.25)
+    return far, said, [float(p.grad) for p in lone.parameters()]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+class TestClipping:
+    pytestmark = needs_deepspeed
+
+    def test_in_the_loop_it_is_deepspeeds_or_refused(self, stage):
+        for far, (norm, value), lone in values(run_ranks(clips_in_the_loop, stage)):
+            assert far <= tolerance(torch.float32, 64)
+            assert "clipping by norm to 0.25 is not possible" in norm
+            assert "{'gradient_clipping': 0.25}" in norm
+            assert "clipping by value to 0.25 is not possible" in value
+            assert lone == [0.25, 0.25]
+
+
+def leaves_a_batch_out(rank, _, stage, offload):
+    """Train with a backward in between that zero_grad() is to undo; return how far DDP is."""
+    quick()
+
+    def trained(model, optimizer):
+        for step in range(3):
+            draw = torch.Generator().manual_seed(10 * step + rank)
+            x = torch.randn(8, 16, generator=draw)
+            if step == 1:
+                (model(x) * float("nan")).sum().backward()
+                optimizer.zero_grad()
+            (model(x) - 1).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def made():
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+        return model, torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
+
+    (plain, sgd), (twin, own) = made(), made()
+    trained(DistributedDataParallel(plain), sgd)
+    model, own = magi_train.prepare(twin, own, config=sharded(stage, offload=offload))
+    trained(model, own)
+    return difference(whole(twin), plain.state_dict())
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+class TestZeroGrad:
+    pytestmark = needs_deepspeed
+
+    def test_a_batch_before_zero_grad_does_not_count(self, stage):
+        for got in values(run_ranks(leaves_a_batch_out, stage, False)):
+            assert got <= tolerance(torch.float32, 64)
+
+
+@needs_deepspeed[0]
+@needs_deepspeed[1]
+def test_zero_grad_says_where_deepspeed_has_offloaded_what_it_should_drop():
+    for got in run_ranks(leaves_a_batch_out, 2, True):
+        assert "at ZeRO stage 2 with offload; use stage 1 or 3, or step" in got.error
+
+
 def prepared(stage, seed=0):
     quick()
     torch._dynamo.reset()
@@ -213,7 +332,8 @@ def prepared(stage, seed=0):
     if seed:
         nn.init.ones_(next(iter(model.parameters())))
     adam = torch.optim.AdamW(model.parameters(), 1e-2)
-    return magi_train.prepare(model, adam, config=sharded(stage))
+    config = sharded(stage, given={"gradient_clipping": 1.0})  # train() clips to that
+    return magi_train.prepare(model, adam, config=config)
 
 
 def saves(rank, _, folder, stage):
@@ -247,6 +367,67 @@ def resumes(rank, _, folder, stage):
     model, adam = prepared(stage, seed=1)
     magi_train.load_checkpoint(folder, model, adam)
     return train(model, adam, "blocks", 0, first=3)[0]
+
+
+def saves_without_us(rank, _, folder, stage):
+    """Return losses after each of two checkpoints, and the weights in the first."""
+    quick()
+    import deepspeed
+
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    given = {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}
+    more = {"zero_allow_untested_optimizer": True, "gradient_clipping": 1.0}
+    model = make("blocks")
+    adam = torch.optim.AdamW(model.parameters(), 1e-2)
+    engine = deepspeed.initialize(model=model, optimizer=adam, config={**given, **more})[0]
+
+    def go_on(first):
+        losses = []
+        for step in range(first, first + 3):
+            loss = engine(**uneven("blocks", step, 0))
+            losses.append(float(loss))
+            engine.backward(loss)
+            engine.step()
+        return losses
+
+    go_on(0)
+    engine.save_checkpoint(folder, client_state={"epoch": 7})
+    saved, first = whole(model), go_on(3)
+    engine.save_checkpoint(f"{folder}_again")
+    return saved, first, go_on(3)
+
+
+def resumes_both(rank, _, folder, stage):
+    """Return losses after the first checkpoint, and after the second, which replaces it."""
+    first = resumes(rank, _, folder, stage)
+    if rank == 0:
+        shutil.copytree(f"{folder}_again", folder, dirs_exist_ok=True)
+    torch.distributed.barrier()
+    return first, resumes(rank, _, folder, stage)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+class TestCheckpointsOfDeepSpeedsOwn:
+    pytestmark = needs_deepspeed
+
+    def test_they_are_read_on_any_number_of_ranks(self, stage, tmp_path):
+        folder, limit = tmp_path / "run", tolerance(torch.float32, 64)
+        saved, *want = values(run_ranks(saves_without_us, str(folder), stage))[0]
+        plain = magi_train.plain_state_dict(folder)
+        assert all(torch.equal(plain[n], v) for n, v in saved.items())
+        assert client_state(folder)["epoch"] == 7
+        shutil.copytree(folder, tmp_path / "other")
+        for ranks, place in ((2, folder), (3, tmp_path / "other")):
+            if ranks == 3:
+                shutil.copytree(f"{folder}_again", f"{place}_again")
+            for got in values(run_ranks(resumes_both, place, stage, world_size=ranks)):
+                for mine, theirs in zip(got, want, strict=True):
+                    assert mine == pytest.approx(theirs, rel=limit), ranks
+        inner = folder / "global_step6"
+        for path in inner.glob("*_optim_states.pt"):
+            path.unlink()
+        with pytest.raises(MagiError, match=r"'global_step6', and there is no \*_optim_states.pt"):
+            magi_train.plain_state_dict(folder)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

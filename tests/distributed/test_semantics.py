@@ -198,6 +198,22 @@ def test_preparing_again_takes_over(two_ranks):
         assert "was prepared again" in said
 
 
+def closed_and_opened(rank, _):
+    torch.manual_seed(0)
+    theirs, ours = pair(Small().train(), Config(tier="eager"))
+    runtime = ours._magi_runtime
+    runtime.close()
+    runtime.reopen()
+    for model in (theirs, ours):
+        model(tokens(rank), tokens(1)).backward()
+    return difference(gradients(ours), gradients(theirs))
+
+
+def test_a_model_that_goes_on_after_its_end_reduces_again(two_ranks):
+    """As under a strategy whose fit() is called once more."""
+    assert max(values(two_ranks(closed_and_opened))) <= LIMIT
+
+
 def remade_group(rank, world_size):
     """A new process group over the same store must not read old answers."""
     import datetime

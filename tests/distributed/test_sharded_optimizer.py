@@ -483,7 +483,7 @@ def test_a_replaced_step_is_refused():
     assert why_not_sharded(optimizer) == "somebody put another step on this optimizer"
 
 
-def test_one_rank_and_no_optimizer():
+def test_one_rank_and_no_optimizer(monkeypatch):
     model, config = nn.Linear(2, 2), Config(shard_optimizer=True)
     optimizer = torch.optim.SGD(model.parameters())
     prepared, kept = magi_train.prepare(model, optimizer, config=config)
@@ -493,6 +493,10 @@ def test_one_rank_and_no_optimizer():
     for build in (magi_train.prepare, magi_train.DataParallel):
         with pytest.raises(ValueError, match="shard_optimizer needs the optimizer"):
             build(nn.Linear(2, 2), config=config)
+    monkeypatch.setenv("MAGI_SETTINGS", "shard_optimizer=true")
+    for build in (magi_train.prepare, magi_train.DataParallel):
+        with pytest.raises(ValueError, match=r"shard_optimizer \(MAGI_SETTINGS\) needs the optim"):
+            build(nn.Linear(2, 2))
 
 
 # Failures

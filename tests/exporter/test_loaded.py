@@ -185,3 +185,27 @@ def test_replay_gives_results_of_their_own(file, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         again = list(pool.map(lambda pair: run(*pair), inputs * 8))
     assert all(torch.equal(a, b) for a, b in zip(again, got * 8, strict=True))
+
+
+class Halved(nn.Module):
+    """Adds up pairs of rows, so that their number must be even."""
+
+    def forward(self, x):
+        return x.unflatten(1, (x.shape[1] // 2, 2)).sum(2)
+
+
+def test_a_size_that_a_number_must_divide_is_checked(tmp_path):
+    """Machine code does not ask: it would add up what is there, without the last row."""
+    path, sizes = tmp_path / "model.pt2", {"x": {1: torch.export.Dim.AUTO(min=3, max=64)}}
+    magi_train.export(
+        Halved(), (torch.ones(2, 6, 4),), path, target="program", dynamic_shapes=sizes
+    )
+    run = magi_train.load(path)
+    assert str(run.contract.sizes()["x_1"]) == "x_1 in 4..64 by 2"
+    x = torch.randn(2, 8, 4)
+    assert torch.equal(run(x), Halved()(x))
+    for rows in (7, 2):
+        with pytest.raises(ExportError, match=r"x_1 in 4\.\.64 by 2, 4\]: got \[2, ., 4\], whose"):
+            run(torch.ones(2, rows, 4))
+    with pytest.raises(ExportError, match=r"x_1 in 4\.\.64 by 2; got 5"):
+        run.contract.example(x_1=5)

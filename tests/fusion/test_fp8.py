@@ -281,7 +281,7 @@ def test_refused_with_a_reason(fp8, dtype, settings, count, reason):
 
 @FULL
 def test_small_linears_stay_on_a_real_machine(fp8, monkeypatch):
-    monkeypatch.setattr(fp8_match, "MACHINE", fp8_match.H200)
+    monkeypatch.setattr(fp8_match, "MACHINE", hardware.FP8_H200)
     _, _, plans = run(Mlp(), rows())
     assert plans["fp8_linears"]["products"] == 0
     assert sum("us more than it saves" in reason for reason in reasons(plans)) >= 1
@@ -388,7 +388,7 @@ def sized(*shapes, shared=False):
 
 
 def chosen(found):
-    gains, left = fp8_match.profitable(found, fp8_match.H200)
+    gains, left = fp8_match.profitable(found, hardware.FP8_H200)
     assert len(gains) + len(left) == len(found)
     assert all(gain > 0 for gain in gains.values())
     return [one.shape for one in found if one.forward in gains]

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._inductor.utils import run_and_get_code
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import magi_train
 from magi_train import Config
@@ -17,7 +20,7 @@ from magi_train.core import compat
 from magi_train.core.config import FusionConfig
 from magi_train.core.graph import example_value, num_bytes, saved_for_backward
 from magi_train.core.passes import PassContext, Stage
-from magi_train.fusion.chunked import chunk_bounds
+from magi_train.fusion.chunked import Recipe, chunk_bounds, chunked_cross_entropy, copy_after
 from magi_train.fusion.loss import ChunkLinearCrossEntropy
 from tests.close import difference, tolerance
 from tests.models import Small, UnusedFrozenTied, bert, gpt2, llama, t5, tokens
@@ -505,6 +508,69 @@ def test_the_saved_bytes_are_those_of_the_gradients():
     chunked, largest = saved(512 * 997)
     assert chunked <= 997 * WIDTH * 4 + 64
     assert largest <= 512 * 997 // 4
+
+
+def most_alive(code, shape):
+    """Return how many bfloat16 buffers of a shape generated code holds at once."""
+    made = re.compile(
+        rf"(buf\d+) = empty_strided_cpu\(\({shape[0]}, {shape[1]}\), .*bfloat16"
+        r"|(buf\d+) = (buf\d+); del"
+    )
+    alive, most = set(), 0
+    for line in code.splitlines():
+        found = made.search(line)
+        if found and (found[1] or found[3] in alive):
+            alive.add(found[1] or found[2])
+        alive -= set(re.findall(r"del (buf\d+)", line))
+        most = max(most, len(alive))
+    return most
+
+
+@pytest.fixture
+def traced_chunks():
+    """The graph of a loss in 4 chunks and of its weight's gradient, and its inputs."""
+    rows, vocabulary, chunks = 1024, 512, 4
+    recipe = Recipe(
+        ignore_index=-100, mean=True, smoothing=0.0, slices=(), steps=(), vocabulary=vocabulary,
+        transposed=False, differentiated=(False, True, False), compute=torch.bfloat16,
+        wide=torch.float32, out=torch.float32,
+    )  # fmt: skip
+
+    def loss_and_gradient(weight, x, labels, columns):
+        loss = chunked_cross_entropy(x, weight, None, labels, columns, recipe, chunks, rows)
+        return loss, *torch.autograd.grad(loss, weight)
+
+    weight = torch.randn(vocabulary, WIDTH, requires_grad=True)
+    labels = torch.randint(0, vocabulary, (rows,))
+    inputs = (weight, torch.randn(rows, WIDTH), labels, torch.arange(vocabulary))
+    return make_fx(loss_and_gradient, tracing_mode="fake")(*inputs), inputs
+
+
+def test_chunks_do_not_wait_for_each_other_in_generated_code(traced_chunks):
+    graph, inputs = traced_chunks
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(torch.compile(graph), *inputs)
+    assert most_alive(code, (256, 512)) == 2  # logits and their gradient
+    assert most_alive(code, (512, WIDTH)) == 3  # the weight and two parts of its gradient
+
+
+def test_a_chunk_starts_behind_all_that_reads_the_logits_of_the_last(traced_chunks):
+    graph, _ = traced_chunks
+    before = {}
+    for node in graph.graph.nodes:
+        before[node] = set().union(*({n} | before[n] for n in node.all_input_nodes))
+    starts = [n for n in graph.graph.nodes if n.target is copy_after and n.meta["val"].dim() == 2]
+    assert len(starts) == 3
+    readers = 0
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        chunk = sum(start in before[node] for start in starts)
+        if not isinstance(value, torch.Tensor) or chunk == 3:
+            continue
+        if value.shape == (256, 512) and value.is_floating_point():
+            readers += len(node.users)
+            assert not set(node.users) - before[starts[chunk]], node
+    assert readers > 20
 
 
 CACHED = """

@@ -116,6 +116,18 @@ def test_the_model_is_plain_after_it_is_prepared_without():
     assert row(again) is None
 
 
+def test_they_are_narrow_again_where_a_model_goes_on_after_its_end():
+    prepared, _, _ = prepared_model("llama", narrow=True)
+    p, runtime = next(prepared.parameters()), prepared._magi_runtime
+    for _ in range(2):
+        assert runtime.narrow_gradients.takes(p)
+        runtime.close()
+        assert not runtime.narrow_gradients.takes(p)
+        assert p.grad_dtype is torch.float32
+        runtime.reopen()
+    assert p.grad_dtype is None
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("config", [{"tier": "region"}, {"tier": "eager"}])
 def test_other_tiers_give_float32(config):

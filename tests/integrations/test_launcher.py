@@ -157,8 +157,9 @@ def test_a_rank_that_hangs_is_shown_and_the_job_restarted(tmp_path):
 
 @pytest.mark.full
 def test_restarted_ranks_meet_each_other_and_not_those_that_ended(tmp_path):
-    options = ("--nproc", "2", "--no-preflight", "--max-restarts", "1")
-    assert magi(tmp_path, RESTARTS, *options).stdout.count("sum 2.0") == 2
+    done = magi(tmp_path, RESTARTS, "--nproc", "2", "--max-restarts", "1")
+    assert done.stdout.count("sum 2.0") == 2
+    assert done.stderr.count("pre-flight ok") == 1, "before the first start, in a file"
 
 
 @pytest.mark.full

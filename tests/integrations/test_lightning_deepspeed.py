@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from magi_train import Config, ShardingConfig
+from magi_train import Config, MagiError, ShardingConfig
 from tests.close import difference, tolerance
 from tests.distributed.test_deepspeed import quick, whole
 from tests.integrations import lightning_features as features
@@ -26,10 +26,10 @@ def model_without_decay(f):
     return Model()
 
 
-def deepspeed(f, stage):
+def deepspeed(f, stage, **settings):
     from magi_train.integrations.lightning import deepspeed_class
 
-    given = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    given = {"zero_optimization": {"stage3_param_persistence_threshold": 0}, **settings}
     sharding = ShardingConfig(zero_stage=stage, deepspeed=given)
     config = Config(engine="deepspeed", lowering="aot_eager", sharding=sharding)
     return deepspeed_class(f.pl.__name__)(config=config)
@@ -76,3 +76,39 @@ def test_deepspeed_trains_tests_saves_and_resumes_as_ddp_does(stage):
         assert ours["numbers"] == pytest.approx(theirs["numbers"], rel=limit, abs=limit)
         assert tests == pytest.approx([theirs["numbers"]["validation"]] * 2, rel=limit)
         assert difference(resumed, straight) < limit
+
+
+def clips_by_itself(rank, _, settings, how):
+    """Fit a module that asks Lightning to clip; return what is said."""
+    quick()
+    with tempfile.TemporaryDirectory() as folder:
+        f = features.Feature("magi", folder)
+
+        class Model(type(model_without_decay(f))):
+            def configure_gradient_clipping(self, optimizer, *_, **__):
+                self.clip_gradients(optimizer, **how)
+
+        try:
+            f.trainer(strategy=deepspeed(f, 1, **settings)).fit(Model(), features.loader())
+        except MagiError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+@pytest.mark.parametrize(
+    ("settings", "how", "want"),
+    [
+        ({"gradient_clipping": 0.5}, {"gradient_clip_val": 0.5}, ""),
+        ({}, {"gradient_clip_val": 0.5}, "by norm to 0.5 is not possible"),
+        (
+            {"gradient_clipping": 0.5},
+            {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"},
+            "by value to 0.5 is not possible",
+        ),
+    ],
+)
+def test_clipping_in_a_module_is_deepspeeds_or_refused(settings, how, want):
+    for said in values(run_ranks(clips_by_itself, settings, how)):
+        assert want in said
+        assert bool(want) == bool(said)

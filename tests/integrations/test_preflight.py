@@ -56,7 +56,7 @@ def on_a_rank(monkeypatch):
 
 
 def test_a_failing_child_names_its_step(on_a_rank):
-    def examine(step):
+    def examine(step, _):
         step("meeting")
         step("all-reduce (gloo)")
         raise MagiError("the sum is wrong")
@@ -68,14 +68,14 @@ def test_a_failing_child_names_its_step(on_a_rank):
 
 
 def test_a_defect_brings_its_traceback(on_a_rank):
-    on_a_rank.setattr(preflight, "_examine", lambda step: step("meeting") or {}["key"])
+    on_a_rank.setattr(preflight, "_examine", lambda step, _: step("meeting") or {}["key"])
     with pytest.raises(MagiError, match=r"failed at meeting: 'key'\nTraceback"):
         preflight.check()
 
 
 def test_a_hanging_child_is_killed(on_a_rank):
     on_a_rank.setattr(preflight, "LIMIT_SECONDS", 0.5)
-    on_a_rank.setattr(preflight, "_examine", lambda step: step("meeting") or time.sleep(60))
+    on_a_rank.setattr(preflight, "_examine", lambda step, _: step("meeting") or time.sleep(60))
     begin = time.monotonic()
     with pytest.raises(MagiError, match="failed at meeting: no end within"):
         preflight.check()
@@ -83,7 +83,7 @@ def test_a_hanging_child_is_killed(on_a_rank):
 
 
 def test_it_runs_once_and_only_where_it_can(on_a_rank):
-    on_a_rank.setattr(preflight, "_examine", lambda step: step("meeting") or 1 / 0)
+    on_a_rank.setattr(preflight, "_examine", lambda step, _: step("meeting") or 1 / 0)
     with pytest.raises(MagiError):
         preflight.check()
     for name, value in (
@@ -97,5 +97,23 @@ def test_it_runs_once_and_only_where_it_can(on_a_rank):
 
 
 def test_a_child_that_succeeds(on_a_rank):
-    on_a_rank.setattr(preflight, "_examine", lambda step: step("meeting"))
+    on_a_rank.setattr(preflight, "_examine", lambda step, _: step("meeting"))
     preflight.check()
+
+
+def test_ranks_that_the_launcher_shares_no_store_with_meet_in_a_file(on_a_rank, tmp_path, capsys):
+    def examine(step, file):
+        step(f"meeting in {file}")
+        raise MagiError("nobody is there")
+
+    on_a_rank.setattr(preflight, "_examine", examine)
+    on_a_rank.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    on_a_rank.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(MagiError, match=f"meeting in {tmp_path}/preflight: nobody"):
+        preflight.check(folder=tmp_path)
+    on_a_rank.setenv("LOCAL_WORLD_SIZE", "1")
+    preflight.check(folder=tmp_path)
+    assert capsys.readouterr().err == "", "rank 0 says it"
+    on_a_rank.setenv("RANK", "0")
+    preflight.check(folder=tmp_path)
+    assert "no pre-flight check: restarted ranks need a store" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Does it fit? The estimate without data against a real capture and what its graphs allocate."""
 
+import dataclasses
 import json
 import re
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import magi_train
-from magi_train import Config, FusionConfig, MagiError, cli
+from magi_train import Config, FusionConfig, MagiError, capture, cli, fits
 from magi_train.core import compat
 from magi_train.core.hardware import GPUS
 from magi_train.fits import Setup, estimate, resized
@@ -132,6 +133,23 @@ def test_attention_with_dropout_is_fused_on_a_gpu():
     probabilities = 4 * 1024 * 1024
     assert peak(None) > probabilities
     assert peak(GPUS["h200"]) < probabilities
+
+
+def test_a_budget_cuts_the_logits_into_more_chunks(monkeypatch):
+    def build():
+        torch.manual_seed(0)
+        ids = torch.randint(0, 512, (256,))
+        head = nn.Sequential(nn.Embedding(512, 8), nn.Linear(8, 512))
+        return head, (ids,), lambda model, batch: F.cross_entropy(model(*batch), batch[0])
+
+    whole = estimate(build, ON_CPU)
+    for module in (capture, fits):
+        monkeypatch.setattr(module, "BUDGET_CHUNK_MIB", 0.25)
+    chunked = estimate(build, ON_CPU)
+    assert chunked.without_gib == whole.without_gib
+    assert chunked.least_gib < whole.least_gib - 256 * 512 * 4 / 2 / GIB
+    given = Setup(None, config=dataclasses.replace(ON_CPU.config, memory_budget_gib=1.0))
+    assert estimate(build, given).frontier == chunked.frontier
 
 
 def test_autocast_as_on_cuda_is_undone():
