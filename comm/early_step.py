@@ -50,7 +50,7 @@ class Arriving(torch.Tensor):
         return self._plain
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         """Wait, and do it with the gradient itself."""
@@ -71,7 +71,7 @@ class Arriving(torch.Tensor):
         """Pickle the gradient itself."""
         return self.arrived().__reduce_ex__(protocol)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Return the gradient's own."""
         return repr(self.arrived())
 
@@ -110,7 +110,7 @@ class Pending:
 
     def add(self, handle: Handle, gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Leave a bucket on its way, with its parameters and the gradients they will have."""
-        members = []
+        members: list[tuple[Tensor, Tensor, Tensor]] = []
         for parameter, plain in gradients:
             parameter.grad = stand_in = Arriving.of(plain, self.arrive)
             members.append((parameter, stand_in, plain))

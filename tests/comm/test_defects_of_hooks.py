@@ -51,7 +51,7 @@ class Deep(nn.Module):
 
 def trains_deep(rank, world_size):
     torch.manual_seed(0)
-    comm = CommConfig(compression="powersgd", bucket_mib=0.0157, low_rank=2)
+    comm = CommConfig(compression="powersgd", bucket_mib=0.015, low_rank=2)
     model = magi_train.prepare(Deep(), config=Config(tier="eager", comm=comm))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(4):
