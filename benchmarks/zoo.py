@@ -15,6 +15,7 @@ Nothing here or in the passes knows a model by name but for sizes (`zoo_models.M
 """
 
 import argparse
+import json
 import logging
 import multiprocessing
 import re
@@ -24,6 +25,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -219,6 +221,24 @@ def show(row: dict[str, Any], tiers: list[str]) -> str:
     return f"{row['case']:32} " + " | ".join(f"{t}: {verdict(row, t)}" for t in tiers)
 
 
+def short(row: dict[str, Any], tiers: list[str]) -> dict[str, Any]:
+    """Return the row for a table: each tier's verdict, largest difference and first step."""
+    found = {"case": row["case"], "parameters": row.get("parameters")}
+    if "not_built" in row or "raised" in row:
+        why = row.get("raised") or f"no toy: {row['not_built']}"
+        return found | {tiers[0]: _without_folders(why)[:160]}
+    for tier in tiers:
+        got, text = row[tier], _without_folders(verdict(row, tier))
+        if "off" in got:
+            text += f", off {max(got['off'].values()):.0e}, start {got['first_seconds']:.1f} s"
+        found[tier] = text
+    return found
+
+
+def _without_folders(text: str) -> str:
+    return re.sub(r"[^\s\"]*/site-packages/", "", text)
+
+
 def main() -> None:
     """Run the cases, print a line each and a count, and write the JSON."""
     parser = records.parser_of(__doc__)
@@ -226,6 +246,7 @@ def main() -> None:
     parser.add_argument("--tiers", nargs="+", default=list(TIERS), choices=TIERS)
     parser.add_argument("--lowering", default="aot_eager", choices=("aot_eager", "inductor"))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--details", type=Path, help="JSON file for all that is known of each case")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one case")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -240,7 +261,11 @@ def main() -> None:
     trained = [r for r in rows if "not_built" not in r]
     good = [r for r in trained if "raised" not in r and not _wrong(r, options.tiers)]
     print(f"{len(good)} of {len(trained)} models hold in {options.tiers}; {len(rows)} were tried")
-    records.save("zoo", options, rows=rows, lowering=options.lowering)
+    if options.details:
+        options.details.write_text(json.dumps(rows, indent=1) + "\n")
+    plain = [short(row, options.tiers) for row in rows]
+    counts = {"tried": len(rows), "trained": len(trained), "hold": len(good)}
+    records.save("zoo", options, rows=plain, lowering=options.lowering, counts=counts)
 
 
 def _wrong(row: dict[str, Any], tiers: list[str]) -> bool:
