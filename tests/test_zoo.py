@@ -48,6 +48,7 @@ def test_a_case_without_a_toy_says_why():
 
 
 @pytest.mark.full
+@pytest.mark.filterwarnings("ignore")  # as its main() does
 def test_a_case_runs_in_all_tiers():
     options = argparse.Namespace(device="cpu", tiers=list(zoo.TIERS), lowering="aot_eager")
     row = zoo.run_case("causal/gpt2", options)
