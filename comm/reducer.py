@@ -365,8 +365,8 @@ class Reducer:
                 torch.mul(value, factor, out=view)
         elif views:
             torch._foreach_copy_(views, values)
-            if factor != 1.0:  # a product of halves would be rounded to a half
-                torch._foreach_mul_(views, factor)
+            for view in views if factor != 1.0 else ():  # a product of halves would be a half
+                view.mul_(factor)
         for slot in bucket.slots if folded is not None else ():
             p = self.parameters[slot.name]
             if folded is not None and slot.name in grads and p.grad is not None:

@@ -28,7 +28,8 @@ from magi_train.core.passes import PassContext, Plan, Stage
 from magi_train.fusion.verified import Reproducible
 
 GROWTH = 2**20
-"""Bytes that a folded constant may take beyond the weights that it was computed from."""
+"""Bytes that a folded constant may take beyond the weights that it was computed from; none where
+some of them are quantised to a byte."""
 _DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
 _CONVERSIONS = {"to", "_to_copy", "contiguous", "detach", "lift_fresh_copy", "clone", "type_as"}
 
@@ -92,8 +93,9 @@ class FoldConstants:
                 continue
             read = [n for n in ancestors(node) if n.op == "get_attr"]
             sources = [a for a in (attribute(gm, n) for n in read) if a is not None]
-            if value.nbytes > GROWTH + sum(a.nbytes for a in sources):
-                left.append((node.name, f"it would take {value.nbytes / 2**20:.0f} MiB"))
+            narrow = any(a.dtype.itemsize == 1 and a.dtype != torch.bool for a in sources)
+            if value.nbytes > (0 if narrow else GROWTH) + sum(a.nbytes for a in sources):
+                left.append((node.name, f"it would take {value.nbytes / 2**20:.2g} MiB"))
             else:
                 found.append(node.name)
         return NamesPlan(tuple(found), tuple(left)) if found or left else None

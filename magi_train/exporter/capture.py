@@ -29,6 +29,7 @@ from magi_train.exporter.contract import (
     flatten,
     names_in,
 )
+from magi_train.exporter.quantized import with_narrow_weights
 
 logger = logging.getLogger(__name__)
 
@@ -199,10 +200,15 @@ def capture(
     specs = shapes.specs_for(examples, places, limits, declared)
     with evaluating(module):
         reference, skeleton, dropped = _reference(module, call, examples, outputs)
-    with evaluating(module):  # anew: the file holds the buffers as they are
-        graph = _trace(module, call, examples, specs, outputs, precision)
-    fakes = dict(zip(examples, _inputs(graph), strict=True))
     notes = [f"output {name} is left out of the file" for name in dropped]
+    with evaluating(module):  # anew: the file holds the buffers as they are
+        body = module
+        if precision == "int8" or precision == "float8":
+            body, done = with_narrow_weights(module, precision)
+            notes.append(done)
+            precision = None
+        graph = _trace(body, call, examples, specs, outputs, precision)
+    fakes = dict(zip(examples, _inputs(graph), strict=True))
     for size, where in places.items():
         low, high = _proven(module, graph, call, examples, fakes, where, limits[size], outputs)
         if (low, high) != limits[size]:

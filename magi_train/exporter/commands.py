@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from magi_train.core.errors import ExportError
 from magi_train.exporter.bench import as_table, bench
 from magi_train.exporter.generate import Sampling, load_decoder
 from magi_train.exporter.loaded import load
-from magi_train.exporter.settings import ExportConfig
+from magi_train.exporter.settings import ExportConfig, Precision
 from magi_train.exporter.write import export
 
 Commands = Any
@@ -35,7 +35,7 @@ def add_parsers(commands: Commands) -> None:
     write.add_argument("--dynamic", action="append", metavar="NAME[=LOW:HIGH]",
                        help="batch or sequence; 'auto' tries both")  # fmt: skip
     write.add_argument("--output", action="append", metavar="NAME", help="keep only these results")
-    write.add_argument("--precision", choices=("bfloat16", "float16"))
+    write.add_argument("--precision", choices=get_args(Precision))
     write.add_argument("--without", action="append", default=[], choices=ExportConfig.switches(),
                        metavar="PASS", help=f"of {', '.join(ExportConfig.switches())}")  # fmt: skip
     measure = commands.add_parser(

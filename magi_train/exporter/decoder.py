@@ -26,6 +26,7 @@ from magi_train.core.report import Report
 from magi_train.exporter import artifact
 from magi_train.exporter.capture import Captured, capture, evaluating, in_precision
 from magi_train.exporter.machine_code import compile_program
+from magi_train.exporter.quantized import with_narrow_weights
 from magi_train.exporter.settings import ExportConfig
 from magi_train.exporter.write import check_numbers, optimize, versions
 
@@ -131,9 +132,12 @@ def export_decoder(
         raise ValueError(f"length must be more than {PROBE + 1}, got {length}")
     config = config or ExportConfig()
     plain = model.__dict__.get("_magi_module", model)
-    if config.precision:
-        plain = in_precision(plain, getattr(torch, config.precision), buffers=False)
     report = Report(tier="graph", settings=asdict(config))
+    if config.precision == "int8" or config.precision == "float8":
+        plain, done = with_narrow_weights(plain, config.precision)
+        report.note(done)
+    elif config.precision:
+        plain = in_precision(plain, getattr(torch, config.precision), buffers=False)
     step = Step(plain, length)
     limits = (batch, batch) if isinstance(batch, int) else batch
     with evaluating(plain):

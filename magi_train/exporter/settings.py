@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-Precision = Literal["bfloat16", "float16"]
+WeightOnly = Literal["int8", "float8"]
+Precision = Literal["bfloat16", "float16", "int8", "float8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class ExportConfig:
     precision: Precision | None = None
     """Run in this dtype, with inputs and outputs as they were. The report says how far the results
     move. Position tables and other floating buffers without parameters beside them stay, if the
-    model takes that."""
+    model takes that. "int8" and "float8" are those of the weights of linears alone, by torchao."""
 
     max_error: float | None = None
     """Refuse to write if the results move by more than this (relative, Euclidean norm). None: half
@@ -42,9 +43,9 @@ class ExportConfig:
     """Options of torch's compiler for target "pt2", for example {"max_autotune": True}."""
 
     def __post_init__(self) -> None:
-        if self.precision not in (None, "bfloat16", "float16"):
+        if self.precision not in (None, *get_args(Precision)):
             raise ValueError(
-                f"ExportConfig.precision must be None, 'bfloat16' or 'float16', got "
+                f"ExportConfig.precision must be None or one of {get_args(Precision)}, got "
                 f"{self.precision!r}"
             )
         if self.max_error is not None and not self.max_error > 0:
