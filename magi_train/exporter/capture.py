@@ -30,6 +30,7 @@ from magi_train.exporter.contract import (
     names_in,
 )
 from magi_train.exporter.quantized import with_narrow_weights
+from magi_train.exporter.settings import Precision
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ def capture(
     dynamic: shapes.Dynamic,
     dynamic_shapes: Any,
     outputs: Sequence[str] | None,
-    precision: str | None,
+    precision: Precision | None,
 ) -> Captured:
     """Return `module` as a graph for inference; the module is left as it was.
 

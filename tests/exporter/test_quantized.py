@@ -64,8 +64,8 @@ def test_numbers_and_bytes(precision, target, tmp_path):
     error = report.measured["error_output"]
     assert 1e-4 < error <= 2 * ROUNDING[precision]
     assert any(f"2 linears are {precision}" in note for note in report.notes)
-    weights = 4 * WIDTH * (WIDTH + 8)  # three of four bytes each, but for scales
-    assert plain.stat().st_size - narrow.stat().st_size > 0.95 * 3 * weights
+    weights = 4 * WIDTH * (WIDTH + 8)  # three of four bytes each, but for scales and more operators
+    assert plain.stat().st_size - narrow.stat().st_size > 0.9 * 3 * weights
     code = (
         "import sys, torch, magi_train\n"
         "run = magi_train.load(sys.argv[1])\n"
