@@ -10,7 +10,11 @@ from torch import nn
 import magi_train
 from magi_train import ExportConfig
 from magi_train.core.errors import ExportError
+from magi_train.exporter.decoder import export_decoder
+from magi_train.exporter.generate import load_decoder
+from magi_train.exporter.quantized import with_narrow_weights
 from tests.exporter.nets import ROOT
+from tests.models import llama
 
 WIDTH = 256
 ROUNDING = {"int8": 1 / 127 / 2, "float8": 2.0**-4}
@@ -91,3 +95,20 @@ def test_a_module_without_linears(tmp_path):
             nn.Sequential(nn.Conv2d(3, 4, 3)), (torch.randn(1, 3, 8, 8),), tmp_path / "a.pt2",
             config=ExportConfig(precision="int8"),
         )  # fmt: skip
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore")
+def test_a_decoder_generates_what_its_narrow_weights_say(tmp_path):
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    model, ids = llama().eval(), torch.tensor([[1, 2, 3]])
+    config = ExportConfig(precision="int8")
+    report = export_decoder(model, tmp_path / "a.pt2", length=16, config=config)
+    assert any("linears are int8" in note for note in report.notes)
+    got = load_decoder(tmp_path / "a.pt2").generate(ids, max_new_tokens=6)
+    narrow, _ = with_narrow_weights(model, "int8")
+    for _ in range(6):
+        with torch.no_grad():
+            ids = torch.cat([ids, narrow(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(got, ids)
