@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import queue
+import re
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -90,6 +91,9 @@ def measure_all(
     def one(variant: str) -> dict[str, Any]:
         first = free.get()
         mine = {"CUDA_VISIBLE_DEVICES": ",".join(str(first + i) for i in range(gpus))}
+        if getattr(options, "caches", None):  # else each row starts with empty ones
+            folder = Path(options.caches) / re.sub(r"\W+", "_", variant)
+            mine |= {"TORCHINDUCTOR_CACHE_DIR": f"{folder}", "TRITON_CACHE_DIR": f"{folder}/triton"}
         row = bench.row(variant, spec, counted, options.seconds, not options.cold_only, mine)
         free.put(first)
         row["gpus"] = row.pop("ranks")

@@ -309,11 +309,11 @@ class Reducer:
         with torch.no_grad():
             gradients = dict(zip(names, grads, strict=True))
             if reduce_now:
-                used = self._pack(flat, index, gradients, state.folded, self._factor(index))
+                packed = self._new_packed(index, flat)
+                used = self._pack(packed, index, gradients, state.folded, self._factor(index))
+                self._start(state, index, flat, used, packed)
             else:
                 used = self._pack(flat, index, gradients, None)
-        if reduce_now:
-            self._start(state, index, flat, used)
         state.flats.append((index, flat, list(names), used))
         return flat
 
@@ -394,14 +394,34 @@ class Reducer:
                 flat[slot.offset + slot.numel() : end].zero_()
         return flat
 
+    def _new_packed(self, index: int, flat: Tensor) -> Tensor:
+        """Return what the gradients of a bucket are packed into: what travels, where that is known.
+
+        Gradients that a captured backward made in bfloat16 then reach the wire in one copy. What
+        earlier backwards left is added in float32, so it is packed in `flat`, as without this.
+        """
+        assert self.compressor is not None, "nothing is reduced on one rank"
+        dtype = self.compressor.wire_dtype(index, self._autocast)
+        slots = self.plan.buckets[index].slots
+        if dtype is flat.dtype or any(self.parameters[s.name].grad is not None for s in slots):
+            return flat
+        return torch.empty_like(flat, dtype=dtype)
+
     def _see(self, name: str, gradient: Tensor) -> None:
         if self.compressor is not None and self.compressor.exact.undecided(self._autocast):
             self.compressor.exact.see(self._autocast, name, gradient)
 
-    def _start(self, state: _Backward, index: int, flat: Tensor, used: set[str]) -> None:
+    def _start(
+        self,
+        state: _Backward,
+        index: int,
+        flat: Tensor,
+        used: set[str],
+        packed: Tensor | None = None,
+    ) -> None:
         assert self.compressor is not None, "nothing is reduced on one rank"
         scale = self.loss_scale() if self.compressor.stateful else 1.0
-        handle = self.compressor.start(index, flat, used, scale, self._autocast)
+        handle = self.compressor.start(index, flat, used, scale, self._autocast, packed)
         state.works[flat.data_ptr()] = handle
 
     def _factor(self, index: int) -> float:

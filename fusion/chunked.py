@@ -8,7 +8,8 @@ the recipe, t its label, e the label smoothing and V the vocabulary:
     dz     = softmax(z) - (1 - e) onehot(t) - e / V
 
 summed over the tokens whose label counts; dx = dlogits W, dW = sum over chunks of dlogits^T x. The
-divisor of a mean is applied to the loss, and to the gradients in the backward.
+divisor of a mean is applied to the loss, and to the gradients in the backward. Where the recipe
+says so, one op stands for loss and dlogits: fusion/kernels/cross_entropy.py on CUDA devices.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from magi_train.fusion.attach import attach_gradients
 
@@ -27,6 +29,35 @@ copy_after = torch.ops.magi_train.copy_after.default
 """`(x, done) -> x`, once all of `done` lies in memory. Without it Inductor may compute all chunks
 side by side in one kernel, or behind the last chunk what it still needs every chunk's logits for:
 the losses and the sum of the weight's gradient."""
+
+_library.define(
+    "cross_entropy(Tensor logits, Tensor labels, int ignore_index, float smoothing, float inner, "
+    "float? outer) -> (Tensor, Tensor)"
+)
+
+
+def _on_device(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from magi_train.fusion.kernels.cross_entropy import cross_entropy
+
+    return cross_entropy(*arguments)
+
+
+def _on_host(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from magi_train.fusion.kernels.cross_entropy import cross_entropy_reference
+
+    return cross_entropy_reference(*arguments)
+
+
+def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(logits.shape[:1], dtype=torch.float32), logits.new_empty(logits.shape)
+
+
+_library.impl("cross_entropy", _on_device, "CUDA")
+_library.impl("cross_entropy", _on_host, "CPU")
+_library.impl("cross_entropy", _fake, "Meta")
+
+cross_entropy = torch.ops.magi_train.cross_entropy.default
+"""`(logits [t, v], labels [t], ...) -> (float32 [t], [t, v])`, see kernels/cross_entropy.py."""
 
 ALIGNED_ROWS, ROUNDED_FROM = 128, 1024
 """Chunks of at least ROUNDED_FROM tokens are multiples of ALIGNED_ROWS, as matmul tiles are."""
@@ -50,6 +81,7 @@ class Recipe:
         compute: Dtype of the matmuls.
         wide: Dtype of softmax, loss and of sums over chunks.
         out: Dtype of the loss.
+        kernel: Whether one op makes the loss and its gradient; see `soft_cap`.
     """
 
     ignore_index: int
@@ -63,6 +95,18 @@ class Recipe:
     compute: torch.dtype
     wide: torch.dtype
     out: torch.dtype
+    kernel: bool = False
+
+    def soft_cap(self) -> tuple[float, float | None] | None:
+        """Return (a, c) if the steps are `c tanh(a x)`, or `a x` with c None; else None."""
+        before, after, capped = 1.0, 1.0, 0
+        for kind, factor in self.steps:
+            capped += kind == "tanh"
+            if kind == "scale" and capped:
+                after *= factor
+            elif kind == "scale":
+                before *= factor
+        return (before, after if capped else None) if capped < 2 else None
 
 
 def chunked_cross_entropy(
@@ -91,7 +135,6 @@ def chunked_cross_entropy(
         x = x[index]
     rows = x.flatten(0, -2)
     counted = labels != recipe.ignore_index
-    targets = torch.where(counted, labels, 0).unsqueeze(1)
     w = weight.detach().to(recipe.compute)
     w = w.t() if recipe.transposed else w
     b = None if bias is None else bias.detach().to(recipe.compute)
@@ -103,9 +146,7 @@ def chunked_cross_entropy(
         if parts.last is not None:
             tokens = copy_after(tokens, [parts.last, total])
         logits = F.linear(tokens, w, b)
-        loss, dz = _chunk(
-            logits, targets[low:high], counted[low:high].unsqueeze(1), columns, recipe
-        )
+        loss, dz = _chunk(logits, labels[low:high], columns, recipe)
         total = loss if total is None else total + loss
         parts.add(tokens, w, dz)
     if parts.last is not None:  # else its last two parts may wait for the backward instead of it
@@ -138,10 +179,15 @@ def chunk_bounds(size: Any, chunks: int, *, static: bool) -> list[tuple[Any, Any
     return [(low, min(low + step, size)) for low in range(0, size, step)]
 
 
-def _chunk(
-    logits: Value, targets: Value, counted: Value, columns: Value, recipe: Recipe
-) -> tuple[Value, Value]:
+def _chunk(logits: Value, labels: Value, columns: Value, recipe: Recipe) -> tuple[Value, Value]:
     """Return the summed loss of one chunk and its gradient by the logits."""
+    if recipe.kernel:
+        steps = recipe.soft_cap()
+        assert steps is not None, "planned for"
+        losses, dz = cross_entropy(logits, labels, recipe.ignore_index, recipe.smoothing, *steps)
+        return losses.sum(), dz
+    counted = (labels != recipe.ignore_index).unsqueeze(1)
+    targets = torch.where(counted, labels.unsqueeze(1), 0)
     z, tanhs = logits.to(recipe.wide), []
     for kind, factor in recipe.steps:
         z = torch.tanh(z) if kind == "tanh" else z * factor
@@ -186,10 +232,10 @@ class _Gradients:
         if of_weight:
             pair = (tokens.t(), dlogits) if self.recipe.transposed else (dlogits.t(), tokens)
             part = torch.matmul(*pair)
-            self.last = self.weight[0] + part if self.weight else part
-            self.weight = [self.last.to(self.recipe.wide)]
+            self.last = self.weight[0].to(self.recipe.wide) + part if self.weight else part
+            self.weight = [self.last]
         if of_bias:
-            _add(self.bias, dz.sum(0))
+            _add(self.bias, dz.sum(0, dtype=self.recipe.wide))
 
     def finished(self) -> tuple[Value | None, Value | None, Value | None]:
         """Return the three gradients, None where one is not needed."""

@@ -4,21 +4,24 @@ A language model's logits, `[tokens, vocabulary]`, are its largest tensor by far
 two or three of them. Per chunk of tokens this rewrite computes the logits, their loss, and at once
 the gradients (softmax - onehot, times weight and input), so that the forward keeps one gradient of
 the size of the hidden states and one of the size of the weight; the backward multiplies them by the
-gradient that comes in (fusion/attach.py). No matmul runs twice. The chunk body is plain ops in the
-graph, which Inductor compiles like the rest, and nothing waits for the device.
+gradient that comes in (fusion/attach.py). No matmul runs twice, and nothing waits for the device.
+What lies between the matmuls of a chunk is one kernel for bfloat16 on CUDA devices, and elsewhere
+plain ops in the graph, which Inductor compiles like the rest. The kernel is worth a rewrite of a
+loss in one chunk, too: generated code reads the logits slower, and once more in the backward.
 
 Source: Liger Kernel (Hsu et al. 2024, arXiv 2410.10989, section 3.2); Wijmans et al. 2024 (arXiv
 2411.09009) for what the logits cost. Differs: few chunks, because each one reads and writes a
-gradient of the weight (`vocabulary x width` in float32); no hand-written kernel; the mean's divisor
-stays on the device; softmax, loss and the sum of weight gradients over chunks are in float32 (the
+gradient of the weight (`vocabulary x width` in float32); the mean's divisor stays on the device;
+softmax, loss and the sum of weight gradients over chunks are in float32 (the
 matmuls in autocast's dtype), where eager under autocast rounds the weight's gradient to bfloat16.
 
 Which region is a linear and a cross-entropy is read from the graph (match_loss) and then proven
 (fusion/verified.py). Left alone, with the reason in the plan: logits that anything else reads,
 float16 (its gradients need the loss scale before the loss is known), class weights, soft targets,
-reduction "none", and losses whose logits fit one chunk.
+reduction "none", and losses whose logits fit one chunk where there is no kernel for them.
 """
 
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +33,7 @@ from torch.fx import GraphModule, Node
 from magi_train.core import compat
 from magi_train.core.graph import erase_unused, example_value, insert_call, insert_computation
 from magi_train.core.passes import PassContext, Plan, Stage
-from magi_train.fusion.chunked import chunk_bounds, chunked_cross_entropy
+from magi_train.fusion.chunked import Recipe, chunk_bounds, chunked_cross_entropy
 from magi_train.fusion.loss_match import ANCHORS, Match, match_loss
 from magi_train.fusion.verified import Draw, Region, Small, autocast_at, prove, slice_region
 
@@ -38,6 +41,8 @@ MIB = 2**20
 MAX_CHUNKS = 8
 """More would spend the gain on reading and writing the gradient of the weight."""
 PROOF_CHUNKS = 3
+KERNEL_LEAST_MIB = 32.0
+"""Of smaller logits a launch more or less counts as much as how they are read."""
 BUDGET_CHUNK_MIB = 2048.0
 """Under a memory budget, a chunk takes at most this: it costs less time than what would have to be
 recomputed in place of it."""
@@ -51,13 +56,16 @@ class ChunkedLoss:
         node: The cross-entropy.
         linear: The node that makes its logits.
         chunks: How many; all but the last one are of one size.
-        logits_mib: MiB of the logits that never exist, in the dtype of the linear.
+        logits_mib: MiB of all logits, in the dtype of the linear. They never exist at a time, or
+            with one chunk only until their gradient is there.
+        kernel: Whether a kernel computes what lies between the matmuls.
     """
 
     node: str
     linear: str
     chunks: int
     logits_mib: float
+    kernel: bool
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ class ChunkLinearCrossEntropy:
         chunked, left = [], []
         nodes = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in ANCHORS]
         for node in nodes if context.training else []:
-            verdict = self._verdict(gm, node)
+            verdict = self._verdict(gm, node, context)
             if isinstance(verdict, str):
                 left.append((node.name, verdict))
             else:
@@ -105,9 +113,9 @@ class ChunkLinearCrossEntropy:
         for each in plan.chunked:
             match = match_loss(by_name[each.node])
             assert isinstance(match, Match), f"{each.node} was planned, but: {match}"
-            _replace(gm, match, each.chunks)
+            _replace(gm, match, each)
 
-    def _verdict(self, gm: GraphModule, loss: Node) -> ChunkedLoss | str:
+    def _verdict(self, gm: GraphModule, loss: Node, context: PassContext) -> ChunkedLoss | str:
         """Return how to compute one loss, or why to leave it alone."""
         match = match_loss(loss)
         if isinstance(match, str):
@@ -117,11 +125,19 @@ class ChunkLinearCrossEntropy:
         region = slice_region(gm, _inputs(match), loss)
         if isinstance(region, str):
             return region
-        size = self._size(match)
-        return size if isinstance(size, str) else _proven(gm, match, region) or size
+        size = self._size(match, _has_kernel(match.recipe, context))
+        if isinstance(size, str):
+            return size
+        match = replace(match, recipe=replace(match.recipe, kernel=size.kernel))
+        return _proven(gm, match, region) or size
 
-    def _size(self, match: Match) -> ChunkedLoss | str:
-        """Return in how many chunks, or why that does not pay."""
+    def _size(self, match: Match, kernel: bool) -> ChunkedLoss | str:
+        """Return in how many chunks, or why that does not pay.
+
+        Args:
+            match: The loss.
+            kernel: Whether there is a kernel for it.
+        """
         tokens, vocabulary = map(compat.size_hint, example_value(match.logits).shape)
         if tokens is None or not isinstance(example_value(match.logits).shape[1], int):
             return "the size of its logits is not known"
@@ -131,13 +147,20 @@ class ChunkLinearCrossEntropy:
         wanted = min(MAX_CHUNKS, math.ceil(whole / self.chunk_bytes), tokens)
         static = isinstance(example_value(match.logits).shape[0], int)
         chunks = len(chunk_bounds(tokens, wanted, static=static)) if wanted > 1 else 1
-        if chunks == 1:
+        mib = tokens * vocabulary * recipe.compute.itemsize / MIB
+        if chunks == 1 and not (kernel and mib >= KERNEL_LEAST_MIB):
             return (
                 f"its logits take {whole / MIB:.4g} MiB in {recipe.compute} and {recipe.wide}, "
                 f"which fits one chunk of {self.chunk_bytes / MIB:.4g} MiB"
             )
-        mib = tokens * vocabulary * recipe.compute.itemsize / MIB
-        return ChunkedLoss(match.loss.name, match.linear.name, chunks, round(mib, 3))
+        return ChunkedLoss(match.loss.name, match.linear.name, chunks, round(mib, 3), kernel)
+
+
+def _has_kernel(recipe: Recipe, context: PassContext) -> bool:
+    """Return whether one kernel makes the loss and its gradient from the logits."""
+    if context.device_type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    return recipe.compute is torch.bfloat16 and recipe.soft_cap() is not None
 
 
 def _inputs(match: Match) -> list[Node]:
@@ -175,7 +198,7 @@ def _proven(gm: GraphModule, match: Match, region: Region) -> str:
         recipe = replace(recipe, differentiated=(True, True, match.bias is not None))
         if exact:
             wide = torch.float64
-            recipe = replace(recipe, compute=wide, wide=wide, out=wide)
+            recipe = replace(recipe, compute=wide, wide=wide, out=wide, kernel=False)
 
         def function(x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
             *bias, labels = rest
@@ -191,12 +214,21 @@ def _proven(gm: GraphModule, match: Match, region: Region) -> str:
     return prove(region, reference, draw, small, autocast)
 
 
-def _replace(gm: GraphModule, match: Match, chunks: int) -> None:
-    loss, recipe = match.loss, match.recipe
+def _replace(gm: GraphModule, match: Match, each: ChunkedLoss) -> None:
+    loss, recipe = match.loss, replace(match.recipe, kernel=each.kernel)
     logits = example_value(match.logits)
     tokens = logits.shape[0] if isinstance(logits.shape[0], int) else None
     columns = insert_call(loss, torch.arange, (logits.shape[1],), {"device": logits.device})
-    arguments = (match.x, match.weight, match.bias, match.labels, columns, recipe, chunks, tokens)
+    arguments = (
+        match.x,
+        match.weight,
+        match.bias,
+        match.labels,
+        columns,
+        recipe,
+        each.chunks,
+        tokens,
+    )
     with autocast_at(gm, loss).context():
         new = insert_computation(loss, chunked_cross_entropy, arguments)
     loss.replace_all_uses_with(new)

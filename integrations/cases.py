@@ -152,6 +152,11 @@ _LLAMA_1B: dict[str, Any] = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
     "max_position_embeddings": 131072,
 }  # fmt: skip
+_LLAMA_8B: dict[str, Any] = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+}  # fmt: skip
 _LLAMA_TOY: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256,
@@ -162,6 +167,7 @@ CASES = {
     "llama-1b": _text(_llama(**_LLAMA_1B), 2, 4096, 128256),
     "llama-1b-packed": _text(_llama(**_LLAMA_1B), 1, 8192, 128256, sequences=8),
     "llama-1b-32k": _text(_llama(**_LLAMA_1B), 1, 32768, 128256),
+    "llama-8b": _text(_transformers("llama", **_LLAMA_8B), 1, 8192, 128256),
     "mistral-window": _text(
         _transformers(
             "mistral",

@@ -130,8 +130,20 @@ class Compressor:
         plain = self._name(index, autocast) == self.plan.buckets[index].dtype
         return 1.0 / self.world.size if plain and not self.on_stream else 1.0
 
+    def wire_dtype(self, index: int, autocast: Autocast) -> torch.dtype:
+        """Return the dtype in which one all-reduce sends bucket `index`; its own for codecs."""
+        own = self.plan.buckets[index].torch_dtype()
+        halves = self.on_stream and self._name(index, autocast) == "bfloat16"
+        return torch.bfloat16 if halves else own
+
     def start(
-        self, index: int, flat: Tensor, used: set[str], scale: Scale, autocast: Autocast
+        self,
+        index: int,
+        flat: Tensor,
+        used: set[str],
+        scale: Scale,
+        autocast: Autocast,
+        packed: Tensor | None = None,
     ) -> Handle:
         """Send bucket `index` on its way, as it is or encoded.
 
@@ -142,6 +154,8 @@ class Compressor:
             used: Parameters that have a gradient on this rank.
             scale: What the loss was multiplied with.
             autocast: State of autocast in the forward, for `exact`.
+            packed: Where the gradients are, in `wire_dtype` or that of `flat`; None for `flat`,
+                which gets the averages in any case. `flat` for codecs.
         """
         self._decide()
         bucket = self.plan.buckets[index]
@@ -149,7 +163,9 @@ class Compressor:
         what = f"bucket {index} ({bucket.slots[0].name} .. {bucket.slots[-1].name}) in {name}"
         if name == bucket.dtype or (self.on_stream and name == "bfloat16"):
             self._plain.append(flat)
-            return self._all_reduce(flat, name, what)
+            source = flat if packed is None else packed
+            wire = source.to(self.wire_dtype(index, autocast))  # itself where that is its dtype
+            return self._all_reduce(flat, wire, what)
         exchange = self.codec(index, name).exchange(flat, used, scale)
         if self._lanes is None:
             return StreamExchange(exchange, flat, self.world, self._groups)
@@ -157,10 +173,9 @@ class Compressor:
         self._lanes.start(handle)
         return handle
 
-    def _all_reduce(self, flat: Tensor, name: str, what: str) -> Handle:
+    def _all_reduce(self, flat: Tensor, wire: Tensor, what: str) -> Handle:
         # NCCL's own kernels are faster than two shots of halves; gloo knows sums only, see `factor`
         op = dist.ReduceOp.AVG if self.on_stream else dist.ReduceOp.SUM
-        wire = flat.to(getattr(torch, name))  # itself where the dtype is the same
         return AllReduce(dist.all_reduce(wire, op, async_op=True), wire, flat, self.world, what)
 
     def settle(self) -> None:

@@ -7,13 +7,14 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import magi_train
 from magi_train import CommConfig, Config
 from magi_train.comm import nodes as comm_nodes
-from magi_train.comm.codecs.compressor import Compressor
+from magi_train.comm.codecs.compressor import AllReduce, Compressor
 from magi_train.core.errors import MagiError
 from magi_train.core.report import Report
 from magi_train.core.world import World
@@ -288,3 +289,53 @@ def test_safe_shortens_only_what_autocast_made_short(tier, two_ranks):
     for halves, errors in values(two_ranks(safely, tier, False)):
         assert not halves
         assert max(errors) <= tolerance(torch.float32, 64)
+
+
+def packed_for_the_wire(rank, world_size):
+    """As over NCCL: one all-reduce in bfloat16; what it is packed from, and errors against DDP."""
+    torch.manual_seed(0)
+    model = Small().train()
+    theirs = DistributedDataParallel(copy.deepcopy(model))
+    wires = []
+
+    def all_reduce(self, flat, wire, what):  # gloo has no mean
+        work = dist.all_reduce(wire.div_(world_size), async_op=True)
+        return AllReduce(work, wire, flat, self.world, what)
+
+    def start(self, index, flat, used, scale, autocast, packed=None):
+        wires.append((packed is flat, str(self.wire_dtype(index, autocast))))
+        return begin(self, index, flat, used, scale, autocast, packed)
+
+    begin, errors, seen = Compressor.start, [], []
+    with (
+        mock.patch.object(World, "uses_nccl", return_value=True),
+        mock.patch.object(Compressor, "_all_reduce", all_reduce),
+        mock.patch.object(Compressor, "start", start),
+    ):
+        ours = magi_train.prepare(model, config=config("safe"))
+        for step, micro_batches in enumerate((1, 1, 2)):
+            wires.clear()
+            for each in (ours, theirs):
+                each.zero_grad()
+                for i in range(micro_batches):
+                    last = i == micro_batches - 1
+                    with contextlib.nullcontext() if last else each.no_sync():
+                        with torch.autocast("cpu", torch.bfloat16):
+                            loss = each(tokens(10 * step + i + 50 * rank), tokens(1))
+                        loss.backward()
+            errors.append(difference(gradients(ours), gradients(theirs)))
+            seen.append(list(wires))
+    assert magi_train.report(ours).tier == "graph"
+    return seen, errors
+
+
+def test_gradients_are_packed_in_the_dtype_in_which_they_travel(two_ranks):
+    for (first, second, accumulated), errors in values(two_ranks(packed_for_the_wire)):
+        assert set(first) == {(True, "torch.float32")}, "nothing is known yet"
+        assert set(second) == {(True, "torch.float32"), (False, "torch.bfloat16")}
+        assert set(accumulated) == {(True, "torch.float32"), (True, "torch.bfloat16")}, (
+            "sums of micro-batches are made in float32, and rounded once"
+        )
+        # the mean of two ranks is rounded once, as is the sum of two micro-batches of a rank
+        assert errors[1] <= torch.finfo(torch.bfloat16).eps
+        assert errors[2] <= 2 * torch.finfo(torch.bfloat16).eps

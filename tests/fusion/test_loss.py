@@ -20,13 +20,21 @@ from magi_train.core import compat
 from magi_train.core.config import FusionConfig
 from magi_train.core.graph import example_value, num_bytes, saved_for_backward
 from magi_train.core.passes import PassContext, Stage
-from magi_train.fusion.chunked import Recipe, chunk_bounds, chunked_cross_entropy, copy_after
+from magi_train.fusion.chunked import (
+    Recipe,
+    chunk_bounds,
+    chunked_cross_entropy,
+    copy_after,
+    cross_entropy,
+)
+from magi_train.fusion.kernels import cross_entropy as kernels
 from magi_train.fusion.loss import ChunkLinearCrossEntropy
 from tests.close import difference, tolerance
 from tests.models import Small, UnusedFrozenTied, bert, gpt2, llama, t5, tokens
 
 TOKENS, WIDTH, VOCABULARY = 37, 19, 53  # no size divides another
 CPU = PassContext("cpu")
+GPU = PassContext("cuda")  # decides what is planned; what runs is the host's form of the op
 CHUNK_BYTES = 3000
 """Three chunks or more at these sizes, in any dtype."""
 ROOT = Path(__file__).parents[2]
@@ -55,22 +63,22 @@ def batch(ignored=-100, every=4, dtype=torch.float32):
 class Backend:
     """Runs the pass in a Dynamo backend, where ambient autocast is what it is in training."""
 
-    def __init__(self, chunk_bytes=CHUNK_BYTES):
-        self.work = ChunkLinearCrossEntropy(chunk_bytes)
+    def __init__(self, chunk_bytes=CHUNK_BYTES, context=CPU):
+        self.work, self.context = ChunkLinearCrossEntropy(chunk_bytes), context
         self.plan = self.gm = None
 
     def __call__(self, gm, inputs):
-        self.gm, self.plan = gm, self.work.plan(gm, CPU)
+        self.gm, self.plan = gm, self.work.plan(gm, self.context)
         if self.plan is not None:
-            self.work.apply(gm, self.plan, CPU)
+            self.work.apply(gm, self.plan, self.context)
             gm.graph.lint()
             gm.recompile()
         return gm.forward
 
 
-def compiled(function, *inputs, dynamic=False, chunk_bytes=CHUNK_BYTES):
+def compiled(function, *inputs, dynamic=False, chunk_bytes=CHUNK_BYTES, context=CPU):
     """Return the output of `function` with the pass applied, and the backend."""
-    backend = Backend(chunk_bytes)
+    backend = Backend(chunk_bytes, context)
     torch._dynamo.reset()
     with compat.capture_settings():
         run = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
@@ -98,11 +106,11 @@ def truth(model, x, labels, upstream=1.0):
     return gradients(exact(y, labels) * upstream, exact, y)
 
 
-def check(model, x, labels, limit, upstream=1.0, autocast=False):
+def check(model, x, labels, limit, upstream=1.0, autocast=False, **how):
     want = truth(model, x, labels, upstream)
     y = x.detach().clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss, backend = compiled(model, y, labels)
+        loss, backend = compiled(model, y, labels, **how)
     assert backend.plan.chunked, backend.plan
     got = gradients(loss * upstream, model, y)
     assert difference(got, want) < limit
@@ -149,7 +157,11 @@ def tensor(node):
 
 
 @pytest.mark.parametrize("form", ["mean", "bias", "smoothing", "items in batch", "upcast"])
-def test_under_bf16_autocast_it_is_no_worse_than_eager(form):
+@pytest.mark.parametrize("by", ["plain ops", "kernel", "kernel, whole"])
+def test_under_bf16_autocast_it_is_no_worse_than_eager(form, by, monkeypatch):
+    monkeypatch.setattr("magi_train.fusion.loss.KERNEL_LEAST_MIB", 0.0)
+    how = {} if by == "plain ops" else {"context": GPU}
+    how |= {"chunk_bytes": 10**9} if by == "kernel, whole" else {}
     torch.manual_seed(0)
     x, labels = batch()
     model = Head(**FORMS[form])
@@ -160,7 +172,59 @@ def test_under_bf16_autocast_it_is_no_worse_than_eager(form):
     floor = difference(gradients(loss, eager, y), want)
     limit = tolerance(torch.bfloat16, 1)
     assert floor < limit
-    check(model, x, labels, limit, autocast=True)
+    backend = check(model, x, labels, limit, autocast=True, **how)
+    (loss,) = backend.plan.chunked
+    assert (loss.chunks == 1, loss.kernel) == (by == "kernel, whole", by != "plain ops")
+    ops = [n for n in backend.gm.graph.nodes if n.target is cross_entropy]
+    assert len(ops) == (loss.chunks if loss.kernel else 0)
+
+
+def test_what_the_kernel_is_not_for():
+    x, labels = batch()
+    model = Head(logits=lambda z: torch.tanh(torch.tanh(z)))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, backend = compiled(model, x, labels, context=GPU)
+    assert [each.kernel for each in backend.plan.chunked] == [False]
+    _, backend = compiled(Head(), x, labels, context=GPU)  # float32
+    assert [each.kernel for each in backend.plan.chunked] == [False]
+    with torch.autocast("cpu", torch.bfloat16):
+        _, backend = compiled(Head(), x, labels, context=GPU, chunk_bytes=10**9)
+    assert not backend.plan.chunked, "logits of a few KiB are not worth a rewrite"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(5, 61), (3, 8192), (2, 20001), (50, 2)])
+@pytest.mark.parametrize(
+    "settings", [(0.0, 1.0, None), (0.1, 1.0, None), (0.0, -0.3, None), (0.2, 1 / 30, 30.0)]
+)
+def test_the_kernel_equals_float64(dtype, shape, settings):
+    torch.manual_seed(0)
+    logits = (torch.randn(shape) * 8).to(dtype)
+    labels = torch.randint(0, shape[1], (2 * shape[0],))[::2]
+    labels[0] = -100
+    got = kernels.cross_entropy(logits, labels, -100, *settings)
+    want = kernels.cross_entropy_reference(logits.double(), labels, -100, *settings)
+    # sums of a row in float32, then one rounding to the dtype of the logits; Triton's interpreter
+    # truncates to bfloat16, which is off by twice as much
+    wide = tolerance(torch.float32, max(shape[1], 16))
+    assert difference({"": got[0]}, {"": want[0]}) < wide
+    assert difference({"": got[1]}, {"": want[1]}) < wide + tolerance(dtype, 1, 2)
+    assert got[1].dtype is dtype
+    assert not got[1][0].any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, of the interpreter
+def test_the_kernel_carries_what_is_not_finite_and_marks_wrong_labels():
+    logits = torch.randn(6, 300)
+    logits[1, 3], logits[2, 250], logits[3] = torch.nan, torch.inf, -torch.inf
+    logits[3, 299] = 1.0
+    labels = torch.tensor([0, 1, 2, 299, 300, -1])
+    losses, gradients = kernels.cross_entropy(logits, labels, -100)
+    assert losses.isnan().tolist() == [False, True, True, False, True, True]
+    assert losses[3] == 0, "a row of -inf but for its label is certain"
+    assert gradients.isnan().any(1).tolist() == [False, True, True, False, True, True]
+    want = kernels.cross_entropy_reference(logits, labels, -100)
+    assert torch.equal(want[0].isfinite(), losses.isfinite())
 
 
 def test_bf16_weights_without_autocast():

@@ -1,0 +1,95 @@
+"""GB/s of the cross-entropy kernel, beside what Inductor makes of the same lines, and Liger's.
+
+    python -m benchmarks.cross_entropy --commit HASH --output benchmarks/results/NAME.json
+
+Loss and gradient by the logits, of logits of bfloat16. The bytes are three streams: the logits are
+read for the loss, read for the gradient, and the gradient is written, 6 bytes an element. A kernel
+whose second read comes out of the L2 may so come above a copy. Logits are larger than four L2
+caches. The forward and backward that Inductor generates are timed as one, as they are in a step.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import records
+from benchmarks.optimizer_step import copy_bandwidth, median_ms
+
+SHAPES = ((8192, 128256), (16384, 50304), (16384, 30522), (16384, 50257))
+TILES = ((8192, 8), (4096, 8), (4096, 4), (16384, 16), (16384, 8), (32768, 32))
+STREAMS = 6
+
+
+def both(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    """Return the gradient by the logits, `[tokens, vocabulary]`."""
+    leaf = logits.detach().requires_grad_()
+    return torch.autograd.grad(loss(leaf), leaf)[0]
+
+
+def ways(logits: Tensor, labels: Tensor) -> dict[str, Callable[[], Any]]:
+    """Return every way to get loss and gradient, by name."""
+    from magi_train.fusion.kernels.cross_entropy import cross_entropy
+
+    compiled = torch.compile(lambda x: F.cross_entropy(x.float(), labels))
+    found: dict[str, Callable[[], Any]] = {
+        f"ours {tile}": (lambda t=tile: cross_entropy(logits, labels, -100, tile=t))  # type: ignore[misc]
+        for tile in TILES
+    }
+    found["Inductor"] = lambda: both(compiled, logits)
+    found["eager"] = lambda: both(lambda x: F.cross_entropy(x.float(), labels), logits)
+    try:
+        from liger_kernel.transformers.functional import liger_cross_entropy
+    except ImportError:
+        return found
+    # it writes the gradient over the logits; they stay random numbers of a like size
+    found["Liger"] = lambda: both(lambda x: liger_cross_entropy(x, labels), logits)
+    return found
+
+
+def measure(shape: tuple[int, int], copy: float) -> list[dict[str, Any]]:
+    """Time every way on logits of `shape`."""
+    from magi_train.fusion.kernels.cross_entropy import cross_entropy, cross_entropy_reference
+
+    torch.manual_seed(0)
+    logits = torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 3
+    labels = torch.randint(0, shape[1], shape[:1], device="cuda")
+    some = slice(0, 64)
+    got = cross_entropy(logits[some], labels[some], -100)
+    want = cross_entropy_reference(logits[some].double(), labels[some], -100)
+    off = [float((g - w).norm() / w.norm()) for g, w in zip(got, want, strict=True)]
+    rows = []
+    for name, function in ways(logits, labels).items():
+        row: dict[str, Any] = {"what": name, "shape": shape}
+        try:
+            ms = median_ms(function)
+            speed = STREAMS * logits.numel() / ms / 1e6
+            row |= {"ms": ms, "gb_per_second": speed, "share_of_copy": speed / copy}
+        except Exception as error:
+            row["failed"] = repr(error)[-400:]
+        if name.startswith("ours"):
+            row |= {"loss_off_float64": off[0], "gradient_off_float64": off[1]}
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measure all shapes, print them, write JSON."""
+    options = records.parser_of(__doc__).parse_args()
+    copy = copy_bandwidth()
+    rows = [row for shape in SHAPES for row in measure(shape, copy)]
+    records.save("cross_entropy", options, copy_gb_per_second=copy, rows=rows)
+    print(f"\ncopy, device to device {copy:.0f} GB/s")
+    for row in rows:
+        figures = row.get("failed") or (
+            f"{row['ms']:7.3f} ms {row['gb_per_second']:7.0f} GB/s {row['share_of_copy']:7.1%}"
+        )
+        print(f"{row['what']:20} {row['shape']!s:16} {figures}")
+
+
+if __name__ == "__main__":
+    main()
