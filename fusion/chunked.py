@@ -32,7 +32,8 @@ the losses and the sum of the weight's gradient."""
 
 _library.define(
     "cross_entropy(Tensor logits, Tensor labels, int ignore_index, float smoothing, float inner, "
-    "float? outer) -> (Tensor, Tensor)"
+    "float? outer) -> (Tensor, Tensor)",
+    tags=(torch.Tag.flexible_layout,),  # the logits' rows may be padded
 )
 
 
@@ -42,14 +43,18 @@ def _on_device(*arguments: Any) -> tuple[Tensor, Tensor]:
     return cross_entropy(*arguments)
 
 
-def _on_host(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _on_host(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     from magi_train.fusion.kernels.cross_entropy import cross_entropy_reference
 
-    return cross_entropy_reference(*arguments)
+    losses, gradients = cross_entropy_reference(logits, *arguments)
+    return losses, _fake(logits)[1].copy_(gradients)
 
 
 def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(logits.shape[:1], dtype=torch.float32), logits.new_empty(logits.shape)
+    from magi_train.fusion.kernels.cross_entropy import row_stride
+
+    losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    return losses, logits.new_empty_strided(logits.shape, (row_stride(logits.shape[1]), 1))
 
 
 _library.impl("cross_entropy", _on_device, "CUDA")

@@ -11,6 +11,9 @@ maximum grows, and once more for the gradient; the rows that all programs work o
 smaller than an H100's L2, so the second read need not reach memory. 2 bytes read, 2 read again and
 2 written for an element of bfloat16; the arithmetic is float32.
 
+Wide accesses need rows that start at multiples of 16 bytes, and so do the fast matrix products that
+follow. Gradients get such rows, whatever the vocabulary: `row_stride`. Logits should have them.
+
 Source: online softmax, Milakov and Gimelshein 2018 (arXiv 1805.02867). Differs from Liger Kernel
 (arXiv 2410.10989, section 3.2): rows are not overwritten, so the op stays a function.
 """
@@ -20,7 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 8192, 8
+BLOCK, WARPS = 4096, 4
+UNIT = 8
+"""Elements: rows whose stride is a multiple of it are read and written in wide accesses."""
+ROW_ALIGNMENT = 64
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -35,24 +41,27 @@ def _stepped(x, inner, outer, CAPPED: tl.constexpr):
 
 @triton.jit
 def _cross_entropy(
-    logits, labels, losses, gradients, vocabulary, row_stride, ignore_index, smoothing, inner,
-    outer, CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK: tl.constexpr,
+    logits, labels, losses, gradients, vocabulary, units_from_row, units_of_row, units_to_row,
+    ignore_index, smoothing, inner, outer, CAPPED: tl.constexpr, SMOOTHED: tl.constexpr,
+    UNIT: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: its loss, and its gradient."""
+    """One row: loss and gradient. Strides come in units, so that Triton knows the factor."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
-    source, target = logits + row * row_stride, gradients + row * vocabulary
+    source = logits + row * units_from_row * UNIT
+    target = gradients + row * units_to_row * ALIGNMENT
+    readable, writable = units_of_row * UNIT, units_to_row * ALIGNMENT
     columns = tl.arange(0, BLOCK)
     if label == ignore_index:
         tl.store(losses + row, 0.0)
         for start in range(0, vocabulary, BLOCK):
             nothing = tl.zeros([BLOCK], dtype=gradients.dtype.element_ty)
-            tl.store(target + start + columns, nothing, mask=start + columns < vocabulary)
+            tl.store(target + start + columns, nothing, mask=start + columns < writable)
     else:
         largest, total, plain = float("-inf"), 0.0, 0.0
         for start in range(0, vocabulary, BLOCK):
             inside = start + columns < vocabulary
-            x = tl.load(source + start + columns, mask=inside, other=0.0)
+            x = tl.load(source + start + columns, mask=start + columns < readable, other=0.0)
             z = _stepped(x, inner, outer, CAPPED)
             if SMOOTHED:
                 plain += tl.sum(tl.where(inside, z, 0.0))
@@ -69,15 +78,20 @@ def _cross_entropy(
             loss -= smoothing * plain / vocabulary
         tl.store(losses + row, loss)
         for start in range(0, vocabulary, BLOCK):
-            inside = start + columns < vocabulary
-            x = tl.load(source + start + columns, mask=inside, other=0.0)
+            x = tl.load(source + start + columns, mask=start + columns < readable, other=0.0)
             z = _stepped(x, inner, outer, CAPPED)
             dz = tl.exp2((z - log_sum) * LOG2_E) - smoothing / vocabulary
             dz = tl.where(start + columns == label, dz - (1.0 - smoothing), dz) * inner
             if CAPPED:
                 dz = dz * (outer - z * z / outer)
             dz = tl.where(known, dz, float("nan"))
-            tl.store(target + start + columns, dz.to(gradients.dtype.element_ty), mask=inside)
+            dz = dz.to(gradients.dtype.element_ty)
+            tl.store(target + start + columns, dz, mask=start + columns < writable)
+
+
+def row_stride(vocabulary: int) -> int:
+    """Return the stride of gradients' rows in elements: a multiple of 128 bytes of bfloat16."""
+    return -(-vocabulary // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 def cross_entropy(
@@ -102,17 +116,23 @@ def cross_entropy(
         tile: Elements that a program works on at a time, a power of two, and its warps.
 
     Returns:
-        Losses, float32 `[tokens]`, and gradients, contiguous, in the shape and dtype of `logits`.
+        Losses, float32 `[tokens]`, and gradients in the shape and dtype of `logits`, their rows
+        `row_stride(vocabulary)` apart.
     """
     tokens, vocabulary = logits.shape
     losses = torch.empty(tokens, dtype=torch.float32, device=logits.device)
-    gradients = torch.empty((tokens, vocabulary), dtype=logits.dtype, device=logits.device)
+    gradients = torch.empty(
+        (tokens, row_stride(vocabulary)), dtype=logits.dtype, device=logits.device
+    )[:, :vocabulary]
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    stride = logits.stride(0)
+    unit = UNIT if stride % UNIT == 0 else 1
     if tokens:
         _cross_entropy[(tokens,)](
-            logits, labels.contiguous(), losses, gradients, vocabulary, logits.stride(0),
-            ignore_index, smoothing, inner, 1.0 if outer is None else outer,
-            CAPPED=outer is not None, SMOOTHED=smoothing != 0,
+            logits, labels.contiguous(), losses, gradients, vocabulary, stride // unit,
+            -(-vocabulary // unit), gradients.stride(0) // ROW_ALIGNMENT, ignore_index, smoothing,
+            inner, 1.0 if outer is None else outer, CAPPED=outer is not None,
+            SMOOTHED=smoothing != 0, UNIT=unit, ALIGNMENT=ROW_ALIGNMENT,
             BLOCK=min(tile[0], triton.next_power_of_2(vocabulary)), num_warps=tile[1],
         )  # fmt: skip
     return losses, gradients

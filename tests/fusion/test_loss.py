@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,11 @@ GPU = PassContext("cuda")  # decides what is planned; what runs is the host's fo
 CHUNK_BYTES = 3000
 """Three chunks or more at these sizes, in any dtype."""
 ROOT = Path(__file__).parents[2]
+RECIPE = Recipe(
+    ignore_index=-100, mean=True, smoothing=0.0, slices=(), steps=(), vocabulary=VOCABULARY,
+    transposed=False, differentiated=(True, True, False), compute=torch.bfloat16,
+    wide=torch.float32, out=torch.float32,
+)  # fmt: skip
 
 
 class Head(nn.Module):
@@ -192,16 +198,19 @@ def test_what_the_kernel_is_not_for():
     assert not backend.plan.chunked, "logits of a few KiB are not worth a rewrite"
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(5, 61), (3, 8192), (2, 20001), (50, 2)])
 @pytest.mark.parametrize(
     "settings", [(0.0, 1.0, None), (0.1, 1.0, None), (0.0, -0.3, None), (0.2, 1 / 30, 30.0)]
 )
-def test_the_kernel_equals_float64(dtype, shape, settings):
+def test_the_kernel_equals_float64(dtype, shape, settings, padded):
     torch.manual_seed(0)
     logits = (torch.randn(shape) * 8).to(dtype)
     labels = torch.randint(0, shape[1], (2 * shape[0],))[::2]
     labels[0] = -100
+    if padded:  # as generated code lays logits out
+        logits = F.pad(logits, (0, -shape[1] % 64))[:, : shape[1]]
     got = kernels.cross_entropy(logits, labels, -100, *settings)
     want = kernels.cross_entropy_reference(logits.double(), labels, -100, *settings)
     # sums of a row in float32, then one rounding to the dtype of the logits; Triton's interpreter
@@ -594,11 +603,7 @@ def most_alive(code, shape):
 def traced_chunks():
     """The graph of a loss in 4 chunks and of its weight's gradient, and its inputs."""
     rows, vocabulary, chunks = 1024, 512, 4
-    recipe = Recipe(
-        ignore_index=-100, mean=True, smoothing=0.0, slices=(), steps=(), vocabulary=vocabulary,
-        transposed=False, differentiated=(False, True, False), compute=torch.bfloat16,
-        wide=torch.float32, out=torch.float32,
-    )  # fmt: skip
+    recipe = replace(RECIPE, vocabulary=vocabulary, differentiated=(False, True, False))
 
     def loss_and_gradient(weight, x, labels, columns):
         loss = chunked_cross_entropy(x, weight, None, labels, columns, recipe, chunks, rows)
@@ -677,3 +682,21 @@ def test_a_second_process_takes_the_code_from_the_cache(tmp_path):
     assert outputs[0][:3] == ["0", "1", "0"]
     assert outputs[1][:3] == ["1", "0", "0"]
     assert outputs[0][3:] == outputs[1][3:]
+
+
+def test_the_kernel_gets_and_gives_rows_for_wide_accesses():
+    """Generated code pads rows on GPUs; without that, products of odd vocabularies are slow."""
+    rows, width, vocabulary = 512, 64, 3050  # small tensors are not padded
+    recipe = replace(RECIPE, vocabulary=vocabulary, kernel=True)
+
+    def function(x, weight, labels):
+        columns = torch.arange(vocabulary)
+        return chunked_cross_entropy(x, weight, None, labels, columns, recipe, 1, rows)
+
+    inputs = [torch.randn(n, width, requires_grad=True) for n in (rows, vocabulary)]
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(disable_padding_cpu=False, comprehensive_padding=True):
+        compiled = torch.compile(function, fullgraph=True)
+        _, (code, *_) = run_and_get_code(compiled, *inputs, torch.zeros(rows, dtype=torch.int64))
+    assert f"empty_strided_cpu(({rows}, {vocabulary}), (3072, 1), torch.bfloat16)" in code
+    assert f"({rows}, {vocabulary}), (3072, 1), 'torch.ops.magi_train.cross_entropy" in code
