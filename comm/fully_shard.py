@@ -110,7 +110,7 @@ class FullyShard:
     def _make_options(self, device: torch.device) -> dict[str, Any]:
         sharding = self._config.sharding
         gathered = torch.bfloat16 if sharding.gather_dtype else None
-        reduced = torch.bfloat16 if self._config.comm.compression else None
+        reduced = torch.bfloat16 if self._config.comm.compression == "bfloat16" else None
         policy = MixedPrecisionPolicy(
             param_dtype=gathered,
             reduce_dtype=reduced or (torch.float32 if gathered else None),

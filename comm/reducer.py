@@ -408,7 +408,9 @@ class Reducer:
         return torch.empty_like(flat, dtype=dtype)
 
     def _see(self, name: str, gradient: Tensor) -> None:
-        if self.compressor is not None and self.compressor.exact.undecided(self._autocast):
+        if self.compressor is None or self.outer is not None:
+            return
+        if self.compressor.exact.undecided(self._autocast):
             self.compressor.exact.see(self._autocast, name, gradient)
 
     def _start(
@@ -668,6 +670,8 @@ class Reducer:
             mine = exact.mine(autocast)
             answers = self.world.gather(question, mine, self._timeout_seconds)
             chosen = exact.choose(autocast, answers)
+            if chosen:
+                self.compressor.open_lanes()
             row = {"autocast": autocast[1] or "off", "bfloat16_buckets": chosen}
             self.report.add(PassRow("safe_compression", "run_time", row, 0.0))
 

@@ -88,7 +88,7 @@ class Compressor:
 
     def __init__(self, plan: CommPlan, world: World, device: torch.device) -> None:
         self.plan, self.world, self.device = plan, world, device
-        encoded = {b.codec for b in plan.buckets} & {*FORMATS, *STATEFUL, "safe"}
+        encoded = {b.codec for b in plan.buckets} & {*FORMATS, *STATEFUL}
         self.stateful = any(b.codec in STATEFUL for b in plan.buckets)
         self.on_stream = world.uses_nccl(device)
         if encoded and device.type != "cpu" and not self.on_stream:
@@ -96,15 +96,23 @@ class Compressor:
                 f"CommConfig.compression needs NCCL for gradients on {device.type}, got the "
                 f"{world.backend} backend; use init_process_group('nccl')"
             )
-        self.exact = ExactBuckets(plan)
+        self.exact = ExactBuckets(plan, possible=device.type == "cpu" or self.on_stream)
         self.instead: str | None = None
         self._memory = HostMemory()
         self._codecs: dict[tuple[int, str], Codec] = {}
         size = max((b.node_size for b in plan.buckets), default=1)
         self._groups = _groups(world, size)
-        self._lanes = Lanes.of(world, size) if encoded and not self.on_stream else None
+        self._lanes: Lanes | None = None
+        if encoded:
+            self.open_lanes()
         self._verdict: tuple[Tensor, Any] | None = None
         self._plain: list[Tensor] = []
+
+    def open_lanes(self) -> None:
+        """Make what exchanges beside gloo run in, once; a collective."""
+        if self._lanes is None and not self.on_stream:
+            size = max((b.node_size for b in self.plan.buckets), default=1)
+            self._lanes = Lanes.of(self.world, size)
 
     def codec(self, index: int, name: str) -> Codec:
         """Return bucket `index`'s codec called `name`."""
@@ -131,10 +139,15 @@ class Compressor:
         return 1.0 / self.world.size if plain and not self.on_stream else 1.0
 
     def wire_dtype(self, index: int, autocast: Autocast) -> torch.dtype:
-        """Return the dtype in which one all-reduce sends bucket `index`; its own for codecs."""
-        own = self.plan.buckets[index].torch_dtype()
-        halves = self.on_stream and self._name(index, autocast) == "bfloat16"
-        return torch.bfloat16 if halves else own
+        """Return the dtype in which one all-reduce sends bucket `index`; its own for codecs.
+
+        NCCL's own kernels are faster than two shots of halves. The sum of two ranks is rounded once
+        in both; with more ranks NCCL rounds partial sums, which "safe" is not to do.
+        """
+        bucket = self.plan.buckets[index]
+        once = self.world.size == 2 or bucket.codec != "safe"
+        halves = self.on_stream and once and self._name(index, autocast) == "bfloat16"
+        return torch.bfloat16 if halves else bucket.torch_dtype()
 
     def start(
         self,
@@ -161,10 +174,10 @@ class Compressor:
         bucket = self.plan.buckets[index]
         name = self._name(index, autocast)
         what = f"bucket {index} ({bucket.slots[0].name} .. {bucket.slots[-1].name}) in {name}"
-        if name == bucket.dtype or (self.on_stream and name == "bfloat16"):
+        wire_dtype = self.wire_dtype(index, autocast)
+        if name == bucket.dtype or wire_dtype is not bucket.torch_dtype():
             self._plain.append(flat)
-            source = flat if packed is None else packed
-            wire = source.to(self.wire_dtype(index, autocast))  # itself where that is its dtype
+            wire = (flat if packed is None else packed).to(wire_dtype)  # itself, or a copy
             return self._all_reduce(flat, wire, what)
         exchange = self.codec(index, name).exchange(flat, used, scale)
         if self._lanes is None:
@@ -174,7 +187,7 @@ class Compressor:
         return handle
 
     def _all_reduce(self, flat: Tensor, wire: Tensor, what: str) -> Handle:
-        # NCCL's own kernels are faster than two shots of halves; gloo knows sums only, see `factor`
+        # gloo knows sums only, see `factor`
         op = dist.ReduceOp.AVG if self.on_stream else dist.ReduceOp.SUM
         return AllReduce(dist.all_reduce(wire, op, async_op=True), wire, flat, self.world, what)
 

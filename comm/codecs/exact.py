@@ -35,11 +35,13 @@ class ExactBuckets:
 
     Args:
         plan: The buckets; those whose codec is "safe" count.
+        possible: Whether the process group can carry them.
     """
 
-    def __init__(self, plan: CommPlan) -> None:
+    def __init__(self, plan: CommPlan, possible: bool = True) -> None:
         self._plan = plan
-        self._safe = {s.name for b in plan.buckets if b.codec == "safe" for s in b.slots}
+        buckets = plan.buckets if possible else ()
+        self._safe = {s.name for b in buckets if b.codec == "safe" for s in b.slots}
         self._seen: dict[Autocast, dict[str, bool]] = {}
         self._chosen: dict[Autocast, frozenset[int]] = {}
 

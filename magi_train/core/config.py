@@ -60,9 +60,9 @@ class FusionConfig:
 
     loss_chunk_mib: float = 8192.0
     """MiB that the logits of one chunk may take, in the dtype of the matmul and float32 together;
-    at most 8 chunks. Losses that fit one chunk are left alone. Smaller saves memory, and costs one
-    read and write of the weight's gradient per chunk. With Config.memory_budget_gib it is at most
-    2048."""
+    at most 8 chunks. Losses that fit one chunk are left alone, but for those that a kernel takes
+    (in bfloat16 on CUDA). Smaller saves memory, and costs one read and write of the weight's
+    gradient per chunk. With Config.memory_budget_gib it is at most 2048."""
 
     optimizer: bool = True
     """Let one kernel take the steps of torch's Adam, AdamW and SGD on CUDA devices. What it cannot
@@ -104,10 +104,11 @@ class CommConfig:
     measurement, so sums of three or more ranks are rounded alike in every run. Where hooks reduce
     on the CPU, the first steps' backwards improve the plan once."""
 
-    compression: Compression | None = None
-    """How float32 gradients travel; they add up in float32 on each rank in any case. None: as they
-    are. "safe": weights whose gradients bfloat16 holds exactly, because autocast's backward made
-    them so, in bfloat16; all others as they are. "bfloat16": all in half the bytes. "int8": a
+    compression: Compression | None = "safe"
+    """How float32 gradients travel. None: as they are. "safe": weights whose gradients bfloat16
+    holds exactly, because autocast's backward made them so, in bfloat16, summed in float32; all
+    others, and all without autocast, as they are. "bfloat16": all in half the bytes; NCCL rounds
+    the sums of more than two ranks on their way. "int8": a
     quarter of the bytes, with error feedback. "fp8": the same in e4m3. "hierarchical": as they are
     inside of a node, int8 between nodes. "powersgd": matrices as factors of `low_rank` columns with
     error feedback. "balanced" is "int8", or "hierarchical" for several nodes of several ranks.
@@ -398,7 +399,7 @@ class Config:
             "precision='fp8'": self.precision == "fp8",
             "cuda_graphs='on'": self.cuda_graphs == "on",
             "tune=True": self.tune,
-            f"comm.compression={compression!r}": compression not in (None, "bfloat16"),
+            f"comm.compression={compression!r}": compression not in (None, "safe", "bfloat16"),
             "comm.check_replicas": self.comm.check_replicas is not None and not fsdp2,
             "sharding.gather_dtype": self.sharding.gather_dtype is not None and not fsdp2,
             "sharding.reshard_after_forward=False": not (
