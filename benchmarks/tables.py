@@ -171,12 +171,12 @@ def _is_plain(value: Any) -> bool:
 
 
 def cell(value: Any) -> str:
-    """Return a value for a table, numbers with four digits."""
+    """Return a value for a table, numbers with four digits; brackets would be references."""
     if value is None:
         return ""
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 10_000 else f"{value:.0f}"
-    return str(value).replace("|", "/").replace("\n", " ")
+    return str(value).replace("|", "/").replace("\n", " ").replace("[", "\\[")
 
 
 def wanted() -> dict[Path, str]:
