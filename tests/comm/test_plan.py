@@ -25,9 +25,9 @@ def test_reverse_order_by_size():
 
 
 def test_the_last_bucket_is_small():
-    plan = plan_buckets(parameters((10,), (1000,), (1000,)), CommConfig(bucket_mib=1), 2)
+    plan = plan_buckets(parameters((10, 1), (1000, 1), (1000, 1)), CommConfig(bucket_mib=1), 2)
     assert names(plan) == [["p2", "p1", "p0"]] or names(plan)[-1] == ["p0"]
-    many = plan_buckets(parameters(*[(MIB // 16,)] * 32), CommConfig(bucket_mib=2), 2)
+    many = plan_buckets(parameters(*[(MIB // 16, 1)] * 32), CommConfig(bucket_mib=2), 2)
     sizes = [b.flags_offset * 4 for b in many.buckets]
     assert sizes[-1] <= 2 * MIB / 8 < sizes[0]
 
