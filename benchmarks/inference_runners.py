@@ -37,6 +37,8 @@ from magi_train.integrations.cases import case_of, from_transformers
 
 GRAPHS_UP_TO = 8
 """Batches up to this size are replayed as CUDA graphs by ours."""
+TUNED = {"max_autotune": True, "coordinate_descent_tuning": True}
+"""Options of Inductor: what torch.compile(mode="max-autotune") sets, but for CUDA graphs."""
 
 Inputs = dict[str, Tensor]
 Run = Callable[[], Any]
@@ -159,12 +161,13 @@ def _onnx_runtime(module: nn.Module, inputs: Inputs, folder: Path) -> Run:
     return run
 
 
-def _ours(target: Any) -> Callable[[nn.Module, Inputs, Path], Run]:
+def _ours(target: Any, compile: Any = False) -> Callable[[nn.Module, Inputs, Path], Run]:
     def make(module: nn.Module, inputs: Inputs, folder: Path) -> Run:
         file = folder / "ours.pt2"
         first = next(iter(inputs.values()))
         export(module, inputs, file, target=target)
-        loaded = load(file, cuda_graphs=first.is_cuda and len(first) <= GRAPHS_UP_TO)
+        graphs = first.is_cuda and len(first) <= GRAPHS_UP_TO
+        loaded = load(file, cuda_graphs=graphs, compile=compile)
         return lambda: loaded(**inputs)
 
     return make
@@ -172,6 +175,8 @@ def _ours(target: Any) -> Callable[[nn.Module, Inputs, Path], Run]:
 
 RUNNERS: dict[str, Callable[[nn.Module, Inputs, Path], Run]] = {
     "eager": _eager,
+    "magi-compiled": _ours("program", True),
+    "magi-max-autotune": _ours("program", TUNED),
     "magi-program": _ours("program"),
     "magi-pt2": _ours("pt2"),
     "compile-max-autotune": _compiled,
@@ -203,11 +208,11 @@ def _generate(compiled: bool) -> Callable[[Any, Task, Path], Generate]:
     return make
 
 
-def _our_decoder(target: Any) -> Callable[[Any, Task, Path], Generate]:
+def _our_decoder(target: Any, compile: Any = False) -> Callable[[Any, Task, Path], Generate]:
     def make(model: Any, task: Task, folder: Path) -> Generate:
         file = folder / "decoder.pt2"
         export_decoder(model, file, length=task.cache, batch=1, target=target)
-        decoder = load_decoder(file, cuda_graphs=task.device == "cuda")
+        decoder = load_decoder(file, cuda_graphs=task.device == "cuda", compile=compile)
         return lambda ids, count: decoder.generate(ids, max_new_tokens=count)
 
     return make
@@ -215,6 +220,8 @@ def _our_decoder(target: Any) -> Callable[[Any, Task, Path], Generate]:
 
 GENERATORS: dict[str, Callable[[Any, Task, Path], Generate]] = {
     "eager": _generate(False),
+    "magi-compiled": _our_decoder("program", True),
+    "magi-max-autotune": _our_decoder("program", TUNED),
     "magi-program": _our_decoder("program"),
     "magi-pt2": _our_decoder("pt2"),
     "compile": _generate(True),

@@ -158,3 +158,14 @@ def test_sampling_keeps_what_it_is_told_to():
     assert kept(top_p=0.65) == [0, 1]
     assert kept(top_p=0.01) == kept(top_k=1) == kept(temperature=1e-3) == [0]
     assert Sampling().next(logits, None).unique().tolist() == [0]
+
+
+@SLOW
+def test_a_compiled_decode_step_gives_the_same_tokens(one_layer, monkeypatch):
+    _, path, _ = one_layer
+    monkeypatch.setitem(device_graphs.makers, "cpu", Recorder)
+    plain, run = load_decoder(path), load_decoder(path, compile=True, cuda_graphs=True)
+    for prompt in (tokens(1)[:2, :5], tokens(2)[:2, :7]):
+        given = {"max_new_tokens": 8}
+        assert torch.equal(run.generate(prompt, **given), plain.generate(prompt, **given))
+    assert run._held.keys() == {2}
