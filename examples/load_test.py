@@ -85,7 +85,7 @@ class Clients:
 
     def clear(self) -> None:
         """Forget what came of earlier requests."""
-        self._left, self._end, self.seconds = 0, 0.0, 0.0
+        self._sent, self._left, self._end, self.seconds = 0, 0, 0.0, 0.0
         self.rows, self.refused = 0, 0
         self.milliseconds, self.wrong = list[float](), list[str]()
 
@@ -118,7 +118,8 @@ class Clients:
             if not self._left or time.monotonic() > self._end:
                 return None
             self._left -= 1
-            return self._left
+            self._sent += 1
+            return self._sent
 
     def _request(self, door: http.client.HTTPConnection, number: int) -> None:
         bad = number % WRONG_EVERY == 0
