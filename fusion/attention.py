@@ -8,7 +8,9 @@ values need not be repeated for grouped-query attention.
 Proof, never names: fusion/masks.py tells what a mask allows, fusion/heads.py what a key repeats.
 What is proven becomes `is_causal`, or no mask. Sliding windows and packed sequences become
 `varlen_attention` (fusion/varlen.py) on devices and dtypes that have a kernel for it; where the
-sequences begin is computed once, from the positions. Everything else (a mask that depends on other
+sequences begin is computed once, from the positions. A decoder's step, one query over a cache whose
+mask must stay, has the heads that share a key as rows of one head instead of repeating keys and
+values. Everything else (a mask that depends on other
 inputs or is changed in place, sizes that are not known) is left alone, with the reason in the plan.
 """
 
@@ -80,6 +82,7 @@ class AttentionPlan(Plan):
         left_alone: Nodes that keep their mask or repeated heads, each with the reason.
         assumed: Inputs whose values the proofs rely on: other batches have another graph.
         banded: Nodes with a window or packed sequences.
+        stacked: Nodes with one query, whose heads become rows; with the unrepeated key and value.
     """
 
     causal: tuple[str, ...]
@@ -88,6 +91,7 @@ class AttentionPlan(Plan):
     left_alone: tuple[tuple[str, str], ...]
     assumed: tuple[str, ...] = ()
     banded: tuple[Banded, ...] = ()
+    stacked: tuple[tuple[str, str, str], ...] = ()
 
 
 class CanonicalizeAttention:
@@ -100,7 +104,7 @@ class CanonicalizeAttention:
         """Return what is proven about the masks and heads in `gm`; None without attention."""
         causal: list[str] = []
         unmasked: list[str] = []
-        grouped, left, banded = [], [], []
+        grouped, left, banded, stacked = [], [], [], []
         assumed: set[str] = set()
         verdicts: dict[tuple[Node, int, int, str], Verdict] = {}
         self._dynamic: dict[Node, Verdict] = {}
@@ -123,6 +127,8 @@ class CanonicalizeAttention:
                     assumed |= inputs_of(mask)
                 else:
                     left.append((node.name, _why(verdict, refusal)))
+                    if not context.training and (pair := _one_query(gm, arguments)):
+                        stacked.append((node.name, pair[0].name, pair[1].name))
             if trivial and not arguments["enable_gqa"]:
                 query, key, value = (arguments[n] for n in ("query", "key", "value"))
                 found = heads.sources(gm, query, key, value)
@@ -139,6 +145,7 @@ class CanonicalizeAttention:
             tuple(left),
             tuple(sorted(assumed)),
             tuple(banded),
+            tuple(stacked),
         )
 
     def apply(self, gm: GraphModule, plan: AttentionPlan, context: PassContext) -> None:
@@ -163,6 +170,9 @@ class CanonicalizeAttention:
         for each in plan.banded:
             replaced.add(by_name[each.node])
             _make_variable(by_name, each, offsets)
+        for name, key, value in plan.stacked:
+            replaced.add(by_name[name])
+            _stack(by_name[name], by_name[key], by_name[value])
         erase_unused(gm, replaced)
 
     def _mask_verdict(
@@ -251,6 +261,37 @@ def _why(verdict: Verdict, refusal: str) -> str:
         return verdict.reason or "the attention op is causal as well"
     ends = ["all" if n < 0 else str(n) for n in (verdict.back, verdict.ahead)]
     return f"the mask is a sliding window of {ends[0]} keys back and {ends[1]} ahead; {refusal}"
+
+
+def _one_query(gm: GraphModule, arguments: Mapping[str, Any]) -> tuple[Node, Node] | None:
+    """Return the unrepeated key and value of a single query under a mask that all heads share."""
+    nodes = [arguments[n] for n in ("query", "key", "value", "attn_mask")]
+    query, *_, mask = map(example_value, nodes)
+    if query is None or mask is None or query.dim() != 4 or arguments["dropout_p"]:
+        return None
+    shared = query.shape[2] == 1 and all(size == 1 for size in mask.shape[-3:-1])
+    if not shared or arguments["is_causal"] or not all(isinstance(s, int) for s in query.shape):
+        return None
+    if arguments["enable_gqa"]:
+        return nodes[1], nodes[2]
+    found = heads.sources(gm, *nodes[:3])
+    return found if isinstance(found, tuple) else None
+
+
+def _stack(node: Node, key: Node, value: Node) -> None:
+    """Let the query heads that share a key be the rows of one head."""
+    arguments = attention_arguments(node)
+    batch, count, _, size = example_value(arguments["query"]).shape
+    groups, width = example_value(key).shape[1], example_value(value).shape[-1]
+    mask, scale = arguments["attn_mask"], arguments["scale"]
+
+    def compute(query: Any, key: Any, value: Any, mask: Any) -> Any:
+        rows = query.reshape(batch, groups, count // groups, size)
+        out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
+        return out.reshape(batch, count, 1, width)
+
+    result = insert_computation(node, compute, [arguments["query"], key, value, mask])
+    node.replace_all_uses_with(result)
 
 
 def _make_variable(

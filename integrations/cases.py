@@ -98,7 +98,7 @@ def _images(rows: int, size: int = 224, classes: int = 1000) -> Callable[[torch.
     return batch
 
 
-def _transformers(
+def from_transformers(
     kind: str, head: str = "AutoModelForCausalLM", **sizes: Any
 ) -> Callable[[], nn.Module]:
     """Return what builds a model of a type of transformers' AutoConfig, with some sizes set."""
@@ -161,7 +161,7 @@ _LLAMA_TOY: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256,
 }  # fmt: skip
-_llama = functools.partial(_transformers, "llama", tie_word_embeddings=True)
+_llama = functools.partial(from_transformers, "llama", tie_word_embeddings=True)
 _RESNET = "layer1 layer2 layer3 layer4"
 CASES = {
     "llama-1b": _text(_llama(**_LLAMA_1B), 2, 4096, 128256),
@@ -169,15 +169,15 @@ CASES = {
     "llama-1b-32k": _text(_llama(**_LLAMA_1B), 1, 32768, 128256),
     "llama-8b": _text(_transformers("llama", **_LLAMA_8B), 1, 8192, 128256),
     "mistral-window": _text(
-        _transformers(
+        from_transformers(
             "mistral",
             **(_LLAMA_1B | {"vocab_size": 32000, "sliding_window": 1024}),
             tie_word_embeddings=True,
         ),
         1, 8192, 32000,
     ),
-    "gpt2": _text(_transformers("gpt2", vocab_size=50304), 16, 1024, 50304),
-    "bert": _text(_transformers("bert", "AutoModelForMaskedLM"), 32, 512, 30522),
+    "gpt2": _text(from_transformers("gpt2", vocab_size=50304), 16, 1024, 50304),
+    "bert": _text(from_transformers("bert", "AutoModelForMaskedLM"), 32, 512, 30522),
     "vit-l": _pictures(_timm("vit_large_patch16_224"), 64),
     "convnext-b": _pictures(_timm("convnext_base"), 64),
     "resnet50": _pictures(_timm("resnet50"), 256, _RESNET),
@@ -202,7 +202,7 @@ def case_of(name: str) -> Case:
     if model and library == "torchvision":
         return _pictures(_torchvision(model), 64)
     if model and library == "transformers":
-        return _text(_transformers(model), 8, 1024, 1000)
+        return _text(from_transformers(model), 8, 1024, 1000)
     raise MagiError(
         f"there is no case {name!r}, only {', '.join(CASES)}, timm/NAME, torchvision/NAME and "
         "transformers/TYPE"

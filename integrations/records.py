@@ -10,7 +10,7 @@ import torch
 
 LIBRARIES = (
     "triton", "transformers", "timm", "torchvision", "torchao", "liger-kernel", "deepspeed",
-    "lightning",
+    "lightning", "onnxruntime",
 )  # fmt: skip
 
 

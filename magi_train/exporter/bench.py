@@ -63,11 +63,18 @@ def bench(
             compiled = torch.compile(module)
             runners["torch.compile"] = lambda: compiled(**given)
         with evaluating(module):
-            return _measure(runners, calls, int(tensors[0].shape[0]) if tensors[0].dim() else 1)
-    return _measure(runners, calls, int(tensors[0].shape[0]) if tensors[0].dim() else 1)
+            return measure(runners, calls, int(tensors[0].shape[0]) if tensors[0].dim() else 1)
+    return measure(runners, calls, int(tensors[0].shape[0]) if tensors[0].dim() else 1)
 
 
-def _measure(runners: Mapping[str, Callable[[], Any]], calls: int, rows: int) -> list[Latency]:
+def measure(runners: Mapping[str, Callable[[], Any]], calls: int, rows: int) -> list[Latency]:
+    """Measure functions by name.
+
+    Args:
+        runners: Run one batch each, and may return before the device is done.
+        calls: Of each, at least ROUNDS.
+        rows: Of a batch.
+    """
     times: dict[str, list[float]] = {name: [] for name in runners}
     wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
     for run in runners.values():

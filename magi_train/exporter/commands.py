@@ -46,10 +46,13 @@ def add_parsers(commands: Commands) -> None:
     measure.add_argument("--size", action="append", default=[], metavar="NAME=N")
     measure.add_argument("--calls", type=int, default=100)
     measure.add_argument("--cuda-graphs", action="store_true")
-    measure.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    measure.add_argument("--compile", action="store_true", help="compile the file's program")
+    measure.add_argument("--no-compile", action="store_true", help="no row for torch.compile")
     measure.add_argument("--json", action="store_true", help="print JSON")
     answer = commands.add_parser("generate", help="try an exported decoder")
     answer.add_argument("path")
+    answer.add_argument("--cuda-graphs", action="store_true")
+    answer.add_argument("--compile", action="store_true", help="compile the decode step")
     answer.add_argument("--prompt", required=True, help="a text, or token numbers with spaces")
     answer.add_argument("--tokenizer", help="a name or folder for transformers; else numbers")
     answer.add_argument("--max-new-tokens", type=int, default=20)
@@ -87,7 +90,7 @@ def _export(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     module = find(options.model)() if options.model else None
-    loaded = load(options.inference, cuda_graphs=options.cuda_graphs)
+    loaded = load(options.inference, cuda_graphs=options.cuda_graphs, compile=options.compile)
     sizes = {name: int(n) for name, n in (s.split("=", 1) for s in options.size)}
     if module is not None:
         module.to(loaded.contract.device)
@@ -99,7 +102,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    decoder = load_decoder(options.path)
+    decoder = load_decoder(options.path, cuda_graphs=options.cuda_graphs, compile=options.compile)
     tokenizer = None
     if options.tokenizer:
         from transformers import AutoTokenizer

@@ -11,9 +11,10 @@ import os
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from magi_train.core import compat
 from magi_train.core.device_graphs import DeviceGraphs, device_graphs
 from magi_train.core.errors import ExportError
 from magi_train.exporter import artifact
+from magi_train.exporter.loaded import check_compile, compiled
 
 Graph = Callable[..., Tensor]
 
@@ -221,12 +223,19 @@ class _Recorded:
         return self._logits
 
 
-def load_decoder(path: str | os.PathLike[str], *, cuda_graphs: bool = False) -> Decoder:
+def load_decoder(
+    path: str | os.PathLike[str],
+    *,
+    cuda_graphs: bool = False,
+    compile: bool | Mapping[str, Any] = False,
+) -> Decoder:
     """Load what `export_decoder` wrote.
 
     Args:
         path: The file.
         cuda_graphs: Replay decode steps, each batch size by itself; generations then take turns.
+        compile: Compile the decode step of a "program", each batch size at its first call, as
+            `magi_train.load` does. Prompts, which differ in length, run op by op.
 
     Raises:
         ExportError: The file is missing, cut short, no decoder, or for another torch or machine.
@@ -236,6 +245,7 @@ def load_decoder(path: str | os.PathLike[str], *, cuda_graphs: bool = False) -> 
     if "decoder" not in manifest:
         raise ExportError(f"{path} is not a decoder; magi_train.load() runs it")
     artifact.check_host(path, manifest)
+    check_compile(path, manifest["target"], compile)
     device = torch.device(manifest["contract"]["device"])
     replayer = device_graphs(device) if cuda_graphs else None
     if cuda_graphs and replayer is None:
@@ -248,7 +258,7 @@ def load_decoder(path: str | os.PathLike[str], *, cuda_graphs: bool = False) -> 
             graphs = {
                 name: _graph(Path(archive.extract(f"decoder/{name}.pt2", folder)),
                              manifest["target"], [weights[key] for key in used[name]],
-                             recorded=cuda_graphs)
+                             recorded=cuda_graphs, compile=name == "decode" and compile)
                 for name in used
             }  # fmt: skip
     except Exception as error:
@@ -256,11 +266,21 @@ def load_decoder(path: str | os.PathLike[str], *, cuda_graphs: bool = False) -> 
     return Decoder(graphs, manifest, replayer)
 
 
-def _graph(file: Path, target: str, weights: list[Tensor], *, recorded: bool) -> Graph:
-    if target == "pt2":
-        run = compat.aoti_load(str(file), run_single_threaded=recorded)
+def _graph(
+    file: Path,
+    target: str,
+    weights: list[Tensor],
+    *,
+    recorded: bool,
+    compile: bool | Mapping[str, Any],
+) -> Graph:
+    run: Callable[..., Any]
+    if compile is not False:
+        run = compiled(torch.export.load(file), compile, (weights,))
+    elif target == "pt2":
+        run = partial(compat.aoti_load(str(file), run_single_threaded=recorded), weights)
     else:
-        run = torch.export.load(file).module()
+        run = partial(torch.export.load(file).module(), weights)
     # compiled code reads its inputs as dense rows and does not look at their strides; the cache is
     # dense already, so what is written in place is the caller's
-    return lambda *inputs: run(weights, *(t.contiguous() for t in inputs))[0]
+    return lambda *inputs: run(*(t.contiguous() for t in inputs))[0]

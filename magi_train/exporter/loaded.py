@@ -6,7 +6,7 @@ keep something (replay as CUDA graphs writes to fixed memory) takes a lock.
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,7 @@ def load(
     buckets: Sequence[int] = (),
     cuda_graphs: bool = False,
     runners: int = 1,
+    compile: bool | Mapping[str, Any] = False,
 ) -> Loaded:
     """Load what `export` wrote.
 
@@ -108,16 +109,24 @@ def load(
         cuda_graphs: Replay each shape as a CUDA graph after its first call. Pays for small batches,
             which are bound by launches; holds memory for each shape.
         runners: Calls that compiled code may run at the same time; each has memory of its own.
+        compile: Compile a "program" with Inductor, each shape at its first call (or in `warmup`),
+            in place of running it op by op; or Inductor's options, {"max_autotune": True}. Takes
+            seconds to minutes a shape, once a machine: PyTorch keeps the code on disk.
 
     Raises:
-        ExportError: The file is missing, cut short, no artifact, or for another torch or machine.
+        ExportError: The file is missing, cut short, no artifact, or for another torch or machine;
+            or it is compiled already.
     """
     path = Path(path)
     manifest = artifact.read_manifest(path)
     artifact.check_host(path, manifest)
+    check_compile(path, manifest["target"], compile)
     contract = Contract.from_dict(manifest["contract"])
     try:
-        run = _runner(path, manifest["target"], contract, runners, recorded=cuda_graphs)
+        if compile is not False:
+            run: Runner = compiled(torch.export.load(path), compile)
+        else:
+            run = _runner(path, manifest["target"], contract, runners, recorded=cuda_graphs)
     except ExportError:
         raise
     except Exception as error:
@@ -135,6 +144,30 @@ def load(
             )
         run = Replayed(run, graphs, threading.Lock())
     return Loaded(run, manifest, contract, buckets)
+
+
+def check_compile(path: Path, target: str, compile: bool | Mapping[str, Any]) -> None:
+    """Make sure that a file can be compiled where it is loaded, if it is to be.
+
+    Raises:
+        ExportError: It cannot.
+    """
+    if compile is not False and target != "program":
+        kind = "machine code already" if target == "pt2" else "run by ONNX Runtime"
+        raise ExportError(
+            f"{path} is {kind}; load it without `compile`, or export it with target='program'"
+        )
+
+
+def compiled(
+    program: torch.export.ExportedProgram,
+    compile: bool | Mapping[str, Any],
+    first: Sequence[Any] = (),
+) -> Runner:
+    """Return what compiles a program for each shape; see `load` and exporter/compiled.py."""
+    from magi_train.exporter.compiled import Compiled
+
+    return Compiled(program, {} if compile is True else dict(compile or {}), first)
 
 
 def _runner(path: Path, target: str, contract: Contract, runners: int, *, recorded: bool) -> Runner:

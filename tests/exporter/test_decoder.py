@@ -137,13 +137,25 @@ def test_generate_from_a_shell(one_layer, capsys):
 
 
 @SLOW
-def test_a_fixed_batch_in_bfloat16_groups_its_heads(tmp_path):
+def test_a_fixed_batch_in_bfloat16(tmp_path):
     model, path = ready(llama(num_hidden_layers=1)), tmp_path / "decoder.pt2"
     config = ExportConfig(precision="bfloat16", merge_linears=True)
     export_decoder(model, path, length=24, batch=2, config=config)
     decoder = load_decoder(path)
     assert decoder.manifest["decoder"]["cache"][0][1] == "bfloat16"
     assert decoder.generate(tokens(0)[:2, :4], max_new_tokens=5).shape == (2, 9)
+
+
+@SLOW
+def test_a_fixed_batch_repeats_no_heads(tmp_path):
+    model, path = ready(llama(num_hidden_layers=1)), tmp_path / "decoder.pt2"
+    report = export_decoder(model, path, length=24, batch=2)
+    rows = [r.plan for r in report.rows if r.name == "canonicalize_attention" and r.plan]
+    assert [len(plan["stacked"]) for plan in rows] == [0, 1], "the decode step alone"
+    ids, mask = padded()
+    given = {"attention_mask": mask[:2], "max_new_tokens": 12}
+    wanted = model.generate(ids[:2], do_sample=False, **given)
+    assert torch.equal(load_decoder(path).generate(ids[:2], **given), wanted)
 
 
 def test_sampling_keeps_what_it_is_told_to():
@@ -158,3 +170,14 @@ def test_sampling_keeps_what_it_is_told_to():
     assert kept(top_p=0.65) == [0, 1]
     assert kept(top_p=0.01) == kept(top_k=1) == kept(temperature=1e-3) == [0]
     assert Sampling().next(logits, None).unique().tolist() == [0]
+
+
+@SLOW
+def test_a_compiled_decode_step_gives_the_same_tokens(one_layer, monkeypatch):
+    _, path, _ = one_layer
+    monkeypatch.setitem(device_graphs.makers, "cpu", Recorder)
+    plain, run = load_decoder(path), load_decoder(path, compile=True, cuda_graphs=True)
+    for prompt in (tokens(1)[:2, :5], tokens(2)[:2, :7]):
+        given = {"max_new_tokens": 8}
+        assert torch.equal(run.generate(prompt, **given), plain.generate(prompt, **given))
+    assert run._held.keys() == {2}

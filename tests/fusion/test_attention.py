@@ -311,6 +311,59 @@ def test_repeated_heads_go_in_unrepeated(spelling):
     assert difference(pairs, {"out": want, **dict(zip("qkv", wanted, strict=True))}) < limit
 
 
+def decode(q, k, v, repeat, rows=1):
+    """One query over a cache, of which a number says how much is filled."""
+    mask = (torch.arange(k.shape[2]) <= v[0, 0, 0, 0].abs())[None, None, None]
+    mask = mask.expand(BATCH, 1, rows, k.shape[2])
+    return F.scaled_dot_product_attention(q, repeat(k), repeat(v), attn_mask=mask, scale=0.3)
+
+
+SERVING = PassContext("cuda", training=False)
+
+
+@pytest.mark.parametrize("spelling", REPEATS)
+def test_heads_of_one_query_under_a_mask_become_rows(spelling):
+    q, k, v = (t.detach() for t in qkv(heads=GROUPS, length=1))
+    repeat = REPEATS[spelling]
+    gm, plan = plan_of(lambda q, k, v: decode(q, k, v, repeat), q, k, v, context=SERVING)
+    assert [each[0] for each in plan.left_alone] == [each[0] for each in plan.stacked]
+    assert not plan.grouped
+    CanonicalizeAttention().apply(gm, plan, SERVING)
+    gm.recompile()
+    (node,) = [n for n in gm.graph.nodes if n.target in attention.ATTENTION]
+    assert node.args[0].meta["example_value"].shape == (BATCH, GROUPS, HEADS // GROUPS, SIZE)
+    assert node.args[1].meta["example_value"].shape == k.shape, "repeats nothing"
+    for filled in (0.5, 3.0, 20.0):
+        v[0, 0, 0, 0] = filled
+        (got,) = call(gm, q, k, v)
+        want = decode(q, k, v, repeat)
+        assert difference({"y": got}, {"y": want}) < tolerance(torch.float32, LENGTH * SIZE)
+
+
+def test_heads_become_rows_only_where_all_of_them_see_the_same():
+    repeat = REPEATS["interleave"]
+    q, k, v = (t.detach() for t in qkv(heads=GROUPS, length=1))
+
+    def by_head(q, k, v):
+        mask = (torch.arange(LENGTH) < v[0, 0, 0, 0]).expand(1, HEADS, 1, LENGTH)
+        return F.scaled_dot_product_attention(q, repeat(k), repeat(v), attn_mask=mask)
+
+    def other(q, k, v):
+        return decode(q, k, v, lambda t: t.repeat(1, 2, 1, 1))
+
+    two = torch.cat([q, q], 2)
+    cases = [
+        (by_head, (q, k, v), SERVING),
+        (other, (q, k, v), SERVING),
+        (lambda q, k, v: decode(q, k, v, repeat, 2), (two, k, v), SERVING),
+        (lambda q, k, v: decode(q, k, v, repeat), (q, k, v), CUDA),
+    ]
+    for function, inputs, context in cases:
+        _, plan = plan_of(function, *inputs, context=context)
+        assert len(plan.left_alone) == 1
+        assert not plan.stacked
+
+
 def test_heads_in_another_order_are_not_a_repeat():
     def function(q, k, v):  # k0 k1 k0 k1, where grouped attention means k0 k0 k1 k1
         return F.scaled_dot_product_attention(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1))

@@ -1,0 +1,104 @@
+"""Programs compiled where they are loaded: Inductor's code for each shape, proven at first.
+
+A program runs op by op, which is what any machine and any later torch can do. Compiled, it is as
+fast as machine code made ahead of time, and pays for it once a shape, at the first call; PyTorch
+keeps the code on disk (TORCHINDUCTOR_CACHE_DIR), so that the next process starts quickly. The
+graph's sizes become numbers, so a shape's code knows them. The first call of a shape also runs the
+program op by op: it refuses sizes that the model does not take, and its results are what those of
+the code must be.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magi_train.core.errors import ExportError
+from magi_train.exporter.write import relative_error
+
+logger = logging.getLogger(__name__)
+
+MAX_SHAPES = 16
+"""Further shapes run op by op: each is compiled by itself."""
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+def _without_guards(guards: Sequence[Any]) -> list[bool]:
+    """Let code run unasked: its shapes are looked up, and its module belongs to nobody else."""
+    return [False] * len(guards)
+
+
+class Compiled:
+    """A runner that compiles a program for each shape that it meets.
+
+    Args:
+        program: From torch.export. Takes and returns tensors, and may write to its inputs.
+        options: Of Inductor.
+        first: What the program takes before the tensors of a call.
+    """
+
+    def __init__(
+        self,
+        program: torch.export.ExportedProgram,
+        options: Mapping[str, Any],
+        first: Sequence[Any] = (),
+    ) -> None:
+        self._program, self._by_op = program, program.module()
+        self._options, self._first = dict(options), tuple(first)
+        self._lock = threading.Lock()
+        self._code: dict[Shapes, Callable[..., Sequence[Tensor]]] = {}
+
+    def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
+        """Run the code for these shapes; compile it at their first call.
+
+        Raises:
+            ExportError: It cannot be compiled here, or computes something else.
+        """
+        key = tuple(tuple(t.shape) for t in tensors)
+        if key not in self._code:
+            with self._lock:
+                if key not in self._code:
+                    return self._begin(key, tensors)
+        return self._code[key](*self._first, *tensors)
+
+    def _begin(self, key: Shapes, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        if len(self._code) == MAX_SHAPES:
+            logger.warning("%s shapes are compiled; %s runs op by op", MAX_SHAPES, list(key))
+        if len(self._code) >= MAX_SHAPES:
+            self._code[key] = self._by_op
+            return self._by_op(*self._first, *tensors)
+        kept = [t.clone() for t in tensors]
+        with torch.no_grad():
+            wanted = self._by_op(*self._first, *kept)
+            try:
+                code = torch.compile(
+                    self._program.module(check_guards=False), fullgraph=True, dynamic=False,
+                    options={**self._options, "guard_filter_fn": _without_guards},
+                )  # fmt: skip
+                got = code(*self._first, *tensors)
+            except Exception as error:
+                raise ExportError(
+                    f"the program cannot be compiled here ({type(error).__name__}: "
+                    f"{str(error)[:500]}); load it without `compile`"
+                ) from error
+        _check([*got, *tensors], [*wanted, *kept], key)
+        self._code[key] = code
+        return got
+
+
+def _check(got: Sequence[Tensor], wanted: Sequence[Tensor], key: Shapes) -> None:
+    """Make sure that code computed what the program does, written inputs included."""
+    for number, (result, right) in enumerate(zip(got, wanted, strict=True)):
+        if not right.is_floating_point():
+            continue  # the index of a largest value may be another one of two that are close
+        error, allowed = relative_error(result, right), torch.finfo(right.dtype).eps ** 0.5
+        if not error <= allowed:
+            raise ExportError(
+                f"compiled for {list(key)}, result {number} is off by {error:.1e} (relative) from "
+                f"the program's, and {allowed:.1e} is allowed; load it without `compile`, and "
+                "report it; a model that draws random numbers cannot be compiled so"
+            )

@@ -1,0 +1,126 @@
+"""Programs compiled at load: once a shape, with the same numbers, and refused without them."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+import magi_train
+from magi_train.core import device_graphs
+from magi_train.core.errors import ExportError
+from magi_train.exporter import compiled
+from magi_train.exporter.compiled import Compiled
+from tests.close import tolerance
+from tests.exporter.nets import Block
+from tests.exporter.test_loaded import Recorder, changed
+from tests.models import images
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "model.pt2"
+    magi_train.export(Block(8), (images(0, 2),), path, dynamic={"batch": (1, 8)})
+    return path
+
+
+class Writes(nn.Module):
+    """Writes a row of a cache that it is given, as decoders do."""
+
+    def forward(self, x, at, cache):
+        cache.index_copy_(0, at, x)
+        return (cache.cumsum(0) * 2,)
+
+
+def uncompiled(monkeypatch, change=lambda results: results):
+    """Replace torch.compile by what runs the module, and counts the modules."""
+    made = []
+
+    def compile(module, **given):
+        assert given["fullgraph"]
+        assert given["dynamic"] is False
+        made.append(given["options"])
+        return lambda *inputs: change(module(*inputs))
+
+    monkeypatch.setattr(torch, "compile", compile)
+    return made
+
+
+def test_compiled_once_a_shape(file):
+    plain, run = magi_train.load(file), magi_train.load(file, buckets=(4,), compile=True)
+    run.warmup()
+    by_op = []
+    inner, run._run._by_op = run._run._by_op, lambda *t: by_op.append(t) or inner(*t)
+    limit = tolerance(torch.float32, 8 * 9)
+    for rows in (1, 3, 4):
+        x = images(rows, rows)
+        torch.testing.assert_close(run(x), plain(x), rtol=limit, atol=limit)
+    assert not by_op
+    assert len(run._run._code) == 1
+
+
+def test_compiled_code_is_replayed(file, monkeypatch):
+    made = uncompiled(monkeypatch)
+    monkeypatch.setitem(device_graphs.makers, "cpu", Recorder)
+    plain, run = magi_train.load(file), magi_train.load(file, compile=True, cuda_graphs=True)
+    for rows in (2, 2, 2, 3, 2):
+        torch.testing.assert_close(run(images(rows, rows)), plain(images(rows, rows)))
+    assert len(made) == 2
+    assert len(run._run._recorded) == 1
+
+
+def test_what_a_program_writes_is_written():
+    inputs = (torch.ones(1, 3), torch.tensor([1]), torch.zeros(4, 3))
+    program = torch.export.export(Writes(), inputs)
+    run = Compiled(program, {})
+    cache = torch.zeros(4, 3)
+    for row in (2, 0, 3):
+        with torch.no_grad():
+            (got,) = run(torch.full((1, 3), row + 1.0), torch.tensor([row]), cache)
+        assert torch.equal(got, cache.cumsum(0) * 2)
+    assert torch.equal(cache[:, 0], torch.tensor([1.0, 0.0, 3.0, 4.0]))
+
+
+def test_threads_compile_a_shape_once(file, monkeypatch):
+    made = uncompiled(monkeypatch)
+    run = magi_train.load(file, compile={"max_autotune": True})
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, [images(0, 2), images(0, 3)] * 8))
+    assert [options["max_autotune"] for options in made] == [True, True]
+
+
+def test_further_shapes_run_op_by_op(file, monkeypatch, caplog):
+    made = uncompiled(monkeypatch)
+    monkeypatch.setattr(compiled, "MAX_SHAPES", 1)
+    run = magi_train.load(file, compile=True)
+    for rows in (1, 2, 3, 2):
+        assert torch.equal(run(images(0, rows)), magi_train.load(file)(images(0, rows)))
+    assert len(made) == 1
+    assert len([r for r in caplog.records if "1 shapes are compiled" in r.message]) == 1
+
+
+def test_code_that_computes_something_else_is_refused(file, monkeypatch):
+    made = uncompiled(monkeypatch, lambda results: [r * 1.01 for r in results])
+    run = magi_train.load(file, compile=True)
+    for _ in range(2):  # no later call may run it either
+        with pytest.raises(ExportError, match=r"result 0 is off by 1\.0e-02 .* without `compile`"):
+            run(images(0, 2))
+    assert len(made) == 2
+
+
+def test_what_cannot_be_compiled_says_so(file, monkeypatch):
+    def compile(module, **given):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with pytest.raises(ExportError, match=r"compiled here \(RuntimeError: no C\+\+ compiler\)"):
+        magi_train.load(file, compile=True)(images(0, 2))
+
+
+def test_only_programs_are_compiled(tmp_path):
+    path = tmp_path / "model.pt2"
+    magi_train.export(nn.Linear(2, 2), (torch.ones(2, 2),), path)
+    for target, words in (("pt2", "machine code already"), ("onnx", "run by ONNX Runtime")):
+        changed(path, target=target)
+        with pytest.raises(ExportError, match=words):
+            magi_train.load(path, compile=True)
