@@ -36,7 +36,7 @@ from magi_train.core.passes import (
 )
 from magi_train.core.report import PassRow, Report, write_atomically
 from magi_train.fusion import attach
-from magi_train.memory import budget, cost, peak, picture, remat, step
+from magi_train.memory import budget, copies, cost, offload, peak, picture, remat, step
 from magi_train.memory.budget import FitBudget
 from magi_train.memory.step import Limit
 
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 MIB = 2**20
 
-MEMORY = (budget, cost, peak, picture, remat, step)
+MEMORY = (budget, copies, cost, offload, peak, picture, remat, step)
 SOURCES = source_fingerprint(sys.modules[__name__], compat, graph, in_graph, attach, *MEMORY)
 """Code that PyTorch compiled with another version of a pass is not taken from its cache."""
 
@@ -107,6 +107,8 @@ class _PostGrad(compat.CustomGraphPass):  # type: ignore[misc]
             if plan is not None:
                 self.lowered.note("place_collectives", "backward", plan)
                 dump(owner, "collectives_after")
+        if self.lowered.limit is not None:
+            offload.pin(graph)
 
 
 class _Joint(compat.CustomPartitionerFn):  # type: ignore[misc]
@@ -153,7 +155,7 @@ def _note_picture(lowered: Lowered, forward: GraphModule, backward: GraphModule)
 
 
 def _note_saved(lowered: Lowered, graph: Graph) -> None:
-    saved = saved_for_backward(graph)
+    saved = [n for n in saved_for_backward(graph) if n.target is not copies.ARRIVED]
     if saved:
         mib = sum(num_bytes(n.meta.get("val")) for n in saved) / MIB
         lowered.note("saved_activations", "joint", SavedPlan(round(mib, 3), len(saved)))
