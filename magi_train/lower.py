@@ -107,8 +107,19 @@ class _PostGrad(compat.CustomGraphPass):  # type: ignore[misc]
             if plan is not None:
                 self.lowered.note("place_collectives", "backward", plan)
                 dump(owner, "collectives_after")
-        if self.lowered.limit is not None:
-            offload.pin(graph)
+
+
+class _Pin(compat.CustomGraphPass):  # type: ignore[misc]
+    """Inductor's slot behind its own post-grad passes, which know no node that is pinned."""
+
+    def __init__(self, lowered: Lowered) -> None:
+        self.lowered = lowered
+
+    def uuid(self) -> object:
+        return ("magi-pin", *self.lowered.fingerprint())
+
+    def __call__(self, graph: Graph) -> None:
+        offload.pin(graph)
 
 
 class _Joint(compat.CustomPartitionerFn):  # type: ignore[misc]
@@ -203,6 +214,8 @@ def lower(
     if limit is not None:  # Inductor keeps a buffer until a later one of its size takes it over
         patches["allow_buffer_reuse"] = False
         fusing = compat.fusions_in_place()
+    if limit is not None and limit.room_bytes:
+        patches["post_grad_custom_post_pass"] = _Pin(lowered)
     with compat.forced_backward_lowering(), fusing:
         compiled = compat.compile_fx(gm, inputs, config_patches=patches)
     return compiled, _remember(memory, lowered.report.rows)
