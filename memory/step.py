@@ -209,7 +209,8 @@ class StepMemory:
             )
             return
         link = measured_link(expected) if self._device_type == "cuda" else expected
-        answers = self._world.gather("memory: host", [link, host_room_bytes()], self._timeout)
+        mine = [link, host_room_bytes(self._world.size)]
+        answers = self._world.gather("memory: host", mine, self._timeout)
         slowest, self._room = (min(each) for each in zip(*answers, strict=True))
         self._speed = dataclasses.replace(self._speed, host=slowest)
 

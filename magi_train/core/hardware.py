@@ -145,14 +145,17 @@ HOST_SHARE = 0.5
 """Part of a host's memory that may be pinned, all ranks together."""
 
 
-def host_room_bytes() -> int:
-    """Return how much memory of its host one rank may pin."""
+def host_room_bytes(ranks: int) -> int:
+    """Return how much memory of its host one rank may pin.
+
+    Args:
+        ranks: On all hosts; those of this one count where the launcher tells how many there are.
+    """
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
         with contextlib.suppress(OSError, ValueError):
             size = min(size, int(Path("/sys/fs/cgroup", limit).read_text()))
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return int(size * HOST_SHARE) // max(1, ranks)
+    return int(size * HOST_SHARE) // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
 
 
 def pinned_bytes(size: int) -> int:

@@ -439,6 +439,8 @@ def test_a_container_limits_the_room(monkeypatch, tmp_path):
     (tmp_path / "memory.max").write_text(f"{2**30}\n")
     monkeypatch.setattr(hardware, "Path", lambda _, name: tmp_path / name)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert hardware.host_room_bytes() == 2**30 * hardware.HOST_SHARE // 4
+    assert hardware.host_room_bytes(8) == 2**30 * hardware.HOST_SHARE // 4
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert hardware.host_room_bytes(8) == 2**30 * hardware.HOST_SHARE // 8
     (tmp_path / "memory.max").write_text("max\n")
-    assert hardware.host_room_bytes() > 2**28
+    assert hardware.host_room_bytes(1) > 2**29
