@@ -22,9 +22,9 @@ from magi_train.memory.peak import simulate
 from tests.close import difference, tolerance
 from tests.memory.joint import capture
 from tests.memory.test_budget import Deep, between
-from tests.memory.test_peak import Layer, same
+from tests.memory.test_peak import GUESS, Layer, same
 from tests.memory.tracker import traced_peak
-from tests.models import Small, loss_of, tokens
+from tests.models import MODELS, Small, llama, loss_of, tokens
 
 GIB, TOLERANCE = 2**30, 0.03
 LAYERS, PLENTY = 12, 2**40
@@ -444,3 +444,40 @@ def test_a_container_limits_the_room(monkeypatch, tmp_path):
     assert hardware.host_room_bytes(8) == 2**30 * hardware.HOST_SHARE // 8
     (tmp_path / "memory.max").write_text("max\n")
     assert hardware.host_room_bytes(1) > 2**29
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["llama", "bert", "resnet"])
+def test_library_models(name):
+    make, batch = MODELS[name]
+    model, given = make(), batch(0)
+    slow_device = Speed(flops=1e7, bytes=1e12, host=1e7)  # what takes 200 bytes may wait
+    found = capture(lambda: loss_of(model(**given)), speed=slow_device, room_bytes=PLENTY)
+    row = found.row
+    _, want = traced_peak(*found.cut(row.default))
+    moving = [plan for plan in row.plans if plan.moved]
+    assert moving
+    for plan in moving[:: max(1, len(moving) // 6)]:
+        cut, moves = found.cut_and_move(plan)
+        assert set(moves.nodes) == plan.moved
+        peak, gradients = traced_peak(*cut)
+        assert simulate(*cut, fused=False).peak == pytest.approx(peak, rel=TOLERANCE)
+        assert row.timeline(plan).peak == pytest.approx(peak, rel=2 * GUESS)  # little is left
+        assert same(gradients, want)
+
+
+@pytest.mark.full
+def test_blocks_of_a_region_offload_alike(engine):
+    torch.manual_seed(0)
+    model = llama(num_hidden_layers=4, vocab_size=32)
+    batch = tokens(0, 16) % 32
+    results = {}
+    for offload, budget in ((False, 1.0), (True, 0.00105)):
+        module, step = prepared(copy.deepcopy(model), budget, offload=offload, tier="region")
+        step(batch).backward()
+        results[offload] = plan_of(module), gradients(module)
+    (free, want), (plan, got) = results[False], results[True]
+    assert not free["offloaded"]
+    assert plan["offloaded"]
+    assert plan["planned_gib"] <= 0.00105
+    assert all(torch.equal(got[name], g) for name, g in want.items())
