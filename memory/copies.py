@@ -22,9 +22,9 @@ any other.
 On other devices the same ops copy at once. The ops are opaque, take no sizes and name no object, so
 compiled code that holds them can be cached.
 
-Source: `torch._functorch._activation_offloading` (torch 2.12) has ops of the same form. Differs:
+Source: `torch._functorch._activation_offloading` (seen on 2.13) has ops of the same form. Differs:
     the host's copy survives a backward (`retain_graph=True`), an error leaves nothing behind, and
-    torch 2.11 will do.
+    nothing private is needed.
 """
 
 from dataclasses import dataclass
