@@ -12,6 +12,8 @@ from benchmarks import train_step
 
 VARIANTS = (
     "fold-masks+compile", "magi:memory_budget_gib=35", "magi:memory_budget_gib=27", "magi",
+    "magi:memory_budget_gib=35,offload_activations=true",
+    "magi:memory_budget_gib=27,offload_activations=true",
     "liger-loss+checkpoint+block-compile", "checkpoint+block-compile", "block-compile",
 )  # fmt: skip
 

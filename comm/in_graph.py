@@ -30,6 +30,7 @@ from magi_train.core.graph import (
     before_widening,
     call_with_metadata,
     input_gradients,
+    is_compute,
     outputs,
 )
 from magi_train.core.passes import Plan
@@ -126,7 +127,7 @@ class PlaceCollectives:
         order = {n: i for i, n in enumerate(nodes)}
         slots = self.comm_plan.buckets[0].slots
         first = max((order[grads[s.name][1]] for s in slots if s.name in grads), default=0)
-        after = sum(_is_compute(n) for n in nodes[first + 1 :])
+        after = sum(is_compute(n) for n in nodes[first + 1 :])
         every = [s.name for b in self.comm_plan.buckets for s in b.slots]
         unused = tuple(name for name in every if name not in grads)
         return InGraphPlan(len(self.comm_plan.buckets), len(grads), unused, after)
@@ -196,23 +197,12 @@ class PlaceCollectives:
         after: dict[Node, list[Node]] = {}
         for launch in launches:
             node = launch.next
-            while node.op != "output" and not _is_compute(node):
+            while node.op != "output" and not is_compute(node):
                 node = node.next
             if node.op != "output":
                 after.setdefault(node, []).append(launch)
         if after:
             compat.ordered(graph, after)
-
-
-def _is_compute(node: Node) -> bool:
-    """Return whether `node` is a kernel of its own that is worth hiding a collective behind."""
-    packet = getattr(node.target, "overloadpacket", None)
-    name = str(packet)
-    return node.op == "call_function" and (
-        packet in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
-        or name.endswith("convolution_backward")
-        or ("attention" in name and name.endswith(("backward", "backward_for_cpu")))
-    )
 
 
 def place(graph: Graph, collectives: PlaceCollectives, *, pin: bool) -> InGraphPlan | None:

@@ -227,7 +227,8 @@ def _captured(
         )
     capture = dataclasses.replace(
         config, tier="graph", dynamic=False, tune=False, cuda_graphs="off",
-        shard_optimizer=False, memory_budget_gib=None, precision="autocast",
+        shard_optimizer=False, memory_budget_gib=None, offload_activations=False,
+        precision="autocast",
     )  # fmt: skip
     prepared, _ = prepare(module, optimizer, config=capture)
     runtime: Runtime = prepared._magi_runtime  # type: ignore[assignment]
@@ -242,6 +243,7 @@ def _captured(
             plan_buckets(module.named_parameters(), config.comm, setup.ranks)
         ),
         limits=limits,
+        offload=config.offload_activations and limits,
         report=runtime.report,
     )
     memory.know([optimizer])

@@ -36,7 +36,7 @@ from magi_train.core.passes import (
 )
 from magi_train.core.report import PassRow, Report, write_atomically
 from magi_train.fusion import attach
-from magi_train.memory import budget, cost, peak, picture, remat, step
+from magi_train.memory import budget, copies, cost, offload, peak, picture, remat, step
 from magi_train.memory.budget import FitBudget
 from magi_train.memory.step import Limit
 
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 MIB = 2**20
 
-MEMORY = (budget, cost, peak, picture, remat, step)
+MEMORY = (budget, copies, cost, offload, peak, picture, remat, step)
 SOURCES = source_fingerprint(sys.modules[__name__], compat, graph, in_graph, attach, *MEMORY)
 """Code that PyTorch compiled with another version of a pass is not taken from its cache."""
 
@@ -109,6 +109,19 @@ class _PostGrad(compat.CustomGraphPass):  # type: ignore[misc]
                 dump(owner, "collectives_after")
 
 
+class _Pin(compat.CustomGraphPass):  # type: ignore[misc]
+    """Inductor's slot behind its own post-grad passes, which know no node that is pinned."""
+
+    def __init__(self, lowered: Lowered) -> None:
+        self.lowered = lowered
+
+    def uuid(self) -> object:
+        return ("magi-pin", *self.lowered.fingerprint())
+
+    def __call__(self, graph: Graph) -> None:
+        offload.pin(graph)
+
+
 class _Joint(compat.CustomPartitionerFn):  # type: ignore[misc]
     """Inductor's partitioner slot: JOINT passes, then the cut into forward and backward."""
 
@@ -153,7 +166,7 @@ def _note_picture(lowered: Lowered, forward: GraphModule, backward: GraphModule)
 
 
 def _note_saved(lowered: Lowered, graph: Graph) -> None:
-    saved = saved_for_backward(graph)
+    saved = [n for n in saved_for_backward(graph) if n.target is not copies.ARRIVED]
     if saved:
         mib = sum(num_bytes(n.meta.get("val")) for n in saved) / MIB
         lowered.note("saved_activations", "joint", SavedPlan(round(mib, 3), len(saved)))
@@ -201,6 +214,8 @@ def lower(
     if limit is not None:  # Inductor keeps a buffer until a later one of its size takes it over
         patches["allow_buffer_reuse"] = False
         fusing = compat.fusions_in_place()
+    if limit is not None and limit.room_bytes:
+        patches["post_grad_custom_post_pass"] = _Pin(lowered)
     with compat.forced_backward_lowering(), fusing:
         compiled = compat.compile_fx(gm, inputs, config_patches=patches)
     return compiled, _remember(memory, lowered.report.rows)

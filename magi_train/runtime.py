@@ -134,6 +134,7 @@ class Runtime:
                 self.world,
                 config.timeout_seconds,
                 self.report,
+                offload=config.offload_activations,
             )
             assert isinstance(self.reducer, Reducer), "a budget is refused for sharded weights"
             self.reducer.pin_plan()  # the budget counts its largest bucket

@@ -1,6 +1,6 @@
 """The memory budget: the fastest step whose predicted peak stays within it.
 
-Objective: the least time of recomputation,
+Objective: the least time of recomputation, and of copies to the host where these are allowed,
     subject to: peak of the whole step <= budget,                      -> `FitBudget`
 where
     peak of the step = resident                                        -> memory/step.py
@@ -8,6 +8,7 @@ where
                          forward and backward, by lifetimes            -> memory/peak.py
                          the optimizer's step: gradients and its temporaries
     and time         = a roofline of what runs again                   -> memory/cost.py
+                     + what copies cost                                -> memory/offload.py
 
 over the plans of memory/remat.py. Where one captured block serves many (the REGION tier), every
 block saves the same: `blocks` - 1 of them wait with what they saved while one runs, or, at the end
@@ -20,16 +21,18 @@ with the plan, and corrects it once.
 """
 
 import copy
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from magi_train.core import compat
 from magi_train.core.errors import MagiError, PassError
 from magi_train.core.graph import saved_for_backward
 from magi_train.core.passes import Plan
+from magi_train.memory.offload import Moves, insert
 from magi_train.memory.peak import Timeline, simulate
 from magi_train.memory.remat import Joint, Row, SavedSet
 from magi_train.memory.step import GIB, Limit, shares
@@ -57,8 +60,12 @@ class BudgetPlan(Plan):
         step_ms: Predicted time of forward and backward without that.
         saved_gib: What the forward saves for its backward.
         recomputed: {op: how often it runs again}, the slowest first.
+        offloaded: {op: how many of its results wait on the host}, the largest first.
+        offloaded_gib: What they take there.
+        copy_ms: Predicted time of their copies, each way.
+        exposed_ms: Predicted time of the copies that no kernel hides.
         resident_gib: {what is there all the time: how much}.
-        frontier: Where the limit asks for a survey: [peak in GiB, recomputation in ms] of each plan
+        frontier: Where the limit asks for a survey: [peak in GiB, what it costs in ms] of each plan
             that some budget would choose, the fastest first.
     """
 
@@ -69,6 +76,10 @@ class BudgetPlan(Plan):
     step_ms: float
     saved_gib: float
     recomputed: dict[str, int]
+    offloaded: dict[str, int]
+    offloaded_gib: float
+    copy_ms: float
+    exposed_ms: float
     resident_gib: dict[str, float]
     frontier: list[list[float]]
 
@@ -112,35 +123,37 @@ class FitBudget:
         on: _Planned = {"fused": self.limit.fused, "device_type": self.limit.device_type}
         graph = Joint(trial.graph, rest["num_fwd_outputs"], self.limit.speed, **on)
         names = {node.name for node in saved_for_backward(default[0])}
-        row = Row(graph, (n for n in graph.nodes if n.name in names))
+        row = Row(graph, (n for n in graph.nodes if n.name in names), self.limit.room_bytes)
         chosen = self._choose(row, self.limit.budget_bytes)
         if chosen is None:
             chosen = self._least(row)
             if self.limit.strict:
                 raise PassError(self._impossible(row, chosen, self._peak(row, chosen)))
 
-        def cut_for(plan: SavedSet) -> Partition:
+        def cut_for(plan: SavedSet) -> tuple[Partition, Moves]:
             if plan is row.default:
-                return default
+                return default, Moves()
             with compat.saving(plan.saved):
-                return compat.min_cut_partition(_copy(joint), inputs, **rest)
+                first, second = compat.min_cut_partition(_copy(joint), inputs, **rest)
+            speed, fused = self.limit.speed, self.limit.fused
+            return (first, second), insert(first, second, plan.moved, speed, fused=fused)
 
-        tried: list[tuple[int, SavedSet, Partition, Timeline]] = []
+        tried: list[tuple[int, SavedSet, Partition, Moves, Timeline]] = []
         for _ in range(CUTS_TRIED):  # the partitioner may order nodes otherwise than the row does
-            cut = cut_for(chosen)
+            cut, moves = cut_for(chosen)
             course = simulate(*cut, **on)
-            tried.append((self._step_bytes(course, row, chosen), chosen, cut, course))
+            tried.append((self._step_bytes(course, row, chosen), chosen, cut, moves, course))
             beyond = tried[-1][0] - self.limit.budget_bytes
             if beyond <= 0:
                 break
             lower = self._choose(row, self._peak(row, chosen) - beyond) or self._least(row)
-            if any(lower is plan for _, plan, _, _ in tried):
+            if any(lower is plan for _, plan, *_ in tried):
                 break
             chosen = lower
-        size, chosen, cut, course = min(tried, key=lambda each: each[0])
+        size, chosen, cut, moves, course = min(tried, key=lambda each: each[0])
         if size > self.limit.budget_bytes and self.limit.strict:
             raise PassError(self._impossible(row, chosen, size))
-        plan = self._plan(row, chosen, course)
+        plan = self._plan(row, chosen, moves, course)
         if self.limit.survey:
             raise SurveyedError(plan, course)
         self._note(plan)
@@ -162,8 +175,8 @@ class FitBudget:
     def _step_bytes(self, course: Timeline, row: Row, plan: SavedSet) -> int:
         return self.limit.step_bytes(course.peak, row.saved_bytes(plan))
 
-    def _milliseconds(self, plan: SavedSet) -> float:
-        return round(plan.seconds * 1e3 * self.limit.blocks, 6)
+    def _milliseconds(self, seconds: float) -> float:
+        return round(seconds * 1e3 * self.limit.blocks, 6)
 
     def _impossible(self, row: Row, least: SavedSet, size: int) -> str:
         course = row.timeline(least)
@@ -173,10 +186,14 @@ class FitBudget:
             f"least {size / GIB:.6g} GiB when as much as possible is recomputed. "
             f"Besides activations: {shares(self.limit)}; largest at the peak: {', '.join(rows)}. "
             "Raise the budget, or lower it with a smaller batch or sequence, a smaller "
-            "FusionConfig.loss_chunk_mib, or an optimizer with less state"
+            f"FusionConfig.loss_chunk_mib, {self._offload_too()}or an optimizer with less state"
         )
 
-    def _plan(self, row: Row, chosen: SavedSet, course: Timeline) -> BudgetPlan:
+    def _offload_too(self) -> str:
+        possible = self.limit.speed.host and not self.limit.room_bytes
+        return "Config(offload_activations=True), " if possible else ""
+
+    def _plan(self, row: Row, chosen: SavedSet, moves: Moves, course: Timeline) -> BudgetPlan:
         graph, limit = row.joint, self.limit
         again: dict[str, float] = {}
         counts: dict[str, int] = {}
@@ -190,13 +207,30 @@ class FitBudget:
             budget_gib=_gib(limit.budget_bytes),
             planned_gib=_gib(self._step_bytes(course, row, chosen)),
             without_gib=_gib(self._peak(row, row.default)),
-            recompute_ms=self._milliseconds(chosen),
+            recompute_ms=self._milliseconds(chosen.seconds),
             step_ms=round(graph.forward_seconds * 1e3 * limit.blocks, 6),
             saved_gib=_gib(row.saved_bytes(chosen) * limit.blocks),
             recomputed={n: counts[n] for n in slowest[:SHOWN_OPS]},
+            offloaded=self._offloaded(graph, moves),
+            offloaded_gib=_gib(moves.bytes * limit.blocks),
+            copy_ms=self._milliseconds(moves.bytes / limit.speed.host if moves.bytes else 0.0),
+            exposed_ms=self._milliseconds(moves.exposed),
             resident_gib={name: _gib(size) for name, size in limit.resident.items()},
-            frontier=[[_gib(self._peak(row, p)), self._milliseconds(p)] for p in survey],
+            frontier=[[_gib(self._peak(row, p)), self._milliseconds(p.price[0])] for p in survey],
         )
+
+    @staticmethod
+    def _offloaded(graph: Joint, moves: Moves) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        sizes: dict[str, int] = {}
+        for node in graph.nodes:
+            if node.name in moves.nodes:
+                source = node.args[0] if node.target is operator.getitem else node
+                name = str(source.target if isinstance(source, Node) else node.target)
+                counts[name] = counts.get(name, 0) + 1
+                sizes[name] = sizes.get(name, 0) + graph.storages.total([node])
+        largest = sorted(counts, key=lambda name: (-sizes[name], name))
+        return {name: counts[name] for name in largest[:SHOWN_OPS]}
 
 
 def _copy(joint: GraphModule) -> GraphModule:

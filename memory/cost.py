@@ -4,7 +4,8 @@
 
 Attention counts at its true flops, whatever kernel computes it: PyTorch's own solver does not know
 every attention op as expensive and recomputes those as if they were free. Where code is generated,
-element-wise work costs no bytes of its own: it is fused into what reads it.
+element-wise work costs no bytes of its own: it is fused into what reads it. Copies from and to the
+host run beside all that (memory/offload.py).
 
 Source: Williams et al. 2009, Roofline. FLOPs from torch.utils.flop_counter; it does not know
     attention with fewer heads of keys, so for all attention 4 x batch x heads x queries x keys x
@@ -23,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from magi_train.core import compat
 from magi_train.core.graph import is_pointwise, is_view, num_bytes
 from magi_train.core.hardware import Speed
+from magi_train.memory.copies import OPS
 
 FUSED_SHARE = 0.25
 """Part of its traffic that recomputing an element-wise node costs in generated code [estimated]."""
@@ -37,7 +39,7 @@ def seconds(node: Node, speed: Speed, *, fused: bool) -> float:
         fused: Whether generated code computes what is element-wise.
     """
     value = node.meta.get("val")
-    if not isinstance(node.target, torch._ops.OpOverload) or is_view(node):
+    if not isinstance(node.target, torch._ops.OpOverload) or is_view(node) or node.target in OPS:
         return 0.0
     read = sum(num_bytes(source.meta.get("val")) for source in node.all_input_nodes)
     written = sum(num_bytes(leaf) for leaf in pytree.tree_leaves(value))

@@ -9,6 +9,8 @@ that are not there yet, and a storage is freed behind the last node that uses it
 Views share the storage of what they look at; sizes are rounded up to what PyTorch's CUDA allocator
 hands out. Inputs of the forward are not counted: who owns them holds them for the whole step
 (memory/step.py). What the forward returns is held to the end, as by a user who keeps the output.
+What waits on the host (memory/offload.py) takes no memory there: it is free once its copy is done,
+and is back from where the copy to the device begins.
 
 Generated code does not store every value. With `fused`, a pointwise node has no storage of its own,
 and its inputs live as long as its readers need them, if no kernel of a library (a product, a
@@ -46,6 +48,7 @@ from magi_train.core.graph import (
     outputs,
     user_line,
 )
+from magi_train.memory.copies import SEND
 
 ROUND_BYTES = 512
 """The CUDA caching allocator hands out multiples of this."""
@@ -61,6 +64,7 @@ WIDE_BYTES = 4
 number for each of its rows. For grouped heads, the gradients of key and value lie there too, one
 for each head of the query. Measured with cuDNN's on an H200: 516 MiB for 32 heads of 64 over 8, of
 32768 tokens in bfloat16."""
+NONE: Mapping[int, Sequence[Node]] = {}
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,8 @@ class Storages:
 
     def _find(self, node: Node) -> tuple[int, ...]:
         source = node.args[0] if node.args else None
+        if node.target is SEND:  # the memory of the host is another
+            return ()
         if is_view(node) and isinstance(source, Node) and isinstance(_value(source), torch.Tensor):
             return self.of(source)
         keys = []
@@ -194,6 +200,8 @@ def walk(
     held: Iterable[Node] = (),
     resident: Iterable[Node] = (),
     keep: Iterable[Node] = (),
+    leave: Mapping[int, Sequence[Node]] = NONE,
+    come: Mapping[int, Sequence[Node]] = NONE,
 ) -> tuple[Timeline, set[int]]:
     """Run `order` in thought.
 
@@ -204,13 +212,18 @@ def walk(
         held: Those of `start` that nothing is written over: others hold them too.
         resident: Nodes whose values are not counted.
         keep: Nodes whose values stay alive to the end.
+        leave: {place in the order: nodes whose values are on their way to the host until then}.
+        come: {place in the order: nodes whose values come back from the host from there on}.
 
     Returns:
         The timeline, and the storages that are alive after it.
     """
+    leaving = {s: i for i, nodes in leave.items() for node in nodes for s in storages.of(node)}
     free_of_charge = {s for node in resident for s in storages.of(node)}
     kept = {s for node in keep for s in storages.of(node)}
-    stored, last_use, over = _lifetimes(order, storages, keep)
+    gone = [node for nodes in leave.values() for node in nodes]
+    stored, last_use, over = _lifetimes(order, storages, [*keep, *gone])
+    last_use.update((s, max(i, last_use.get(s, i))) for s, i in leaving.items())
     live = {s for node in start for s in storages.of(node)} - free_of_charge
     fixed = kept | free_of_charge | {s for node in held for s in storages.of(node)}
     maker = {s: node for node in start for s in storages.of(node)}
@@ -222,6 +235,10 @@ def walk(
     sizes, at_peak = [], set(live)
     for i, node in enumerate(order):
         facts = storages.facts(node)
+        for back in come.get(i, ()):
+            live.update(storages.of(back))
+            maker.update((s, back) for s in storages.of(back))
+            now += storages.total([back])
         made = []
         for s in facts.storages if stored[i] else ():
             if s not in live and s not in free_of_charge:

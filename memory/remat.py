@@ -14,8 +14,12 @@ S and from the inputs. For one joint graph the row of plans does not depend on a
    a layer often has two places of the same size, and it matters whether what runs again ends with
    the layer or in its middle.
 
+Where values may wait on the host, each S stands there several times, with no, some and more of its
+values on the host (memory/offload.py): the oldest half of those whose copies are hidden under
+kernels, all of those, and all that are worth a copy.
+
 Every plan is judged by its predicted peak (memory/peak.py) and by the time of what it recomputes
-(memory/cost.py). For a budget the fastest plan that fits is taken:
+(memory/cost.py), and of copies. For a budget the fastest plan that fits is taken:
 
     minimise seconds(S)  subject to  peak(S) <= budget                              -> `Row.choose`
 
@@ -27,19 +31,24 @@ Differs from PyTorch's `activation_memory_budget`: bytes of the peak in place of
 saved; attention is priced; a chain has checkpoints.
 """
 
+import dataclasses
 import heapq
 import math
 import operator
+from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 from torch import Tensor
 from torch.fx import Graph, Node
 
 from magi_train.core.graph import ancestors, mutated, mutated_inputs, outputs
-from magi_train.core.hardware import Speed
+from magi_train.core.hardware import Speed, pinned_bytes
 from magi_train.memory import cost
+from magi_train.memory.offload import Trip, can_wait
 from magi_train.memory.peak import Storages, Timeline, body, join, walk
 
 SPACINGS = (1, 2, 4, 8)
@@ -59,10 +68,19 @@ class SavedSet:
     Attributes:
         saved: Names of the forward values that the backward gets, without inputs.
         seconds: Predicted time of all that the backward runs again.
+        moved: Those of `saved` that wait on the host.
+        copy_seconds: Predicted time that their copies cost.
     """
 
     saved: frozenset[str]
     seconds: float
+    moved: frozenset[str] = frozenset()
+    copy_seconds: float = 0.0
+
+    @property
+    def price(self) -> tuple[float, int]:
+        """What the plan costs, to order plans by."""
+        return self.seconds + self.copy_seconds, len(self.moved)
 
 
 class Joint:
@@ -80,7 +98,7 @@ class Joint:
         self, graph: Graph, num_outputs: int, speed: Speed, *, fused: bool, device_type: str = ""
     ) -> None:
         results = outputs(graph)
-        self.storages = Storages(fused=fused, device_type=device_type)
+        self.storages, self.speed = Storages(fused=fused, device_type=device_type), speed
         self.nodes = body(graph)
         self.place = {node: i for i, node in enumerate(self.nodes)}
         self.inputs = graph.find_nodes(op="placeholder")
@@ -123,25 +141,61 @@ class Joint:
         direct = {g for g in self.gradients if g in saved}
         return {a for n in run for a in self._sources[n] if a in saved} | direct
 
-    def timeline(self, saved: set[Node]) -> Timeline:
-        """Return the predicted timeline of forward and backward."""
-        keep = [*self.results, *saved]
-        run = self.needed(keep, set()) - self.late
+    def timeline(self, saved: set[Node], moved: set[Node] | None = None) -> Timeline:
+        """Return the predicted timeline of forward and backward.
+
+        Args:
+            saved: What the backward gets.
+            moved: Those of it that wait on the host.
+        """
+        moved = moved or set()
+        stay = saved - moved
+        trip = self.trip(saved)
+        trip.move(sorted(moved, key=self.place.__getitem__), self.storages)
         first, _ = walk(
-            _parts_first([n for n in self.nodes if n in run]),
+            trip.forward,
             self.storages,
             resident=self.inputs,
-            keep=keep,
+            keep=[*self.results, *stay],
+            leave=trip.leave,
         )
         second, _ = walk(
-            self.backward_order(saved),
+            trip.backward,
             self.storages,
-            start=[*saved, *self.results, *self.tangents],
+            start=[*stay, *self.results, *self.tangents],
             held=self.tangents,
             resident=[n for n in self.inputs if n not in self.tangents],
             keep=[*self.results, *self.gradients],
+            come=trip.come,
         )
         return join(first, second)
+
+    def trip(self, saved: set[Node]) -> Trip:
+        """Return the ways that values can take to the host and back."""
+        orders = self.forward_order(saved), self.backward_order(saved)
+        return Trip(*orders, self.seconds, self.speed.host)
+
+    def movable(self, saved: set[Node]) -> list[Node]:
+        """Return those of `saved` that could wait on the host, in the order of the forward.
+
+        Each has a memory of its own, which no input, result or gradient shares.
+        """
+        apart = [*self.inputs, *self.results, *self.gradients]
+        others = Counter(s for n in saved for s in self.storages.of(n))
+        others.update(s for n in apart for s in self.storages.of(n))
+        link = self.speed.host
+        found = [
+            n
+            for n in self.read(saved) - self.late
+            if can_wait(n.meta.get("val"), link)
+            and all(others[s] == 1 for s in self.storages.of(n))
+        ]
+        return sorted(found, key=self.place.__getitem__) if link else []
+
+    def forward_order(self, saved: set[Node]) -> list[Node]:
+        """Return the forward's nodes as PyTorch's partitioner orders them."""
+        run = self.needed([*self.results, *saved], set()) - self.late
+        return _parts_first([n for n in self.nodes if n in run])
 
     def backward_order(self, saved: set[Node]) -> list[Node]:
         """Return the backward's nodes as PyTorch's partitioner orders them.
@@ -231,38 +285,59 @@ class Row:
     Args:
         joint: The graph.
         default: What PyTorch's min-cut saves.
+        room_bytes: Of the host, for what waits there; 0: nothing does.
     """
 
-    def __init__(self, joint: Joint, default: Iterable[Node]) -> None:
-        self.joint = joint
+    def __init__(self, joint: Joint, default: Iterable[Node], room_bytes: int = 0) -> None:
+        self.joint, self._room = joint, room_bytes
         self._nodes = {n.name: n for n in joint.nodes}
-        self._timelines: dict[frozenset[str], Timeline] = {}
+        self._timelines: dict[SavedSet, Timeline] = {}
         start = {n for n in default if n in joint.place}
-        plans = [self._plan(start)]
+        plans = [*self._plans(start)]
         bounds = checkpoints(joint)
         for first, spacing in dict.fromkeys(
             (max(s - late, 0), s) for s in SPACINGS for late in (1, 2)
         ):
             stay = {n for bound in bounds[first::spacing] for n in bound}
-            plans += [self._plan(s) for s in _thin(list(_evict(joint, start | stay, stay)))]
+            for saved in _thin(list(_evict(joint, start | stay, stay))):
+                plans += self._plans(saved)
         self.default = plans[0]
-        self.plans = sorted(dict.fromkeys(plans), key=lambda p: p.seconds)
+        self.plans = sorted(dict.fromkeys(plans), key=lambda p: p.price)
 
-    def _plan(self, saved: set[Node]) -> SavedSet:
+    def _plans(self, saved: set[Node]) -> Iterator[SavedSet]:
+        """Yield the plan that saves a set on the device, and some with ever more on the host."""
         again = self.joint.recomputed(saved)
         names = frozenset(n.name for n in saved)
-        return SavedSet(names, sum(self.joint.seconds[n] for n in again))
+        plan = SavedSet(names, sum(self.joint.seconds[n] for n in again))
+        yield plan
+        values = self.joint.movable(saved) if self._room else []
+        sizes = [self.joint.storages.total([n]) for n in values]
+        total, held = [0, *accumulate(sizes)], [*accumulate(map(pinned_bytes, sizes))]
+        most = bisect_right(held, self._room)
+        if not most:
+            return
+        trip = self.joint.trip(saved)
+
+        def exposed(count: int) -> float:
+            return trip.move(values[:count], self.joint.storages)
+
+        hidden = bisect_left(range(1, most + 1), True, key=lambda count: exposed(count) > 0)
+        half = bisect_left(total, total[hidden] / 2)
+        for count in sorted({half, hidden, most} - {0}):
+            cost = exposed(count) + 2 * total[count] / self.joint.speed.bytes
+            moved = frozenset(n.name for n in values[:count])
+            yield dataclasses.replace(plan, moved=moved, copy_seconds=cost)
 
     def timeline(self, plan: SavedSet) -> Timeline:
         """Return the predicted timeline of a plan."""
-        if plan.saved not in self._timelines:
-            saved = {self._nodes[name] for name in plan.saved}
-            self._timelines[plan.saved] = self.joint.timeline(saved)
-        return self._timelines[plan.saved]
+        if plan not in self._timelines:
+            saved, moved = ({self._nodes[n] for n in names} for names in (plan.saved, plan.moved))
+            self._timelines[plan] = self.joint.timeline(saved, moved)
+        return self._timelines[plan]
 
     def saved_bytes(self, plan: SavedSet) -> int:
-        """Return the bytes that a plan keeps for the backward, inputs not counted."""
-        return self.joint.storages.total(self._nodes[name] for name in plan.saved)
+        """Return the bytes that a plan keeps on the device for the backward, without inputs."""
+        return self.joint.storages.total(self._nodes[name] for name in plan.saved - plan.moved)
 
     def choose(
         self,

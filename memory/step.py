@@ -15,6 +15,7 @@ under a plan. They are read when an optimizer's step ends, and again when the ne
 training code may reset them in between.
 """
 
+import dataclasses
 import logging
 import weakref
 from collections.abc import Iterable, Sequence
@@ -29,7 +30,14 @@ from torch.utils.hooks import RemovableHandle
 
 from magi_train.core import compat
 from magi_train.core.errors import MagiError
-from magi_train.core.hardware import Speed, cublas_bytes, device_memory_bytes, speed_of
+from magi_train.core.hardware import (
+    Speed,
+    cublas_bytes,
+    device_memory_bytes,
+    host_room_bytes,
+    measured_link,
+    speed_of,
+)
 from magi_train.core.report import Report
 from magi_train.core.world import World
 from magi_train.memory.sharded_optimizer import is_sharded
@@ -64,6 +72,7 @@ class Limit:
         blocks: How often the captured graph runs in a forward.
         strict: Whether a budget that cannot be kept is an error; else the least is taken.
         survey: Whether the plan shall say what each other budget would give.
+        room_bytes: Of the host, for activations that wait there; 0: none do.
     """
 
     budget_bytes: int
@@ -76,6 +85,7 @@ class Limit:
     blocks: int = 1
     strict: bool = True
     survey: bool = False
+    room_bytes: int = 0
 
     @property
     def resident_bytes(self) -> int:
@@ -104,6 +114,7 @@ class StepMemory:
         world: The ranks that train it.
         timeout_seconds: How long they wait for each other.
         report: Gets measured peaks and what follows from them.
+        offload: Whether activations may wait on the host.
 
     Attributes:
         limits: Whether the step has to keep to the budget.
@@ -122,12 +133,15 @@ class StepMemory:
         world: World,
         timeout_seconds: float,
         report: Report,
+        *,
+        offload: bool = False,
     ) -> None:
         self.budget_bytes = _budget(budget_gib, device_type)
         self._module, self._device_type = weakref.ref(module), device_type
         self._on_cuda = device_type == "cuda"
         self._world, self._timeout, self._report = world, timeout_seconds, report
         self._optimizers: list[weakref.ref[Optimizer]] = []
+        self._offload, self._speed, self._room = offload, speed_of(device_type), 0
         self._resident: dict[str, int] | None = None
         self._planned_bytes = 0
         self._bounded = False
@@ -182,6 +196,23 @@ class StepMemory:
         most = max(self._gather("resident bytes", sum(held.values())))
         held["other"] = held.get("other", 0) + most - sum(held.values())
         self._resident = {name: size for name, size in held.items() if size}
+        if self._offload:
+            self._meet_host()
+
+    def _meet_host(self) -> None:
+        """Find out how fast the host's memory is reached, and how much of it there is."""
+        expected = self._speed.host
+        if not expected:
+            self._report.note(
+                f"no activation waits on the host: a {self._device_type!r} device has no engine "
+                "that copies beside its kernels"
+            )
+            return
+        link = measured_link(expected) if self._device_type == "cuda" else expected
+        mine = [link, host_room_bytes(self._world.size)]
+        answers = self._world.gather("memory: host", mine, self._timeout)
+        slowest, self._room = (min(each) for each in zip(*answers, strict=True))
+        self._speed = dataclasses.replace(self._speed, host=slowest)
 
     def limit(self, *, shadow_bytes: int, fused: bool, blocks: int) -> Limit:
         """Return what a graph that is about to be lowered has to keep to.
@@ -207,10 +238,11 @@ class StepMemory:
             _bytes(trained),
             self._update_bytes(trained),
             self._device_type,
-            speed_of(self._device_type),
+            self._speed,
             fused,
             blocks,
             strict=self._plans == 1,
+            room_bytes=self._room // blocks,
         )
         least = limit.step_bytes(0, 0)
         if limit.strict and least > limit.budget_bytes:

@@ -7,6 +7,7 @@ optimizer divided by ranks that are not there. Nothing is limited: the plan list
 """
 
 import dataclasses
+import sys
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class SurveyMemory(StepMemory):
         taken: Whether a kernel of ours takes the steps of the optimizers that it knows.
         buffer_bytes: That communication between these ranks needs.
         limits: Whether the passes are those of a step with a budget.
+        offload: Whether activations may wait on the host, which has as much memory as they need.
         report: Gets notes.
     """
 
@@ -47,12 +49,15 @@ class SurveyMemory(StepMemory):
         taken: bool,
         buffer_bytes: int,
         limits: bool,
+        offload: bool,
         report: Report,
     ) -> None:
         super().__init__(module, UNLIMITED_GIB, "cpu", World(), 0.0, report)
         self.gpu, self._on_cuda = gpu, gpu is not None
         self._ranks, self._sharded, self._taken = ranks, sharded, taken
         self._buffer_bytes = buffer_bytes
+        self._speed = gpu.speed if gpu else HOST
+        self._room = sys.maxsize if offload and self._speed.host else 0
         self.limits = limits
 
     def begin(self, batch: Any, shadow_bytes: int, bucket_bytes: int) -> None:
@@ -67,7 +72,6 @@ class SurveyMemory(StepMemory):
             limit,
             resident=held,
             device_type="cuda" if self.gpu else "cpu",
-            speed=self.gpu.speed if self.gpu else HOST,
             survey=True,
         )
 

@@ -266,6 +266,12 @@ class Config:
     limit, PyTorch's own choice, which recomputes only what is free. Resets the device's peak
     statistics once, in the second step."""
 
+    offload_activations: bool = False
+    """Under `memory_budget_gib` on CUDA devices: let activations wait in pinned memory of the host
+    where that costs less time than recomputing, which is as far as copies hide beside kernels;
+    gradients do not change. The ranks of a host may pin half of its memory together, in blocks that
+    are powers of two, and keep it between steps. False: what does not fit is recomputed."""
+
     comm: CommConfig = field(default_factory=CommConfig)
     """Buckets and wire format of gradients."""
 
@@ -338,6 +344,12 @@ class Config:
                     f"Config.memory_budget_gib must be a number of GiB, 'auto' or None, got {got}"
                 )
             _check_positive("Config", "memory_budget_gib", self.memory_budget_gib)
+        if self.offload_activations and self.memory_budget_gib is None:
+            raise ValueError(
+                "Config.offload_activations is True, but Config.memory_budget_gib is None, and "
+                "activations wait on the host only as far as a budget asks for it; set "
+                "memory_budget_gib to a number of GiB or 'auto'"
+            )
         for name, wanted in (
             ("memory_budget_gib", self.memory_budget_gib is not None),
             ("precision='fp8'", self.precision == "fp8"),

@@ -291,6 +291,17 @@ def is_reduction(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and op_name(node) in REDUCTIONS
 
 
+def is_compute(node: Node) -> bool:
+    """Return whether a node is a kernel of its own that other work can hide behind."""
+    packet = getattr(node.target, "overloadpacket", None)
+    name = str(packet)
+    return node.op == "call_function" and (
+        packet in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+        or "convolution" in name
+        or ("attention" in name and name.endswith(("backward", "backward_for_cpu")))
+    )
+
+
 def input_position(placeholder: Node) -> int | None:
     """Return which input of the captured graph a placeholder of AOTAutograd's graph is."""
     what = placeholder.meta.get("desc")

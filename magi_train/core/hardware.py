@@ -1,8 +1,12 @@
 """What the GPUs are and how fast: by the driver, without a CUDA context where that is enough."""
 
+import contextlib
 import logging
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -84,20 +88,25 @@ class Speed:
     Attributes:
         flops: Operations a second of a large bfloat16 matrix product.
         bytes: Bytes a second from and to its memory.
+        host: Bytes a second that a copy engine moves between it and pinned memory of its host, each
+            way; 0: there is none.
     """
 
     flops: float
     bytes: float
+    host: float = 0.0
 
 
+PCIE_5, PCIE_4 = 45e9, 22e9
+"""16 lanes: seven tenths of their rate, which is 63 and 31.5 GB/s [estimated]."""
 SPEEDS = {
-    "H200": Speed(790e12, 4.3e12),  # measured; the others are 80 % of the data sheet
-    "B200": Speed(1800e12, 6.4e12),
-    "H100": Speed(790e12, 2.7e12),
-    "A100": Speed(250e12, 1.6e12),
-    "L40": Speed(145e12, 0.69e12),
+    "H200": Speed(790e12, 4.3e12, PCIE_5),  # measured; the others are 80 % of the data sheet
+    "B200": Speed(1800e12, 6.4e12, PCIE_5),
+    "H100": Speed(790e12, 2.7e12, PCIE_5),
+    "A100": Speed(250e12, 1.6e12, PCIE_4),
+    "L40": Speed(145e12, 0.69e12, PCIE_4),
 }
-OTHER_GPU, HOST = Speed(100e12, 0.8e12), Speed(1e12, 50e9)
+OTHER_GPU, HOST = Speed(100e12, 0.8e12, PCIE_4 / 2), Speed(1e12, 50e9)
 
 
 def speed_of(device_type: str) -> Speed:
@@ -106,6 +115,52 @@ def speed_of(device_type: str) -> Speed:
         return HOST
     name = torch.cuda.get_device_name()
     return next((speed for known, speed in SPEEDS.items() if known in name), OTHER_GPU)
+
+
+LINK_STEPS, LINK_PROBE_BYTES = 10, 2**26
+
+
+def measured_link(expected: float) -> float:
+    """Return the bytes a second between the current CUDA device and its host, the slower way.
+
+    At most what is expected, and in tenths of that, as compiled code depends on it. Takes some ten
+    milliseconds.
+    """
+    there = torch.empty(LINK_PROBE_BYTES, dtype=torch.uint8, device="cuda")
+    here = torch.empty(LINK_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
+    slowest = math.inf
+    for target, source in ((here, there), (there, here)):
+        target.copy_(source, non_blocking=True)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(3):
+            target.copy_(source, non_blocking=True)
+        end.record()
+        end.synchronize()
+        slowest = min(slowest, 3 * LINK_PROBE_BYTES / (begin.elapsed_time(end) / 1e3))
+    return expected * max(1, min(LINK_STEPS, int(slowest / expected * LINK_STEPS))) / LINK_STEPS
+
+
+HOST_SHARE = 0.5
+"""Part of a host's memory that may be pinned, all ranks together."""
+
+
+def host_room_bytes(ranks: int) -> int:
+    """Return how much memory of its host one rank may pin.
+
+    Args:
+        ranks: On all hosts; those of this one count where the launcher tells how many there are.
+    """
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container
+        with contextlib.suppress(OSError, ValueError):
+            size = min(size, int(Path("/sys/fs/cgroup", limit).read_text()))
+    return int(size * HOST_SHARE) // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+
+
+def pinned_bytes(size: int) -> int:
+    """Return what PyTorch takes from the host for `size` bytes of pinned memory."""
+    return 1 << (size - 1).bit_length()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from torch.fx import GraphModule
 
 from magi_train.core import compat
 from magi_train.core.graph import saved_for_backward
-from magi_train.core.hardware import HOST
+from magi_train.core.hardware import HOST, Speed
+from magi_train.memory.offload import Moves, insert
 from magi_train.memory.remat import Joint, Row, SavedSet
 
 
@@ -35,21 +36,28 @@ class Captured:
         with compat.saving(plan.saved):
             return compat.min_cut_partition(copied(self.graph), self.inputs, **self.rest)
 
+    def cut_and_move(self, plan: SavedSet) -> tuple[tuple[GraphModule, GraphModule], Moves]:
+        """Return the same with what waits on the host, and what that is."""
+        cut = self.cut(plan)
+        return cut, insert(*cut, plan.moved, self.row.joint.speed, fused=False)
+
 
 def copied(graph: GraphModule) -> GraphModule:
     return GraphModule(graph, copy.deepcopy(graph.graph))
 
 
-def capture(function: Callable[..., Any], *args: Any) -> Captured:
+def capture(
+    function: Callable[..., Any], *args: Any, speed: Speed = HOST, room_bytes: int = 0
+) -> Captured:
     """Capture a function of tensors that returns its loss."""
     found = []
 
     def partition(joint: GraphModule, inputs: Any, **rest: Any) -> Any:
         trial = copied(joint)
         default = compat.min_cut_partition(trial, inputs, **rest)
-        graph = Joint(trial.graph, rest["num_fwd_outputs"], HOST, fused=False)
+        graph = Joint(trial.graph, rest["num_fwd_outputs"], speed, fused=False)
         names = {n.name for n in saved_for_backward(default[0])}
-        row = Row(graph, [n for n in graph.nodes if n.name in names])
+        row = Row(graph, [n for n in graph.nodes if n.name in names], room_bytes)
         found.append(Captured(copied(joint), inputs, rest, row))
         return default
 

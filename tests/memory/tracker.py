@@ -8,11 +8,15 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from magi_train.core.graph import outputs
+from magi_train.memory.copies import SEND
 from magi_train.memory.peak import ROUND_BYTES
 
 
 class Tracker(TorchDispatchMode):
-    """Counts the storages that ops make, until they die; `peak` is the most at any time."""
+    """Counts the storages that ops make, until they die; `peak` is the most at any time.
+
+    Copies that wait on the host lie in another memory.
+    """
 
     def __init__(self, known):
         super().__init__()
@@ -25,13 +29,13 @@ class Tracker(TorchDispatchMode):
         self.now -= size
         del self._seen[key]
 
-    def count(self, tree):
+    def count(self, tree, *, on_host=False):
         for tensor in pytree.tree_leaves(tree):
             if not isinstance(tensor, torch.Tensor):
                 continue
             storage = tensor.untyped_storage()
             if storage._cdata not in self._seen:
-                size = -(-storage.nbytes() // ROUND_BYTES) * ROUND_BYTES
+                size = 0 if on_host else -(-storage.nbytes() // ROUND_BYTES) * ROUND_BYTES
                 self._seen[storage._cdata] = True
                 weakref.finalize(storage, self._freed, storage._cdata, size)
                 self.now += size
@@ -39,7 +43,7 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.count(result)
+        self.count(result, on_host=func is SEND)
         return result
 
 
