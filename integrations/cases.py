@@ -167,7 +167,7 @@ CASES = {
     "llama-1b": _text(_llama(**_LLAMA_1B), 2, 4096, 128256),
     "llama-1b-packed": _text(_llama(**_LLAMA_1B), 1, 8192, 128256, sequences=8),
     "llama-1b-32k": _text(_llama(**_LLAMA_1B), 1, 32768, 128256),
-    "llama-8b": _text(_transformers("llama", **_LLAMA_8B), 1, 8192, 128256),
+    "llama-8b": _text(from_transformers("llama", **_LLAMA_8B), 1, 8192, 128256),
     "mistral-window": _text(
         from_transformers(
             "mistral",
