@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from magi_train.core.errors import ExportError
 from magi_train.exporter.write import relative_error
@@ -49,6 +50,7 @@ class Compiled:
     ) -> None:
         self._program, self._by_op = program, program.module()
         self._options, self._first = dict(options), tuple(first)
+        self._allowed = _coarsest(program) ** 0.5
         self._lock = threading.Lock()
         self._code: dict[Shapes, Callable[..., Sequence[Tensor]]] = {}
 
@@ -85,17 +87,28 @@ class Compiled:
                     f"the program cannot be compiled here ({type(error).__name__}: "
                     f"{str(error)[:500]}); load it without `compile`"
                 ) from error
-        _check([*got, *tensors], [*wanted, *kept], key)
+        _check([*got, *tensors], [*wanted, *kept], key, self._allowed)
         self._code[key] = code
         return got
 
 
-def _check(got: Sequence[Tensor], wanted: Sequence[Tensor], key: Shapes) -> None:
+def _coarsest(program: torch.export.ExportedProgram) -> float:
+    """Return the rounding error of the least precise dtype that the program computes in.
+
+    Results may be wider. Numbers of one byte are weights, which are widened where they are read.
+    """
+    values = [v for n in program.graph.nodes for v in pytree.tree_leaves(n.meta.get("val"))]
+    dtypes = {v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()}
+    wide = [torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize > 1]
+    return max(wide, default=torch.finfo(torch.float32).eps)
+
+
+def _check(got: Sequence[Tensor], wanted: Sequence[Tensor], key: Shapes, allowed: float) -> None:
     """Make sure that code computed what the program does, written inputs included."""
     for number, (result, right) in enumerate(zip(got, wanted, strict=True)):
         if not right.is_floating_point():
             continue  # the index of a largest value may be another one of two that are close
-        error, allowed = relative_error(result, right), torch.finfo(right.dtype).eps ** 0.5
+        error = relative_error(result, right)
         if not error <= allowed:
             raise ExportError(
                 f"compiled for {list(key)}, result {number} is off by {error:.1e} (relative) from "

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import magi_train
+from magi_train import ExportConfig
 from magi_train.core import device_graphs
 from magi_train.core.errors import ExportError
 from magi_train.exporter import compiled
@@ -106,6 +107,19 @@ def test_code_that_computes_something_else_is_refused(file, monkeypatch):
         with pytest.raises(ExportError, match=r"result 0 is off by 1\.0e-02 .* without `compile`"):
             run(images(0, 2))
     assert len(made) == 2
+
+
+def test_what_is_allowed_is_of_the_dtype_inside(tmp_path, monkeypatch):
+    path, config = tmp_path / "model.pt2", ExportConfig(precision="bfloat16")
+    magi_train.export(Block(8), (images(0, 2),), path, config=config)
+    for factor, right in ((1.01, True), (1.2, False)):
+        uncompiled(monkeypatch, lambda results, f=factor: [r * f for r in results])
+        run = magi_train.load(path, compile=True)
+        if right:
+            assert run(images(0, 2)).dtype == torch.float32
+        else:
+            with pytest.raises(ExportError, match=r"off by 2\.0e-01"):
+                run(images(0, 2))
 
 
 def test_what_cannot_be_compiled_says_so(file, monkeypatch):
