@@ -56,6 +56,12 @@ def add_efficiency(rows: list[dict[str, Any]]) -> None:
             row["to_the_best_peer_back_to_back"] = row[FASTEST] / max(theirs)
 
 
+def save(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Write the record of the rows so far."""
+    add_efficiency(rows)
+    records.save("scaling", options, rows=rows)
+
+
 def main() -> None:
     """Measure what there are GPUs for, print the table, write JSON."""
     parser = records.parser_of(__doc__)
@@ -71,13 +77,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches:
         options.caches = caches
         for gpus in options.gpus:
-            several = (PEERS[0], SMALL[1]) if gpus == 1 else (*PEERS, SMALL[1])
+            several = (SMALL[1], *(PEERS if gpus > 1 else PEERS[:1]))
             rows += measured(options.small_case, gpus, several, options)
+            save(rows, options)  # a call that is cut keeps what it has
         if not options.no_large:
-            large = (PEERS[1], LARGE[1])
+            large = (LARGE[1], PEERS[1])
             rows += measured(options.large_case, options.large_gpus, large, options)
-    add_efficiency(rows)
-    records.save("scaling", options, rows=rows)
+            save(rows, options)
     for case, gpus in dict.fromkeys((r["case"], r["gpus"]) for r in rows):
         chosen = [r for r in rows if (r["case"], r["gpus"]) == (case, gpus)]
         print(f"\n{case}, {gpus} GPU(s)\n" + bench.table(chosen, 0.05))

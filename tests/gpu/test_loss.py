@@ -39,7 +39,6 @@ def test_the_kernel_equals_float64(dtype, shape, settings, padded):
     assert not got[1][0].any()
 
 
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 def test_a_step_with_the_kernel_equals_eager(name, chunked, monkeypatch):
