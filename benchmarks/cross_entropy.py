@@ -8,7 +8,6 @@ whose second read comes out of the L2 may so come above a copy. Logits are large
 caches. The forward and backward that Inductor generates are timed as one, as they are in a step.
 """
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import records
-from benchmarks.optimizer_step import copy_bandwidth, median_ms
+from benchmarks.bandwidth import copy_bandwidth, rates, show
 
 SHAPES = ((8192, 128256), (16384, 50304), (16384, 30522), (16384, 50257))
 """The last two as generated code lays such logits out: rows padded to a multiple of 128 bytes."""
@@ -68,20 +67,10 @@ def measure(shape: tuple[int, int], copy: float) -> list[dict[str, Any]]:
     got = cross_entropy(logits[some], labels[some], -100)
     want = cross_entropy_reference(logits[some].double(), labels[some], -100)
     off = [float((g - w).norm() / w.norm()) for g, w in zip(got, want, strict=True)]
-    rows = []
-    for name, function in ways(logits, labels).items():
-        row: dict[str, Any] = {"what": name, "shape": shape}
-        try:
-            ms = median_ms(function)
-            speed = STREAMS * logits.numel() / ms / 1e6
-            row |= {"ms": ms, "gb_per_second": speed, "share_of_copy": speed / copy}
-        except Exception as error:
-            row["failed"] = repr(error)[-400:]
-        if name.startswith("ours"):
-            row |= {"loss_off_float64": off[0], "gradient_off_float64": off[1]}
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    return rows
+    moved = STREAMS * logits.numel()
+    calls = {name: (function, moved) for name, function in ways(logits, labels).items()}
+    errors = {"loss_off_float64": off[0], "gradient_off_float64": off[1]}
+    return [r | errors if r["what"].startswith("ours") else r for r in rates(calls, shape, copy)]
 
 
 def main() -> None:
@@ -90,12 +79,7 @@ def main() -> None:
     copy = copy_bandwidth()
     rows = [row for shape in SHAPES for row in measure(shape, copy)]
     records.save("cross_entropy", options, copy_gb_per_second=copy, rows=rows)
-    print(f"\ncopy, device to device {copy:.0f} GB/s")
-    for row in rows:
-        figures = row.get("failed") or (
-            f"{row['ms']:7.3f} ms {row['gb_per_second']:7.0f} GB/s {row['share_of_copy']:7.1%}"
-        )
-        print(f"{row['what']:20} {row['shape']!s:16} {figures}")
+    show(rows, copy)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import records
-from benchmarks.optimizer_step import copy_bandwidth, median_ms
+from benchmarks.bandwidth import copy_bandwidth, median_ms, rates, show
 
 BEYOND_L2 = 4 * 60 * 10**6
 SHAPES = ((8192, 2048), (8192, 8192), (8192, 16384), (2048, 8192), (16384, 768))
@@ -52,18 +52,8 @@ def casts(shape: tuple[int, int], copy: float) -> list[dict[str, Any]]:
     }
     ways["Inductor"] = (lambda x: compiled(x, scale, dtype), 4)
     ways["maximum, Inductor"] = (maximum, 2)
-    rows = []
-    for name, (function, each) in ways.items():
-        row: dict[str, Any] = {"what": name, "shape": shape}
-        try:
-            ms = median_ms(in_turns(tensors, function))
-            speed = each * numel / ms / 1e6
-            row |= {"ms": ms, "gb_per_second": speed, "share_of_copy": speed / copy}
-        except Exception as error:
-            row["failed"] = repr(error)[-400:]
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    return rows
+    calls = {n: (in_turns(tensors, way), each * float(numel)) for n, (way, each) in ways.items()}
+    return list(rates(calls, shape, copy))
 
 
 def products(shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -97,12 +87,7 @@ def main() -> None:
     rows = [row for shape in SHAPES for row in casts(shape, copy)]
     rates = [products(shape) for shape in PRODUCTS]
     records.save("fp8_cast", options, copy_gb_per_second=copy, rows=rows, tflops=rates)
-    print(f"\ncopy, device to device {copy:.0f} GB/s")
-    for row in rows:
-        figures = row.get("failed") or (
-            f"{row['ms']:7.3f} ms {row['gb_per_second']:7.0f} GB/s {row['share_of_copy']:7.1%}"
-        )
-        print(f"{row['what']:24} {row['shape']!s:16} {figures}")
+    show(rows, copy)
 
 
 if __name__ == "__main__":

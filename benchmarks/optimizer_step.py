@@ -8,19 +8,14 @@ shadow 2, its check 2 in every CHECK_STRIDE-th tile. The last column is the shar
 from device to device moves. Times are medians of device events around steps that run back to back.
 """
 
-import itertools
 import json
-import statistics
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import records
+from benchmarks.bandwidth import copy_bandwidth, median_ms
 
-WARM_UP, TIMED = 10, 20
-"""The first steps check every shadow; they lie in the warm-up."""
 LAYERS, HIDDEN, NARROW, WIDE, VOCABULARY = 16, 2048, 512, 8192, 128256
 
 VARIANTS = {
@@ -42,19 +37,6 @@ def shapes() -> list[tuple[int, ...]]:
         (WIDE, HIDDEN), (WIDE, HIDDEN), (HIDDEN, WIDE), (HIDDEN,), (HIDDEN,),
     ]  # fmt: skip
     return [(VOCABULARY, HIDDEN), *layer * LAYERS, (HIDDEN,)]
-
-
-def median_ms(function: Callable[[], Any]) -> float:
-    """Return the median device time of a call, back to back."""
-    for _ in range(WARM_UP):
-        function()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED + 1)]
-    events[0].record()
-    for event in events[1:]:
-        function()
-        event.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
 
 
 def measure(variant: str, parameters: list[nn.Parameter]) -> dict[str, float]:
@@ -84,13 +66,6 @@ def measure(variant: str, parameters: list[nn.Parameter]) -> dict[str, float]:
     each += 2 / CHECK_STRIDE * bool(options.get("check"))
     moved = each * sum(p.numel() for p in parameters)
     return {"step_ms": ms, "gb_per_second": moved / ms / 1e6}
-
-
-def copy_bandwidth(num_bytes: int = 4 * 2**30) -> float:
-    """Return GB/s, reads and writes together, of a copy far larger than the L2 cache."""
-    source = torch.ones(num_bytes, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * num_bytes / median_ms(lambda: target.copy_(source)) / 1e6
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import records
-from benchmarks.optimizer_step import median_ms
+from benchmarks.bandwidth import median_ms
 from magi_train.fusion import varlen
 
 ROWS, LENGTH, HEADS, KEY_HEADS, SIZE, SEQUENCES, WINDOW = 2, 8192, 32, 8, 64, 8, 1024
