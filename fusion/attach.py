@@ -35,9 +35,9 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         scale, *gradients = ctx.saved_tensors
         factor = upstream.to(scale.dtype) * scale
-        scaled = [
-            (g.to(factor.dtype) * factor).to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)
-        ]
+        # [] does not widen a tensor: the product is made in float32 and rounded to what came, so a
+        # gradient of bfloat16 stays one, widened, as autocast's are
+        scaled = [(g * factor).to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)]
         return None, None, None, *scaled, *([None] * len(gradients))
 
 

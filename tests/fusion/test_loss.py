@@ -19,7 +19,7 @@ import magi_train
 from magi_train import Config
 from magi_train.core import compat
 from magi_train.core.config import FusionConfig
-from magi_train.core.graph import example_value, num_bytes, saved_for_backward
+from magi_train.core.graph import before_widening, example_value, num_bytes, saved_for_backward
 from magi_train.core.passes import PassContext, Stage
 from magi_train.fusion.chunked import (
     Recipe,
@@ -613,6 +613,32 @@ def traced_chunks():
     labels = torch.randint(0, vocabulary, (rows,))
     inputs = (weight, torch.randn(rows, WIDTH), labels, torch.arange(vocabulary))
     return make_fx(loss_and_gradient, tracing_mode="fake")(*inputs), inputs
+
+
+def test_a_weights_gradient_of_one_chunk_is_bfloat16_that_is_widened():
+    """So that it may travel, or stay, in bfloat16, as the gradient that autocast makes."""
+    rows, vocabulary = 64, 128
+    recipe = replace(RECIPE, vocabulary=vocabulary, differentiated=(False, True, False))
+
+    def gradient(weight, x, labels, columns, upstream):
+        loss = chunked_cross_entropy(x, weight, None, labels, columns, recipe, 1, rows)
+        return torch.autograd.grad(loss * upstream, weight)
+
+    torch.manual_seed(0)
+    weight = torch.randn(vocabulary, WIDTH, requires_grad=True)
+    x, upstream = torch.randn(rows, WIDTH), torch.tensor(0.3)
+    labels = torch.randint(0, vocabulary, (rows,))
+    inputs = (weight, x, labels, torch.arange(vocabulary), upstream)
+    graph = make_fx(gradient, tracing_mode="fake")(*inputs)
+    (result,) = graph.graph.output_node().args[0]
+    assert result.meta["val"].dtype is torch.float32
+    assert before_widening(result).meta["val"].dtype is torch.bfloat16
+    (got,) = graph(*inputs)
+    exact = (x.double() @ weight.detach().double().t()).requires_grad_()
+    (dz,) = torch.autograd.grad(F.cross_entropy(exact, labels) * 0.3, exact)
+    # products of numbers rounded to bfloat16, and the gradient rounded twice
+    limit = tolerance(torch.bfloat16, 1)
+    assert difference({"": got}, {"": dz.t() @ x.double()}) < limit
 
 
 def test_chunks_do_not_wait_for_each_other_in_generated_code(traced_chunks):
