@@ -71,7 +71,7 @@ class Estimate:
         without_gib: Predicted peak without a budget; if `Setup.config` has one, with the passes of
             a step that has one, which cut large logits into more chunks.
         least_gib: Predicted peak when as much as possible is recomputed: the smallest budget.
-        least_recompute_ms: Predicted time of that recomputation, a step.
+        least_recompute_ms: Predicted time of that recomputation, a step, and of copies to the host.
         step_ms: Predicted time of forward and backward without it.
         gradients_gib: All gradients, which the peak contains only if it lies late.
         resident_gib: {what is there all the time: how much}.

@@ -36,7 +36,7 @@ class Answer:
         limit_gib: What a step may take: `memory_budget_gib`, or the GPU's memory less a margin.
         estimate: Of the batch asked for.
         budget_peak_gib: Predicted peak under the limit; None where it does not fit.
-        budget_recompute_ms: What it recomputes then, a step.
+        budget_recompute_ms: What it recomputes then, a step, and what copies to the host cost.
         largest_batch: Without a budget, at least; None if not searched.
         largest_batch_with_budget: With the smallest budget, at least; None if not searched.
         lower: What would lower the peak.
@@ -155,16 +155,17 @@ def as_text(found: Answer, setup: Setup) -> str:
     assert gpu is not None, "the host's memory is not asked for"
     held = sum(first.resident_gib.values())
     parts = sorted(first.resident_gib.items(), key=lambda part: -part[1])
+    does = "copies and recomputes" if setup.config.offload_activations else "recomputes"
     budget = "does not fit"
     if found.budget_peak_gib is not None and found.budget_recompute_ms is not None:
-        budget = f"{found.budget_peak_gib:.4g} GiB, recomputes {found.budget_recompute_ms:.3g} ms"
+        budget = f"{found.budget_peak_gib:.4g} GiB, {does} {found.budget_recompute_ms:.3g} ms"
     lines = [
         f"{first.model}, {first.parameters / 1e6:.4g} M parameters, batch {first.batch} a rank, "
         f"{setup.ranks} x {gpu.name} ({gpu.memory_gib:.4g} GiB)",
         f"fits: {found.fits} (limit {found.limit_gib:.4g} GiB)",
         f"  peak without a budget  {first.without_gib:.4g} GiB",
         f"  peak under the limit   {budget}",
-        f"  smallest budget        {first.least_gib:.4g} GiB, recomputes "
+        f"  smallest budget        {first.least_gib:.4g} GiB, {does} "
         f"{first.least_recompute_ms:.3g} ms of a forward and backward of {first.step_ms:.3g} ms",
         f"  held all the time      {held:.4g} GiB: "
         + ", ".join(f"{name} {size:.3g}" for name, size in parts),

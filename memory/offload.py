@@ -210,7 +210,7 @@ def _send(graph: Graph, values: Sequence[tuple[Node, Node]]) -> dict[Node, Node]
         anchor = latest.get(behind, begun.get(behind, behind))
         with graph.inserting_after(begun[node] if behind is node else anchor):
             sent[node] = latest[behind] = call_with_metadata(graph, ARRIVED, (begun[node], node))
-        sent[node].name = f"{node.name}_on_host"
+        sent[node].name, sent[node].stack_trace = f"{node.name}_on_host", node.stack_trace
     graph.output_node().args = (tuple(sent.get(r, r) for r in outputs(graph)),)
     return sent
 
@@ -226,6 +226,7 @@ def _fetch(graph: Graph, there: Node, sent: Node, begin: Node, read: Node) -> No
     readers = list(there.users)
     with graph.inserting_before(begin):
         begun = call_with_metadata(graph, FETCH, (there, value.device))
+        begun.stack_trace = sent.stack_trace
     with graph.inserting_before(read):
         back = call_with_metadata(graph, ARRIVED, (begun, there))
     for reader in readers:

@@ -261,3 +261,23 @@ def test_a_step_that_is_not_captured_whole_is_refused():
     batch = {"input_ids": tokens(0), "labels": tokens(0)}
     with pytest.raises(MagiError, match=r"captured whole can be planned: .*graph_break"):
         estimate(lambda: (GraphBreak(), batch | small()[1]), ON_CPU)
+
+
+@pytest.mark.full
+def test_what_the_host_can_hold_is_counted():
+    """On a GPU with a link so fast that all copies hide, the least peak is lower, for less time."""
+
+    def at(**config):
+        link = dataclasses.replace(GPUS["h200"].speed, flops=1e9, host=1e9)
+        gpu = dataclasses.replace(GPUS["h200"], speed=link)
+        config = Config(memory_budget_gib=1.0, **config)
+        return estimate(deep, Setup(gpu, 1, config, torch.bfloat16))
+
+    def deep():
+        layers = [module for _ in range(6) for module in (nn.Linear(256, 256), nn.Tanh())]
+        return nn.Sequential(*layers), (torch.randn(8192, 256),), lambda m, x: m(*x).square().mean()
+
+    without, offload = at(), at(offload_activations=True)
+    assert offload.without_gib == without.without_gib
+    assert offload.least_gib < without.least_gib
+    assert offload.least_recompute_ms < without.least_recompute_ms

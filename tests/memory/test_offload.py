@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import magi_train
@@ -18,13 +19,15 @@ from magi_train.memory import copies
 from magi_train.memory import step as step_memory
 from magi_train.memory.copies import ARRIVED, FETCH, SEND
 from magi_train.memory.offload import can_wait, homeward, outward
-from magi_train.memory.peak import simulate
+from magi_train.memory.peak import Storages, body, simulate, walk
+from magi_train.memory.step import StepMemory
 from tests.close import difference, tolerance
 from tests.memory.joint import capture
 from tests.memory.test_budget import Deep, between
 from tests.memory.test_peak import GUESS, Layer, same
 from tests.memory.tracker import traced_peak
 from tests.models import MODELS, Small, llama, loss_of, tokens
+from tests.ranks import values
 
 GIB, TOLERANCE = 2**30, 0.03
 LAYERS, PLENTY = 12, 2**40
@@ -65,6 +68,7 @@ def test_copies_come_back_as_late_as_may_be():
     times, link = [1.0, 2.0, 3.0, 1.0], 10.0
     assert homeward([(3, 20)], times, link) == ([2], 0.0)
     assert homeward([(2, 20), (3, 20)], times, link) == ([1, 2], 0.0)
+    assert homeward([(2, 20), (3, 40)], times, link) == ([0, 1], 0.0)
     assert homeward([(1, 20), (2, 20), (3, 20)], times, link) == ([0, 1, 2], 1.0)
     assert homeward([(0, 20)], times, link) == ([0], 2.0)
     assert homeward([], times, link) == ([], 0.0)
@@ -108,12 +112,14 @@ def test_a_smaller_budget_is_never_faster_or_larger(fast):
     assert prices == sorted(prices)
 
 
-def test_planned_and_traced_peak_agree_and_gradients_are_equal(fast):
-    row = fast.row
-    _, want = traced_peak(*fast.cut(row.default))
+@pytest.mark.parametrize("link", [FAST.host, 2e7])  # over the second one copies queue
+def test_planned_and_traced_peak_agree_and_gradients_are_equal(link):
+    found = chain(Speed(**SLOW_DEVICE, host=link))
+    row = found.row
+    _, want = traced_peak(*found.cut(row.default))
     moving = [plan for plan in row.plans if plan.moved]
     for plan in moving[:: len(moving) // 8]:
-        cut, moves = fast.cut_and_move(plan)
+        cut, moves = found.cut_and_move(plan)
         assert set(moves.nodes) == plan.moved
         peak, gradients = traced_peak(*cut)
         assert row.timeline(plan).peak == pytest.approx(peak, rel=TOLERANCE)
@@ -135,6 +141,31 @@ def test_a_value_is_freed_when_its_copy_is_done_and_comes_back_late(fast):
     order = [n.target for n in backward.graph.nodes if n.op == "call_function"]
     assert order.index(FETCH) > 0
     assert order.index(ARRIVED) > order.index(FETCH) + 1
+
+
+def live(function, count, **where):
+    """Return how many values of one size are there while each node runs; the inputs are not."""
+    inputs = [torch.ones(64, 64)] * count
+    graph = make_fx(function, tracing_mode="fake")(*inputs).graph
+    given, order = graph.find_nodes(op="placeholder"), body(graph)
+    where = {name: {i: [(given + order)[n]] for i, n in m.items()} for name, m in where.items()}
+    results = graph.output_node().all_input_nodes
+    course, _ = walk(order, Storages(fused=False), resident=given[:1], keep=results, **where)
+    return [size / (64 * 64 * 4) for size in course.live]
+
+
+def test_memory_while_copies_are_under_way():
+    def chained(x):
+        return ((x.exp() + 1) * 2) * 3
+
+    assert live(chained, 1) == [1, 2, 2, 2]
+    assert live(chained, 1, leave={2: 1}) == [1, 2, 3, 2], "on its way until the third node"
+
+    def reading(x, y):
+        return ((x.exp() + 1) * 2) * y
+
+    assert live(reading, 2, come={3: 1}) == [1, 2, 2, 3]
+    assert live(reading, 2, come={1: 1}) == [1, 3, 3, 3], "begins before the second node"
 
 
 def test_the_host_has_room_for_so_much():
@@ -300,6 +331,26 @@ def test_nothing_is_left_of_a_step_nor_of_one_without_a_backward(engine, unlimit
     assert FETCH in recorded.order
 
 
+def leave_on_the_device(monkeypatch):
+    """Let the same cut be chosen, by the same figures, and then move nothing."""
+    real, simulate, limit = memory_budget.insert, memory_budget.simulate, StepMemory.limit
+    told = []
+
+    def insert(forward, backward, names, speed, *, fused):
+        cut = memory_budget._copy(forward), memory_budget._copy(backward)
+        real(*cut, names, speed, fused=fused)
+        told.append(cut)
+        return memory_budget.Moves()
+
+    def unwatched(self, **how):
+        self._done = True  # the peak is not that of the plan
+        return limit(self, **how)
+
+    monkeypatch.setattr(memory_budget, "insert", insert)
+    monkeypatch.setattr(memory_budget, "simulate", lambda *_, **on: simulate(*told[-1], **on))
+    monkeypatch.setattr(StepMemory, "limit", unwatched)
+
+
 def test_generated_code_copies_where_that_was_planned(engine, monkeypatch):
     """Products run while a copy is under way; the numbers are those of the same cut without."""
     torch.manual_seed(0)
@@ -308,10 +359,8 @@ def test_generated_code_copies_where_that_was_planned(engine, monkeypatch):
     found = {}
     for moves in (True, False):
         if not moves:
-            monkeypatch.setattr(memory_budget, "insert", lambda *_, **__: memory_budget.Moves())
-            monkeypatch.setattr(memory_budget, "CUTS_TRIED", 1)
+            leave_on_the_device(monkeypatch)
         module, step = prepared(copy.deepcopy(model), 0.00058, lowering="inductor")
-        monkeypatch.setattr(module._magi_runtime.memory, "_plans", 1 if moves else 2)  # not strict
         with (
             torch._inductor.config.patch(fx_graph_cache=False),
             torch._functorch.config.patch(enable_autograd_cache=False),
@@ -444,6 +493,31 @@ def test_a_container_limits_the_room(monkeypatch, tmp_path):
     assert hardware.host_room_bytes(8) == 2**30 * hardware.HOST_SHARE // 8
     (tmp_path / "memory.max").write_text("max\n")
     assert hardware.host_room_bytes(1) > 2**29
+
+
+def two_ranks_offload(rank, world_size):
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_memory, "speed_of", lambda _: FAST)
+        torch.manual_seed(0)
+        model = Steady()
+        plain = copy.deepcopy(model)
+        module, step = prepared(model, 0.0006, lowering="inductor")
+        step(tokens(rank, 16) % 32).backward()
+    for each in range(world_size):
+        batch = tokens(each, 16) % 32
+        (loss_of(plain(input_ids=batch, labels=batch)) / world_size).backward()
+    rows = {row.name: row.plan for row in magi_train.report(module).rows}
+    off = difference(gradients(model), gradients(plain)) / tolerance(torch.float32)
+    return off, rows["fit_budget"]["offloaded"], rows["place_collectives"]["gradients"]
+
+
+@pytest.mark.full
+def test_copies_and_collectives_in_one_generated_backward(two_ranks):
+    for off, offloaded, reduced in values(two_ranks(two_ranks_offload)):
+        assert off <= 1
+        assert offloaded
+        assert reduced == 6
 
 
 @pytest.mark.full
