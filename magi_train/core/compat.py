@@ -14,6 +14,11 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._functorch.config | eager backward lowering |
 | torch._dynamo.exc.TorchDynamoException, FailOnRecompileLimitHit | capture failed |
 | torch._dynamo.config.ignore_logging_functions (2.11: ignore_logger_methods) | logging in models |
+| torch._dynamo.config.skip_nnmodule_hook_guards | hooks that come and go between steps |
+| torch._dynamo.config.allow_unspec_int_on_nn_module | counters that modules keep |
+| torch._dynamo.config.trace_autograd_ops (2.13) | torch.autograd.grad in a captured function |
+| torch._dynamo.variables.tensor.TensorVariable.method_backward (2.13) | not so Tensor.backward |
+| torch._dynamo.callback.callback_handler | settings that hold while Dynamo compiles |
 | torch._dynamo.backends.common.aot_autograd | the aot_eager lowering |
 | torch._inductor.fx_passes.control_dependencies | pinning the order of collectives |
 | torch.utils._python_dispatch.TorchDispatchMode | watching the ops of a mask |
@@ -97,6 +102,13 @@ partitioners: Any = _lookup("torch._functorch", "partitioners")
 _lookup("torch._functorch.partitioners", "choose_saved_values_set")
 functorch_config: Any = _lookup("torch._functorch", "config")
 dynamo_config: Any = _lookup("torch._dynamo", "config")
+compile_callbacks: Any = _lookup("torch._dynamo.callback", "callback_handler")
+_TensorVariable: Any = _lookup("torch._dynamo.variables.tensor", "TensorVariable", required=False)
+_TRACES_GRADIENTS = (
+    tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 13)  # not tried before
+    and hasattr(dynamo_config, "trace_autograd_ops")
+    and hasattr(_TensorVariable, "method_backward")
+)
 # torch < 2.12 knows the older name only
 _IGNORED_LOGGING = (
     "ignore_logging_functions"
@@ -245,14 +257,96 @@ def call_captured(function: Callable[..., Any], args: Sequence[Any], kwargs: Any
 
     Nothing of the function has run when Dynamo raises, so calling again is safe. The settings are
     not in force from the start because switching them costs time on every call.
+
+    What is compiled meanwhile is guarded against hooks on modules that are added or removed later,
+    an integer attribute of a module that has changed once is compiled as a variable, and
+    torch.autograd.grad is captured.
     """
-    try:
-        return function(*args, **kwargs)
-    except DynamoError as error:
-        if "logging.Logger" not in str(error):
-            raise
-    with capture_settings():
-        return function(*args, **kwargs)
+    with _while_compiling:
+        try:
+            return function(*args, **kwargs)
+        except DynamoError as error:
+            if "logging.Logger" not in str(error):
+                raise
+        with capture_settings():
+            return function(*args, **kwargs)
+
+
+WHILE_COMPILING = {
+    name: value
+    for name, value in {
+        "skip_nnmodule_hook_guards": False,
+        "allow_unspec_int_on_nn_module": True,
+        **({"trace_autograd_ops": True} if _TRACES_GRADIENTS else {}),
+    }.items()
+    if hasattr(dynamo_config, name)
+}
+"""Settings of Dynamo for what is compiled during `call_captured`."""
+
+
+class _WhileCompiling:
+    """Context in which Dynamo compiles under settings of ours; free where it compiles nothing."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._patch: Any = None
+
+    def __enter__(self) -> None:
+        self._depth += 1
+        if compile_callbacks is not None and _compiles not in compile_callbacks.start_callbacks:
+            compile_callbacks.register_start_callback(_compiles)  # torch._dynamo.reset() drops them
+            compile_callbacks.register_end_callback(_compiled)
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+
+    @property
+    def in_force(self) -> bool:
+        """Whether something is compiled under the settings now."""
+        return self._patch is not None
+
+    def begin(self) -> None:
+        """Put the settings in force, where the compilation is for a call of ours."""
+        if self._depth and self._patch is None:
+            _trace_no_backward()
+            self._patch = dynamo_config.patch(WHILE_COMPILING)
+            self._patch.__enter__()
+
+    def end(self) -> None:
+        """Put back what was there."""
+        if self._patch is not None:
+            self._patch.__exit__(None, None, None)
+            self._patch = None
+
+
+_while_compiling = _WhileCompiling()
+
+
+@functools.cache
+def _trace_no_backward() -> None:
+    """Let Dynamo capture torch.autograd.grad, and break the graph at Tensor.backward.
+
+    A backward in the graph would write `.grad` without the hooks that reduce gradients.
+    """
+    if not _TRACES_GRADIENTS:
+        return
+    traced = _TensorVariable.method_backward
+
+    @functools.wraps(traced)
+    def method_backward(*args: Any, **kwargs: Any) -> Any:
+        off = {"trace_autograd_ops": False} if _while_compiling.in_force else {}
+        with dynamo_config.patch(off) if off else contextlib.nullcontext():
+            return traced(*args, **kwargs)
+
+    _TensorVariable.method_backward = method_backward
+
+
+def _compiles(_: object) -> None:
+    _while_compiling.begin()
+
+
+def _compiled(_: object) -> None:
+    _while_compiling.end()
 
 
 def capture_settings() -> Any:

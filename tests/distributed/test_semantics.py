@@ -453,6 +453,25 @@ def test_one_rank_may_evaluate_alone(two_ranks):
     assert values(two_ranks(evaluates_on_rank_zero))[0] is not None
 
 
+def backward_inside(model, rank):
+    """The step that is captured runs its own backward."""
+
+    def step(x, y):
+        loss = model(x, y)
+        loss.backward()
+        return loss.detach()
+
+    if isinstance(model, magi_train.api.PreparedModule):
+        step = magi_train.prepare_step(step, model)
+    step(tokens(rank), tokens(1))
+
+
+def test_a_backward_inside_of_the_step(two_ranks):
+    for error, report in values(two_ranks(same_gradients, backward_inside)):
+        assert error < LIMIT
+        assert report.tier == "region"
+
+
 def sparse(rank, world_size):
     model = Small()
     model.embedding.sparse = True
