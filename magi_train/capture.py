@@ -123,7 +123,7 @@ class Region:
         self._compiled: Callable[..., Any] = function
         fusion = runtime.config.fusion
         self._facts = Assumptions(fusion is not None and fusion.attention and fusion.padding)
-        self._variants: dict[tuple[Facts, Config], Callable[..., Any]] = {}
+        self._variants: dict[tuple[Facts, Config, str], Callable[..., Any]] = {}
         self._tuner = Tuner(runtime.config, runtime.world, runtime.report)
         self._inputs, self._assumed = Inputs(), Facts()  # of the call that is running
         self._blocks: list[nn.Module] = []
@@ -257,20 +257,21 @@ class Region:
         try:
             with self.runtime.entered(), self._assuming(inputs, inputs.facts):
                 output = compat.call_captured(compiled, args, kwargs)
-        except (compat.DynamoError, compat.RecompileLimitHit, _NotTogetherError) as error:
+        except Exception as error:  # Dynamo lets some of its own through, asserts for one
             inner = compat.inner_backend_error(error)
             if isinstance(inner, MagiError):
                 raise inner from error
             if isinstance(inner, _NotTogetherError):
                 return False, str(inner)
-            if backend.voted:
+            if backend.voted or is_exhausted(error):
                 raise
             return False, self._vote("capture", compat.capture_failure_text(error))
         if not backend.voted:
             why = self._vote("capture", None)
             if why:
                 return False, why
-        self._variants[self._facts.key(inputs), self._tuner.settings] = compiled
+        form = (self._facts.key(inputs), self._tuner.settings, self._plan_key())
+        self._variants[form] = compiled
         return True, output
 
     def _whole(self, backend: "_GraphBackend") -> Callable[..., Any]:
@@ -299,7 +300,7 @@ class Region:
             with self.runtime.entered():
                 output = compat.call_captured(self._compiled, args, kwargs)
             objection = None
-        except (compat.DynamoError, compat.RecompileLimitHit) as error:
+        except compat.CAPTURE_ERRORS as error:
             inner = compat.inner_backend_error(error)
             if isinstance(inner, MagiError):
                 raise inner from error
@@ -345,19 +346,19 @@ class Region:
         reducer = self.runtime.reducer
         if self.runtime.memory is not None and self.runtime.memory.plan_anew():
             self._plan_anew()
+        reducer.begin(in_graph=self.tier == "graph" and self.runtime.config.comm.in_graph)
         compiled, inputs, assumed = self._compiled, Inputs(), Facts()
         if self.tier == "graph":
             inputs = self._facts.look(args, kwargs)
             assumed = self._facts.key(inputs)
-            form = (assumed, self._form())
+            form = (assumed, self._form(), self._plan_key())
             if form not in self._variants:
                 self._variants[form] = self._whole(_GraphBackend(self, voted=True))
             compiled = self._variants[form]
-        reducer.begin(in_graph=self.tier == "graph" and self.runtime.config.comm.in_graph)
         try:
             with self.runtime.entered(), self._assuming(inputs, assumed):
                 return compat.call_captured(compiled, args, kwargs)
-        except (compat.DynamoError, compat.RecompileLimitHit) as error:
+        except compat.CAPTURE_ERRORS as error:
             inner = compat.inner_backend_error(error)
             if isinstance(inner, MagiError):
                 raise inner from error
@@ -374,6 +375,11 @@ class Region:
             region._variants = {}
             if region.tier == "region":
                 region._compile_regions()
+
+    def _plan_key(self) -> str:
+        """Return what tells the communication plan that a compiled backward follows from others."""
+        reducer = self.runtime.reducer
+        return reducer.plan_key if isinstance(reducer, Reducer) else ""
 
     def _form(self) -> Config:
         """Return the settings to run with now; once they are chosen, forget the other forms."""

@@ -152,3 +152,27 @@ def test_a_backward_in_the_step_is_left_to_autograd():
     magi_train.prepare_step(step, prepared)(*batch(0))
     assert len(seen) == 1
     assert magi_train.report(prepared).tier == "region"
+
+
+class Experts(nn.Module):
+    """Sends rows to experts, and asks whether there are any."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(8, 3), nn.ModuleList(nn.Linear(8, 4) for _ in range(3))
+
+    def forward(self, x):
+        weights, chosen = self.gate(x).softmax(-1).max(-1)
+        out = x.new_zeros(len(x), 4)
+        for i, expert in enumerate(self.experts):
+            rows = torch.where(chosen == i)[0]
+            if rows.numel():
+                out = out.index_add(0, rows, expert(x[rows]) * weights[rows, None])
+        return out
+
+
+def test_a_size_that_depends_on_data_is_no_crash():
+    error, report = beside_plain(Experts, no_code())
+    assert error < LIMIT
+    assert report.tier == "region"
+    assert "if rows.numel()" in report.reason

@@ -13,6 +13,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._functorch.partitioners.min_cut_rematerialization_partition | the partition to bound |
 | torch._functorch.config | eager backward lowering |
 | torch._dynamo.exc.TorchDynamoException, FailOnRecompileLimitHit | capture failed |
+| torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode | the same |
 | torch._dynamo.config.ignore_logging_functions (2.11: ignore_logger_methods) | logging in models |
 | torch._dynamo.config.skip_nnmodule_hook_guards | hooks that come and go between steps |
 | torch._dynamo.config.allow_unspec_int_on_nn_module | counters that modules keep |
@@ -42,6 +43,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._C._storage_Use_Count | whether anybody else holds a tensor's memory |
 | torch._C._autograd._get_current_graph_task_keep_graph | backward(retain_graph=True) |
 | torch._C._autograd._top_saved_tensors_default_hooks | the user packs saved tensors |
+| Tensor._backward_hooks | the user hooks a parameter's gradient |
 | torch._C._cuda_endAllocateToPool, _cuda_releasePool | take back a capture that failed |
 | torch.ops.aten._scaled_mm | fp8 matrix products |
 | torch._ops.HigherOrderOperator | operators that take graphs |
@@ -120,6 +122,11 @@ PlainAOTInput: Any = _lookup("torch._functorch._aot_autograd.descriptors", "Plai
 TangentAOTInput: Any = _lookup("torch._functorch._aot_autograd.descriptors", "TangentAOTInput")
 DynamoError: Any = _lookup("torch._dynamo.exc", "TorchDynamoException") or ()
 RecompileLimitHit: Any = _lookup("torch._dynamo.exc", "FailOnRecompileLimitHit") or ()
+_DATA_DEPENDENT: Any = _lookup(
+    "torch.fx.experimental.symbolic_shapes", "GuardOnDataDependentSymNode", required=False
+)
+CAPTURE_ERRORS: Any = tuple(filter(None, (DynamoError, RecompileLimitHit, _DATA_DEPENDENT)))
+"""What a captured function raises only while it is compiled: nothing of it has run."""
 aot_autograd: Callable[..., Any] = _lookup("torch._dynamo.backends.common", "aot_autograd")
 preserve_node_ordering: Callable[..., Any] = _lookup(
     "torch._inductor.fx_passes.control_dependencies", "preserve_node_ordering"
@@ -742,6 +749,11 @@ def loss_scale(scaler: torch.amp.GradScaler) -> float | torch.Tensor:
 def storage_uses(storage: torch.UntypedStorage) -> int:
     """Return how many tensors and handles share this memory."""
     return _storage_uses(storage._cdata)
+
+
+def is_hooked(tensor: torch.Tensor) -> bool:
+    """Return whether somebody's hook is to see, and may change, the gradient of `tensor`."""
+    return bool(tensor._backward_hooks)
 
 
 def saved_tensors_are_hooked() -> bool:
