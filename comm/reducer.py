@@ -444,6 +444,7 @@ class Reducer:
     def _hook_for(self, name: str) -> Callable[[Tensor], None]:
         self_ref = weakref.ref(self)
 
+        @compat.untraced
         def hook(_: Tensor) -> None:
             reducer = self_ref()
             if reducer is not None:
@@ -494,6 +495,7 @@ class Reducer:
         self._start(state, index, flat, used)
         state.flats.append((index, flat, list(grads), used))
 
+    @compat.untraced
     def _finish(self) -> None:
         """End of a backward: see the head of this module, point 4."""
         state = self._backward

@@ -14,6 +14,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._functorch.config | eager backward lowering |
 | torch._dynamo.exc.TorchDynamoException, FailOnRecompileLimitHit | capture failed |
 | torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode | the same |
+| torch._dynamo.convert_frame._compile, its local recompile_reason | what changes in each step |
 | torch._dynamo.config.ignore_logging_functions (2.11: ignore_logger_methods) | logging in models |
 | torch._dynamo.config.skip_nnmodule_hook_guards | hooks that come and go between steps |
 | torch._dynamo.config.allow_unspec_int_on_nn_module | counters that modules keep |
@@ -43,6 +44,10 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._C._storage_Use_Count | whether anybody else holds a tensor's memory |
 | torch._C._autograd._get_current_graph_task_keep_graph | backward(retain_graph=True) |
 | torch._C._autograd._top_saved_tensors_default_hooks | the user packs saved tensors |
+| torch._C._current_autograd_node | what a node that runs has saved |
+| CompiledFunctionBackward, ._tensors_no_vc_check | the node of a compiled graph |
+| CompiledFunctionBackward._forward_cls.metadata.bw_donated_idxs | a backward that runs twice |
+| Module._forward_hooks, _forward_pre_hooks, _backward_hooks, _backward_pre_hooks | all hooks |
 | Tensor._backward_hooks | the user hooks a parameter's gradient |
 | torch._C._cuda_endAllocateToPool, _cuda_releasePool | take back a capture that failed |
 | torch.ops.aten._scaled_mm | fp8 matrix products |
@@ -70,7 +75,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -119,6 +124,7 @@ _IGNORED_LOGGING = (
 )
 GradAOTOutput: Any = _lookup("torch._functorch._aot_autograd.descriptors", "GradAOTOutput")
 PlainAOTInput: Any = _lookup("torch._functorch._aot_autograd.descriptors", "PlainAOTInput")
+PlainAOTOutput: Any = _lookup("torch._functorch._aot_autograd.descriptors", "PlainAOTOutput")
 TangentAOTInput: Any = _lookup("torch._functorch._aot_autograd.descriptors", "TangentAOTInput")
 DynamoError: Any = _lookup("torch._dynamo.exc", "TorchDynamoException") or ()
 RecompileLimitHit: Any = _lookup("torch._dynamo.exc", "FailOnRecompileLimitHit") or ()
@@ -183,6 +189,14 @@ def set_output_stride(output: torch.fx.Node, position: int, stride: tuple[int, .
         output.meta["original_output_strides"] = [
             stride if i == position else old for i, old in enumerate(recorded)
         ]
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def untraced(function: _F) -> _F:
+    """Return `function` so that Dynamo never looks into it: a backward may run where it looks."""
+    return torch.compiler.disable(function)  # type: ignore[no-any-return]
 
 
 def uncompiled_call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -259,16 +273,25 @@ def fusions_in_place() -> Iterator[None]:
         yield
 
 
-def call_captured(function: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> Any:
+def call_captured(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Any, *, guards_hooks: bool = True
+) -> Any:
     """Call what torch.compile made; if a logging call breaks its graph, capture without that call.
 
     Nothing of the function has run when Dynamo raises, so calling again is safe. The settings are
     not in force from the start because switching them costs time on every call.
 
-    What is compiled meanwhile is guarded against hooks on modules that are added or removed later,
-    an integer attribute of a module that has changed once is compiled as a variable, and
-    torch.autograd.grad is captured.
+    In what is compiled meanwhile an integer attribute of a module that has changed once is a
+    variable, and torch.autograd.grad is captured.
+
+    Args:
+        function: What torch.compile made.
+        args: For it.
+        kwargs: For it.
+        guards_hooks: Compile again once hooks on modules were added or removed. Without it Dynamo
+            takes no notice; its guards take some 2 us a module in every call.
     """
+    _while_compiling.guards_hooks = guards_hooks
     with _while_compiling:
         try:
             return function(*args, **kwargs)
@@ -282,7 +305,6 @@ def call_captured(function: Callable[..., Any], args: Sequence[Any], kwargs: Any
 WHILE_COMPILING = {
     name: value
     for name, value in {
-        "skip_nnmodule_hook_guards": False,
         "allow_unspec_int_on_nn_module": True,
         **({"trace_autograd_ops": True} if _TRACES_GRADIENTS else {}),
     }.items()
@@ -297,6 +319,7 @@ class _WhileCompiling:
     def __init__(self) -> None:
         self._depth = 0
         self._patch: Any = None
+        self.guards_hooks = False
 
     def __enter__(self) -> None:
         self._depth += 1
@@ -316,7 +339,8 @@ class _WhileCompiling:
         """Put the settings in force, where the compilation is for a call of ours."""
         if self._depth and self._patch is None:
             _trace_no_backward()
-            self._patch = dynamo_config.patch(WHILE_COMPILING)
+            guards = {"skip_nnmodule_hook_guards": False} if self.guards_hooks else {}
+            self._patch = dynamo_config.patch(WHILE_COMPILING | guards)
             self._patch.__enter__()
 
     def end(self) -> None:
@@ -630,6 +654,12 @@ def change_class(optimizer: torch.optim.Optimizer, kind: type[torch.optim.Optimi
 
 def capture_failure_text(error: BaseException) -> str:
     """Return why Dynamo gave up, with the user's line, in a sentence or two."""
+    if isinstance(error, RecompileLimitHit or ()):
+        changed = _last_recompilation(error)
+        more = f": {changed}" if changed else ""
+        return (
+            f"compiled {dynamo_config.recompile_limit} times, and something has changed again{more}"
+        )
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     explanation = next((line for line in lines if line.startswith("Explanation:")), "")
@@ -644,9 +674,30 @@ def capture_failure_text(error: BaseException) -> str:
     return f"{text}{'. ' + explanation if explanation else ''}{where}"
 
 
+def _last_recompilation(error: BaseException) -> str:
+    """Return which guard sent Dynamo to compile once more, with the user's line; "" if unknown."""
+    for each in (error, error.__cause__):
+        trace = each.__traceback__ if each is not None else None
+        while trace is not None:
+            reason = trace.tb_frame.f_locals.get("recompile_reason")
+            if isinstance(reason, str):
+                said = reason.partition(": ")[2].partition("(HINT")[0]
+                return " ".join(said.partition("User stack trace:")[0].split())
+            trace = trace.tb_next
+    return ""
+
+
 def enters_a_lock(failure: str) -> bool:
     """Return whether a capture failed, in the words of `capture_failure_text`, at `with lock:`."""
     return "a `lock` context manager" in failure
+
+
+def breaks_at_a_gradient(failure: str) -> bool:
+    """Return whether a capture failed at torch.autograd.grad, of what two graphs would compute.
+
+    Both ends of it may be outputs of the first one, so that autograd knows no way between them.
+    """
+    return not WHILE_COMPILING.get("trace_autograd_ops", False) and "autograd.grad" in failure
 
 
 def inner_backend_error(error: BaseException) -> BaseException:
@@ -749,6 +800,41 @@ def loss_scale(scaler: torch.amp.GradScaler) -> float | torch.Tensor:
 def storage_uses(storage: torch.UntypedStorage) -> int:
     """Return how many tensors and handles share this memory."""
     return _storage_uses(storage._cdata)
+
+
+def hooks_of_modules(module: torch.nn.Module) -> list[Mapping[int, Any]]:
+    """Return where `module` and those in it keep their hooks: the dicts themselves."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return [
+        vars(m)[kind] for m in module.modules() for kind in kinds if vars(m).get(kind) is not None
+    ]
+
+
+def is_compiled_node(node: Any) -> bool:
+    """Return whether an autograd node is that of a graph that AOTAutograd has compiled."""
+    return type(node).__name__ == "CompiledFunctionBackward"
+
+
+def saved_for_this_backward() -> list[torch.Tensor]:
+    """Return what the node that runs now has saved, without leaves such as weights."""
+    node: Any = torch._C._current_autograd_node()
+    saved = [*node.saved_tensors, *getattr(node, "_tensors_no_vc_check", ())]
+    return [t for t in saved if t is not None and not (t.is_leaf and t.requires_grad)]
+
+
+def let_this_backward_run_again() -> Callable[[], None]:
+    """Let a compiled backward run that writes over what was saved for it; return what forbids it.
+
+    The compiler's setting for this is of no use here: each node runs in a context of its own.
+    """
+    node: Any = torch._C._current_autograd_node()
+    metadata = node._forward_cls.metadata
+    donated, metadata.bw_donated_idxs = metadata.bw_donated_idxs, []
+
+    def forbid() -> None:
+        metadata.bw_donated_idxs = donated
+
+    return forbid
 
 
 def is_hooked(tensor: torch.Tensor) -> bool:
