@@ -31,6 +31,7 @@ averaging is linear and leaves averaged addends alone, so the result is right. L
 
 import itertools
 import logging
+import operator
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -111,6 +112,7 @@ class Reducer:
     Attributes:
         steps_early: Whether an optimizer of ours waits for gradients; see `comm.early_step`.
         pending: The gradients that it is to wait for.
+        plan_key: Tells the plan from others, for what was compiled to follow it.
         loss_scale: Returns what the loss is multiplied with before a backward.
     """
 
@@ -158,6 +160,7 @@ class Reducer:
         self._proven = False
         self._flag_cache: dict[tuple[int, tuple[str, ...]], Tensor] = {}
         self._hooks: dict[str, RemovableHandle] = {}
+        self._structure = _Structure(module)
         self.refresh()
 
     def close(self) -> None:
@@ -182,11 +185,33 @@ class Reducer:
         if signature not in self._plans:
             self._plans[signature] = self._agreed(self._new_plan(), sum(signature))
         self._signature, self.plan = signature, self._plans[signature]
+        self.plan_key = self.plan.fingerprint()
         self._make_compressor()
         self.planned = frozenset(s.name for b in self.plan.buckets for s in b.slots)
         for name in self.planned - self._hooks.keys() if self.world.size > 1 else ():
             parameter = self.parameters[name]
             self._hooks[name] = parameter.register_post_accumulate_grad_hook(self._hook_for(name))
+
+    def _take_over_anew(self) -> None:
+        """Go on with the parameters that the module has now, as if it were prepared again."""
+        named = dict(self._module.named_parameters())
+        self._structure = _Structure(self._module)
+        if {n: id(p) for n, p in named.items()} == {n: id(p) for n, p in self.parameters.items()}:
+            return
+        if self.outer is not None or self.steps_early:
+            raise MagiError(
+                "parameters of the model were replaced or added since it was prepared, which "
+                "CommConfig.outer_steps and early_step do not follow; prepare it again"
+            )
+        for handle in self._hooks.values():
+            handle.remove()
+        self._hooks.clear()
+        self.parameters, self._plans = named, {}
+        self._flag_cache.clear()  # by the identity of buckets
+        self._memory.forget()
+        self.report.note("parameters of the model were replaced or added: rank 0's are taken again")
+        self.refresh()
+        self.broadcast_state()
 
     def _new_plan(self) -> CommPlan:
         named, size = self.parameters.items(), self.world.size
@@ -273,6 +298,8 @@ class Reducer:
             raise MagiError(
                 "the process group that this model was prepared for is gone; prepare it again"
             )
+        if self._structure.changed():
+            self._take_over_anew()
         if self._trainable() != self._signature:
             self.exchange_weights()  # what is frozen now has been trained
             self.refresh()
@@ -281,7 +308,8 @@ class Reducer:
             self.outer.begin(self.compressor)
         self._counts = self.sync
         sends = self.sync and self.outer is None
-        self._armed = (sends, in_graph and not self.hooks_only)
+        in_graph &= not self.hooks_only and not any(map(compat.is_hooked, self.parameters.values()))
+        self._armed = (sends, in_graph)
         device = self._device().type
         enabled = self.config.compression == "safe" and torch.is_autocast_enabled(device)
         self._autocast = (enabled, str(torch.get_autocast_dtype(device)) if enabled else "")
@@ -438,6 +466,7 @@ class Reducer:
     def _hook_for(self, name: str) -> Callable[[Tensor], None]:
         self_ref = weakref.ref(self)
 
+        @compat.untraced
         def hook(_: Tensor) -> None:
             reducer = self_ref()
             if reducer is not None:
@@ -488,6 +517,7 @@ class Reducer:
         self._start(state, index, flat, used)
         state.flats.append((index, flat, list(grads), used))
 
+    @compat.untraced
     def _finish(self) -> None:
         """End of a backward: see the head of this module, point 4."""
         state = self._backward
@@ -747,6 +777,24 @@ class Reducer:
                     if flags[i] == 0:
                         continue
                 self.parameters[slot.name].grad = slot.view(flat)
+
+
+class _Structure:
+    """The submodules and parameters of a module, to see quickly whether they are still the same."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._dicts = [d for m in module.modules() for d in (m._modules, m._parameters)]
+        self._held = self._now()
+
+    def _now(self) -> list[object]:
+        return list(
+            itertools.chain.from_iterable(map(operator.methodcaller("values"), self._dicts))
+        )
+
+    def changed(self) -> bool:
+        """Return whether one was added, removed or replaced; 0.1 ms for 250 modules."""
+        now = self._now()
+        return len(now) != len(self._held) or not all(map(operator.is_, now, self._held))
 
 
 def _summary(

@@ -28,7 +28,7 @@ SWITCH_OF = {
 }
 """Passes that `Config(tune=True)` measures, and the names it knows them by."""
 
-OBSERVED = ("step_memory", "saved_activations")
+OBSERVED = ("step_memory", "saved_activations", "unused_outputs")
 """Rows that tell of a graph, and change nothing."""
 
 

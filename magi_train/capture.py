@@ -25,8 +25,8 @@ import logging
 import math
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -38,6 +38,7 @@ from magi_train.core import compat
 from magi_train.core.config import Config
 from magi_train.core.errors import CaptureError, MagiError
 from magi_train.core.facts import Assumptions, Facts, Inputs, Paths
+from magi_train.core.outputs import FindUnused, Outputs
 from magi_train.core.passes import (
     CachedPass,
     Pass,
@@ -62,7 +63,25 @@ from magi_train.tune import Tuner
 logger = logging.getLogger(__name__)
 
 MIB = 2**20
+MISSES = 3
+"""Calls in a row that would compile again beyond Dynamo's limit before nobody tries any more."""
 _region_ordinals = itertools.count()
+
+
+class _Form(NamedTuple):
+    """What a compiled form of a function is for.
+
+    Attributes:
+        facts: About its inputs.
+        settings: The passes.
+        plan: The communication of its backward.
+        hooks: Places among the modules' hooks, and how many are there: Dynamo takes no notice.
+    """
+
+    facts: Facts
+    settings: Config
+    plan: str
+    hooks: tuple[tuple[int, int], ...]
 
 
 class _NotTogetherError(Exception):
@@ -123,11 +142,13 @@ class Region:
         self._compiled: Callable[..., Any] = function
         fusion = runtime.config.fusion
         self._facts = Assumptions(fusion is not None and fusion.attention and fusion.padding)
-        self._variants: dict[tuple[Facts, Config], Callable[..., Any]] = {}
+        self._variants: dict[_Form, Callable[..., Any]] = {}
+        self._hooks: list[Mapping[int, Any]] = []
         self._tuner = Tuner(runtime.config, runtime.world, runtime.report)
         self._inputs, self._assumed = Inputs(), Facts()  # of the call that is running
         self._blocks: list[nn.Module] = []
         self._replayers: list[Replayer] = []
+        self._misses = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function, compiled as far as all ranks can."""
@@ -181,7 +202,8 @@ class Region:
             if compat.enters_a_lock(reason) and not self._ran_once and runtime.memory is None:
                 return self._run_once(args, kwargs)
             self._must_not_be_forced("graph", reason=reason)
-        if wanted in ("auto", "region") and not compat.problems():
+        between = compat.breaks_at_a_gradient(reason)
+        if wanted in ("auto", "region") and not compat.problems() and not between:
             done, result = self._try_region(args, kwargs)
             if done:
                 return self._take("region", reason, result)
@@ -253,24 +275,27 @@ class Region:
         backend = _GraphBackend(self, voted=False)
         compiled = self._whole(backend)
         inputs = self._facts.look(args, kwargs)
+        self._hooks = compat.hooks_of_modules(self.runtime.module)
+        hooks = self._hooks_now()
         self.runtime.reducer.begin(in_graph=self.runtime.config.comm.in_graph)
         try:
             with self.runtime.entered(), self._assuming(inputs, inputs.facts):
-                output = compat.call_captured(compiled, args, kwargs)
-        except (compat.DynamoError, compat.RecompileLimitHit, _NotTogetherError) as error:
+                output = compat.call_captured(compiled, args, kwargs, guards_hooks=False)
+        except Exception as error:  # Dynamo lets some of its own through, asserts for one
             inner = compat.inner_backend_error(error)
             if isinstance(inner, MagiError):
                 raise inner from error
             if isinstance(inner, _NotTogetherError):
                 return False, str(inner)
-            if backend.voted:
+            if backend.voted or is_exhausted(error):
                 raise
             return False, self._vote("capture", compat.capture_failure_text(error))
         if not backend.voted:
             why = self._vote("capture", None)
             if why:
                 return False, why
-        self._variants[self._facts.key(inputs), self._tuner.settings] = compiled
+        form = _Form(self._facts.key(inputs), self._tuner.settings, self._plan_key(), hooks)
+        self._variants[form] = compiled
         return True, output
 
     def _whole(self, backend: "_GraphBackend") -> Callable[..., Any]:
@@ -299,7 +324,7 @@ class Region:
             with self.runtime.entered():
                 output = compat.call_captured(self._compiled, args, kwargs)
             objection = None
-        except (compat.DynamoError, compat.RecompileLimitHit) as error:
+        except compat.CAPTURE_ERRORS as error:
             inner = compat.inner_backend_error(error)
             if isinstance(inner, MagiError):
                 raise inner from error
@@ -345,26 +370,42 @@ class Region:
         reducer = self.runtime.reducer
         if self.runtime.memory is not None and self.runtime.memory.plan_anew():
             self._plan_anew()
+        if self._misses >= MISSES:
+            return self._uncompiled(args, kwargs)
+        reducer.begin(in_graph=self.tier == "graph" and self.runtime.config.comm.in_graph)
         compiled, inputs, assumed = self._compiled, Inputs(), Facts()
         if self.tier == "graph":
             inputs = self._facts.look(args, kwargs)
             assumed = self._facts.key(inputs)
-            form = (assumed, self._form())
+            form = _Form(assumed, self._form(), self._plan_key(), self._hooks_now())
             if form not in self._variants:
                 self._variants[form] = self._whole(_GraphBackend(self, voted=True))
             compiled = self._variants[form]
-        reducer.begin(in_graph=self.tier == "graph" and self.runtime.config.comm.in_graph)
         try:
             with self.runtime.entered(), self._assuming(inputs, assumed):
-                return compat.call_captured(compiled, args, kwargs)
-        except (compat.DynamoError, compat.RecompileLimitHit) as error:
+                guards = self.tier != "graph"
+                output = compat.call_captured(compiled, args, kwargs, guards_hooks=guards)
+            self._misses = 0
+            return output
+        except compat.CAPTURE_ERRORS as error:
             inner = compat.inner_backend_error(error)
             if isinstance(inner, MagiError):
                 raise inner from error
             why = compat.capture_failure_text(error)
-        self.runtime.report.note(f"some steps of {self.name} ran uncompiled: {why}")
-        logger.warning("magi-train: a step of %s runs uncompiled: %s", self.name, why)
-        reducer.begin(in_graph=False)
+            changing = isinstance(error, compat.RecompileLimitHit or ())
+        self._misses = self._misses + 1 if changing else 0
+        note = f"some steps of {self.name} ran uncompiled: {why}"
+        if self._misses == MISSES:
+            note = f"{self.name} runs uncompiled from now on: {why}"
+        if changing and 1 < self._misses < MISSES:
+            note = ""  # the same again
+        if note:
+            self.runtime.report.note(note)
+            logger.warning("magi-train: %s", note)
+        return self._uncompiled(args, kwargs)
+
+    def _uncompiled(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        self.runtime.reducer.begin(in_graph=False)
         with self.runtime.entered():
             return self._function(*args, **kwargs)
 
@@ -375,13 +416,24 @@ class Region:
             if region.tier == "region":
                 region._compile_regions()
 
+    def _hooks_now(self) -> tuple[tuple[int, int], ...]:
+        """Return where modules have hooks, and how many; for 250 modules this takes 30 us."""
+        if not any(self._hooks):
+            return ()
+        return tuple((i, len(hooks)) for i, hooks in enumerate(self._hooks) if hooks)
+
+    def _plan_key(self) -> str:
+        """Return what tells the communication plan that a compiled backward follows from others."""
+        reducer = self.runtime.reducer
+        return reducer.plan_key if isinstance(reducer, Reducer) else ""
+
     def _form(self) -> Config:
         """Return the settings to run with now; once they are chosen, forget the other forms."""
         if self._tuner.done:
             return self._tuner.settings
         settings = self._tuner.next()
         if self._tuner.done:
-            kept = {form: c for form, c in self._variants.items() if form[1] == settings}
+            kept = {form: c for form, c in self._variants.items() if form.settings == settings}
             self._variants = kept
             shadows = settings.fusion is not None and settings.fusion.weight_shadows
             if not shadows and len(self.runtime.regions) == 1:
@@ -406,6 +458,7 @@ class Region:
             shares: How many blocks the graph serves.
         """
         runtime = self.runtime
+        self._hooks = compat.hooks_of_modules(runtime.module)  # modules may have been added
         names = parameter_positions(gm, runtime.module)
         stable = {*names, *_buffer_positions(gm, runtime.module)}
         places = self._inputs.places(gm)
@@ -428,7 +481,7 @@ class Region:
             trainable = {i: n for i, n in names.items() if n in reducer.planned}
             collectives = PlaceCollectives(reducer.plan, reducer.ordinal, trainable)
         fusion, shadows, shadowed = settings.fusion, None, None
-        joint: list[CachedPass[Any]] = []
+        joint: list[CachedPass[Any]] = [FindUnused()]
         if fusion is not None and fusion.weight_shadows:
             shadowed = shadow_graph(gm, inputs, runtime.shadows, runtime.device_type)
         if shadowed is not None:
@@ -471,10 +524,12 @@ class Region:
                 runtime.memory.planned(row.plan["planned_gib"], bounded)
         if in_graph:
             compiled = self._replaying(compiled, frozenset(stable))
-        if shadows is None:
-            return compiled
-        mine = [row for row in rows if row.name == UseWeightShadows.name]
-        return shadows.bind(compiled, mine[0].plan.get("weights", ()) if mine else None)
+        plans = {row.name: row.plan for row in rows}
+        if shadows is not None:
+            read = plans.get(UseWeightShadows.name)
+            compiled = shadows.bind(compiled, None if read is None else read.get("weights", ()))
+        unused = plans.get(FindUnused.name, {}).get("inputs", ())
+        return Outputs(compiled, unused if collectives is None else ())
 
     def _replaying(
         self, compiled: Callable[..., Any], stable: frozenset[int]

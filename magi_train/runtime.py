@@ -86,6 +86,12 @@ class Runtime:
         self.world: World = join_from_environment()
         _explain_uncaught()
         parameters = dict(module.named_parameters())
+        lazy = [n for n, p in parameters.items() if nn.parameter.is_lazy(p)]
+        if lazy:
+            raise ValueError(
+                f"{lazy[0]} of {type(module).__name__} has no shape yet, as it belongs to a lazy "
+                "layer; run one batch through the model before it is prepared"
+            )
         devices = {p.device for p in parameters.values()}
         if len(devices) > 1:
             raise ValueError(

@@ -141,7 +141,7 @@ class _Shared:
                 return original(*args, **kwargs)
             try:
                 return compat.call_captured(self._compiled, (block, *args), kwargs)
-            except (compat.DynamoError, compat.RecompileLimitHit) as error:
+            except compat.CAPTURE_ERRORS as error:
                 self._give_up(compat.inner_backend_error(error))
             return original(*args, **kwargs)
 

@@ -92,6 +92,11 @@ def test_prepare_refuses_what_it_cannot_mean(prepared):
         magi_train.prepare(spread)
 
 
+def test_a_lazy_layer_is_named():
+    with pytest.raises(ValueError, match=r"0\.weight of Sequential has no shape yet.*one batch"):
+        magi_train.prepare(nn.Sequential(nn.LazyLinear(2)))
+
+
 def test_prepare_gives_back_the_optimizer():
     model = Small()
     optimizer = torch.optim.SGD(model.parameters())

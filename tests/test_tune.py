@@ -98,7 +98,7 @@ def train(rank, world_size, slow, steps=STEPS):
         losses.append(float(loss.detach()))
     rows = [r for r in magi_train.report(prepared).rows if r.name == "tune"]
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
-    forms = len({settings for _, settings in region._variants})
+    forms = len({form.settings for form in region._variants})
     return losses, rows[0].plan if rows else None, bool(rows) and rows[0].cached, weights, forms
 
 

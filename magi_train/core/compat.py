@@ -13,7 +13,14 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._functorch.partitioners.min_cut_rematerialization_partition | the partition to bound |
 | torch._functorch.config | eager backward lowering |
 | torch._dynamo.exc.TorchDynamoException, FailOnRecompileLimitHit | capture failed |
+| torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode | the same |
+| torch._dynamo.convert_frame._compile, its local recompile_reason | what changes in each step |
 | torch._dynamo.config.ignore_logging_functions (2.11: ignore_logger_methods) | logging in models |
+| torch._dynamo.config.skip_nnmodule_hook_guards | hooks that come and go between steps |
+| torch._dynamo.config.allow_unspec_int_on_nn_module | counters that modules keep |
+| torch._dynamo.config.trace_autograd_ops (2.13) | torch.autograd.grad in a captured function |
+| torch._dynamo.variables.tensor.TensorVariable.method_backward (2.13) | not so Tensor.backward |
+| torch._dynamo.callback.callback_handler | settings that hold while Dynamo compiles |
 | torch._dynamo.backends.common.aot_autograd | the aot_eager lowering |
 | torch._inductor.fx_passes.control_dependencies | pinning the order of collectives |
 | torch.utils._python_dispatch.TorchDispatchMode | watching the ops of a mask |
@@ -37,6 +44,11 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._C._storage_Use_Count | whether anybody else holds a tensor's memory |
 | torch._C._autograd._get_current_graph_task_keep_graph | backward(retain_graph=True) |
 | torch._C._autograd._top_saved_tensors_default_hooks | the user packs saved tensors |
+| torch._C._current_autograd_node | what a node that runs has saved |
+| CompiledFunctionBackward, ._tensors_no_vc_check | the node of a compiled graph |
+| CompiledFunctionBackward._forward_cls.metadata.bw_donated_idxs | a backward that runs twice |
+| Module._forward_hooks, _forward_pre_hooks, _backward_hooks, _backward_pre_hooks | all hooks |
+| Tensor._backward_hooks | the user hooks a parameter's gradient |
 | torch._C._cuda_endAllocateToPool, _cuda_releasePool | take back a capture that failed |
 | torch.ops.aten._scaled_mm | fp8 matrix products |
 | torch._ops.HigherOrderOperator | operators that take graphs |
@@ -63,7 +75,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -97,6 +109,13 @@ partitioners: Any = _lookup("torch._functorch", "partitioners")
 _lookup("torch._functorch.partitioners", "choose_saved_values_set")
 functorch_config: Any = _lookup("torch._functorch", "config")
 dynamo_config: Any = _lookup("torch._dynamo", "config")
+compile_callbacks: Any = _lookup("torch._dynamo.callback", "callback_handler")
+_TensorVariable: Any = _lookup("torch._dynamo.variables.tensor", "TensorVariable", required=False)
+_TRACES_GRADIENTS = (
+    tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 13)  # not tried before
+    and hasattr(dynamo_config, "trace_autograd_ops")
+    and hasattr(_TensorVariable, "method_backward")
+)
 # torch < 2.12 knows the older name only
 _IGNORED_LOGGING = (
     "ignore_logging_functions"
@@ -105,9 +124,15 @@ _IGNORED_LOGGING = (
 )
 GradAOTOutput: Any = _lookup("torch._functorch._aot_autograd.descriptors", "GradAOTOutput")
 PlainAOTInput: Any = _lookup("torch._functorch._aot_autograd.descriptors", "PlainAOTInput")
+PlainAOTOutput: Any = _lookup("torch._functorch._aot_autograd.descriptors", "PlainAOTOutput")
 TangentAOTInput: Any = _lookup("torch._functorch._aot_autograd.descriptors", "TangentAOTInput")
 DynamoError: Any = _lookup("torch._dynamo.exc", "TorchDynamoException") or ()
 RecompileLimitHit: Any = _lookup("torch._dynamo.exc", "FailOnRecompileLimitHit") or ()
+_DATA_DEPENDENT: Any = _lookup(
+    "torch.fx.experimental.symbolic_shapes", "GuardOnDataDependentSymNode", required=False
+)
+CAPTURE_ERRORS: Any = tuple(filter(None, (DynamoError, RecompileLimitHit, _DATA_DEPENDENT)))
+"""What a captured function raises only while it is compiled: nothing of it has run."""
 aot_autograd: Callable[..., Any] = _lookup("torch._dynamo.backends.common", "aot_autograd")
 preserve_node_ordering: Callable[..., Any] = _lookup(
     "torch._inductor.fx_passes.control_dependencies", "preserve_node_ordering"
@@ -164,6 +189,14 @@ def set_output_stride(output: torch.fx.Node, position: int, stride: tuple[int, .
         output.meta["original_output_strides"] = [
             stride if i == position else old for i, old in enumerate(recorded)
         ]
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def untraced(function: _F) -> _F:
+    """Return `function` so that Dynamo never looks into it: a backward may run where it looks."""
+    return torch.compiler.disable(function)  # type: ignore[no-any-return]
 
 
 def uncompiled_call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -240,19 +273,111 @@ def fusions_in_place() -> Iterator[None]:
         yield
 
 
-def call_captured(function: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> Any:
+def call_captured(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Any, *, guards_hooks: bool = True
+) -> Any:
     """Call what torch.compile made; if a logging call breaks its graph, capture without that call.
 
     Nothing of the function has run when Dynamo raises, so calling again is safe. The settings are
     not in force from the start because switching them costs time on every call.
+
+    In what is compiled meanwhile an integer attribute of a module that has changed once is a
+    variable, and torch.autograd.grad is captured.
+
+    Args:
+        function: What torch.compile made.
+        args: For it.
+        kwargs: For it.
+        guards_hooks: Compile again once hooks on modules were added or removed. Without it Dynamo
+            takes no notice; its guards take some 2 us a module in every call.
     """
-    try:
-        return function(*args, **kwargs)
-    except DynamoError as error:
-        if "logging.Logger" not in str(error):
-            raise
-    with capture_settings():
-        return function(*args, **kwargs)
+    _while_compiling.guards_hooks = guards_hooks
+    with _while_compiling:
+        try:
+            return function(*args, **kwargs)
+        except DynamoError as error:
+            if "logging.Logger" not in str(error):
+                raise
+        with capture_settings():
+            return function(*args, **kwargs)
+
+
+WHILE_COMPILING = {
+    name: value
+    for name, value in {
+        "allow_unspec_int_on_nn_module": True,
+        **({"trace_autograd_ops": True} if _TRACES_GRADIENTS else {}),
+    }.items()
+    if hasattr(dynamo_config, name)
+}
+"""Settings of Dynamo for what is compiled during `call_captured`."""
+
+
+class _WhileCompiling:
+    """Context in which Dynamo compiles under settings of ours; free where it compiles nothing."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._patch: Any = None
+        self.guards_hooks = False
+
+    def __enter__(self) -> None:
+        self._depth += 1
+        if compile_callbacks is not None and _compiles not in compile_callbacks.start_callbacks:
+            compile_callbacks.register_start_callback(_compiles)  # torch._dynamo.reset() drops them
+            compile_callbacks.register_end_callback(_compiled)
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+
+    @property
+    def in_force(self) -> bool:
+        """Whether something is compiled under the settings now."""
+        return self._patch is not None
+
+    def begin(self) -> None:
+        """Put the settings in force, where the compilation is for a call of ours."""
+        if self._depth and self._patch is None:
+            _trace_no_backward()
+            guards = {"skip_nnmodule_hook_guards": False} if self.guards_hooks else {}
+            self._patch = dynamo_config.patch(WHILE_COMPILING | guards)
+            self._patch.__enter__()
+
+    def end(self) -> None:
+        """Put back what was there."""
+        if self._patch is not None:
+            self._patch.__exit__(None, None, None)
+            self._patch = None
+
+
+_while_compiling = _WhileCompiling()
+
+
+@functools.cache
+def _trace_no_backward() -> None:
+    """Let Dynamo capture torch.autograd.grad, and break the graph at Tensor.backward.
+
+    A backward in the graph would write `.grad` without the hooks that reduce gradients.
+    """
+    if not _TRACES_GRADIENTS:
+        return
+    traced = _TensorVariable.method_backward
+
+    @functools.wraps(traced)
+    def method_backward(*args: Any, **kwargs: Any) -> Any:
+        off = {"trace_autograd_ops": False} if _while_compiling.in_force else {}
+        with dynamo_config.patch(off) if off else contextlib.nullcontext():
+            return traced(*args, **kwargs)
+
+    _TensorVariable.method_backward = method_backward
+
+
+def _compiles(_: object) -> None:
+    _while_compiling.begin()
+
+
+def _compiled(_: object) -> None:
+    _while_compiling.end()
 
 
 def capture_settings() -> Any:
@@ -529,6 +654,12 @@ def change_class(optimizer: torch.optim.Optimizer, kind: type[torch.optim.Optimi
 
 def capture_failure_text(error: BaseException) -> str:
     """Return why Dynamo gave up, with the user's line, in a sentence or two."""
+    if isinstance(error, RecompileLimitHit or ()):
+        changed = _last_recompilation(error)
+        more = f": {changed}" if changed else ""
+        return (
+            f"compiled {dynamo_config.recompile_limit} times, and something has changed again{more}"
+        )
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     explanation = next((line for line in lines if line.startswith("Explanation:")), "")
@@ -543,9 +674,30 @@ def capture_failure_text(error: BaseException) -> str:
     return f"{text}{'. ' + explanation if explanation else ''}{where}"
 
 
+def _last_recompilation(error: BaseException) -> str:
+    """Return which guard sent Dynamo to compile once more, with the user's line; "" if unknown."""
+    for each in (error, error.__cause__):
+        trace = each.__traceback__ if each is not None else None
+        while trace is not None:
+            reason = trace.tb_frame.f_locals.get("recompile_reason")
+            if isinstance(reason, str):
+                said = reason.partition(": ")[2].partition("(HINT")[0]
+                return " ".join(said.partition("User stack trace:")[0].split())
+            trace = trace.tb_next
+    return ""
+
+
 def enters_a_lock(failure: str) -> bool:
     """Return whether a capture failed, in the words of `capture_failure_text`, at `with lock:`."""
     return "a `lock` context manager" in failure
+
+
+def breaks_at_a_gradient(failure: str) -> bool:
+    """Return whether a capture failed at torch.autograd.grad, of what two graphs would compute.
+
+    Both ends of it may be outputs of the first one, so that autograd knows no way between them.
+    """
+    return not WHILE_COMPILING.get("trace_autograd_ops", False) and "autograd.grad" in failure
 
 
 def inner_backend_error(error: BaseException) -> BaseException:
@@ -648,6 +800,46 @@ def loss_scale(scaler: torch.amp.GradScaler) -> float | torch.Tensor:
 def storage_uses(storage: torch.UntypedStorage) -> int:
     """Return how many tensors and handles share this memory."""
     return _storage_uses(storage._cdata)
+
+
+def hooks_of_modules(module: torch.nn.Module) -> list[Mapping[int, Any]]:
+    """Return where `module` and those in it keep their hooks: the dicts themselves."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return [
+        vars(m)[kind] for m in module.modules() for kind in kinds if vars(m).get(kind) is not None
+    ]
+
+
+def is_compiled_node(node: Any) -> bool:
+    """Return whether an autograd node is that of a graph that AOTAutograd has compiled."""
+    return type(node).__name__ == "CompiledFunctionBackward"
+
+
+def saved_for_this_backward() -> list[torch.Tensor]:
+    """Return what the node that runs now has saved, without leaves such as weights."""
+    node: Any = torch._C._current_autograd_node()
+    saved = [*node.saved_tensors, *getattr(node, "_tensors_no_vc_check", ())]
+    return [t for t in saved if t is not None and not (t.is_leaf and t.requires_grad)]
+
+
+def let_this_backward_run_again() -> Callable[[], None]:
+    """Let a compiled backward run that writes over what was saved for it; return what forbids it.
+
+    The compiler's setting for this is of no use here: each node runs in a context of its own.
+    """
+    node: Any = torch._C._current_autograd_node()
+    metadata = node._forward_cls.metadata
+    donated, metadata.bw_donated_idxs = metadata.bw_donated_idxs, []
+
+    def forbid() -> None:
+        metadata.bw_donated_idxs = donated
+
+    return forbid
+
+
+def is_hooked(tensor: torch.Tensor) -> bool:
+    """Return whether somebody's hook is to see, and may change, the gradient of `tensor`."""
+    return bool(tensor._backward_hooks)
 
 
 def saved_tensors_are_hooked() -> bool:

@@ -6,6 +6,7 @@ MagiError (RuntimeError)
 |-- PlanMismatchError       ranks decided differently before training
 |-- RemoteRankError         another rank failed, ended or stopped answering
 |-- ReplicaMismatchError    ranks hold different weights
+|-- SecondDerivativeError   a compiled graph was to be differentiated twice
 |-- SettingError            a file, MAGI_SETTINGS or an option holds a wrong setting
 |-- UnreducedGradientError  a gradient arrived that no collective covers
 `-- ExportError             a model could not be exported, or an artifact not loaded
@@ -34,6 +35,10 @@ class RemoteRankError(MagiError):
 
 class ReplicaMismatchError(MagiError):
     """The ranks' copies of a parameter are no longer the same; names the first and the ranks."""
+
+
+class SecondDerivativeError(MagiError):
+    """A gradient of a gradient was asked for of what is compiled."""
 
 
 class SettingError(MagiError, ValueError):

@@ -13,7 +13,7 @@ import magi_train
 from magi_train import Config
 from magi_train.core.world import World
 from tests.close import difference, tolerance
-from tests.models import MODELS, Small, UnusedFrozenTied, gpt2, tokens
+from tests.models import MODELS, WIDTH, Small, UnusedFrozenTied, gpt2, tokens
 from tests.ranks import run_ranks, values
 
 LIMIT = tolerance(torch.float32, 64)
@@ -349,6 +349,59 @@ def test_freezing_between_forward_and_backward(tier, two_ranks):
         assert apart <= LIMIT
 
 
+def changed_between_steps(rank, world_size, change, tier):
+    """Before the third of four steps, `change` the model; DDP is made anew for it."""
+    torch.manual_seed(0)
+    model = UnusedFrozenTied()
+    ours = magi_train.prepare(copy.deepcopy(model), config=Config(lowering="aot_eager", tier=tier))
+    theirs = DistributedDataParallel(model, find_unused_parameters=True)
+    worst = 0.0
+    for step in range(4):
+        if step == 2:
+            for m in (model, ours._magi_module):
+                torch.manual_seed(7 + rank)  # rank 0's new weights count
+                change(m)
+            theirs = DistributedDataParallel(model, find_unused_parameters=True)
+        for m in (theirs, ours):
+            m.zero_grad()
+            with m.no_sync() if step == 3 else contextlib.nullcontext():
+                m(tokens(20 + step + rank), tokens(1)).backward()
+            m(tokens(10 * step + rank), tokens(1)).backward()
+        worst = max(worst, difference(gradients(ours), gradients(theirs)))
+    return worst
+
+
+def freeze_unused(model):
+    model.unused.requires_grad_(False)
+
+
+def replace_layer(model):
+    model.a = nn.Linear(WIDTH, WIDTH)
+
+
+def load_assigned(model):
+    state = {n: 0.5 * t for n, t in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    model.head.weight = model.embedding.weight
+
+
+def add_layer(model):
+    model.b = nn.Sequential(model.b, nn.Linear(WIDTH, WIDTH))
+
+
+def hook_a_weight(model):
+    model.a.weight.register_hook(lambda g: g.clamp(-1e-3, 1e-3))
+
+
+@pytest.mark.parametrize("tier", ["graph", "eager"])
+@pytest.mark.parametrize(
+    "change", [freeze_unused, replace_layer, load_assigned, add_layer, hook_a_weight]
+)
+def test_a_model_that_changes_between_steps(change, tier, two_ranks):
+    for worst in values(two_ranks(changed_between_steps, change, tier)):
+        assert worst <= LIMIT
+
+
 def initial_weights(rank, world_size):
     torch.manual_seed(rank)  # each rank starts elsewhere
     model = magi_train.prepare(MODELS["resnet"][0](), config=EAGER_CODE)
@@ -451,6 +504,25 @@ def evaluates_on_rank_zero(rank, world_size):
 
 def test_one_rank_may_evaluate_alone(two_ranks):
     assert values(two_ranks(evaluates_on_rank_zero))[0] is not None
+
+
+def backward_inside(model, rank):
+    """The step that is captured runs its own backward."""
+
+    def step(x, y):
+        loss = model(x, y)
+        loss.backward()
+        return loss.detach()
+
+    if isinstance(model, magi_train.api.PreparedModule):
+        step = magi_train.prepare_step(step, model)
+    step(tokens(rank), tokens(1))
+
+
+def test_a_backward_inside_of_the_step(two_ranks):
+    for error, report in values(two_ranks(same_gradients, backward_inside)):
+        assert error < LIMIT
+        assert report.tier == "region"
 
 
 def sparse(rank, world_size):

@@ -1,0 +1,310 @@
+"""What user code does in and between steps trains as without us: the same loop, twice."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import magi_train
+from magi_train import Config
+from magi_train.core import compat
+from magi_train.core.errors import SecondDerivativeError
+from tests.close import difference, tolerance
+
+LIMIT = tolerance(torch.float32, 64)
+STEPS = 5
+
+
+def no_code(tier="auto", **more):
+    return Config(tier=tier, lowering="aot_eager", progress=False, **more)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def batch(step):
+    g = torch.Generator().manual_seed(step)
+    return torch.randn(6, 8, generator=g), torch.randn(6, 4, generator=g)
+
+
+def squares(model, x, y):
+    return F.mse_loss(model(x), y)
+
+
+def train(model, step, between=lambda _: None, steps=STEPS):
+    """Take some steps; return the losses, the last step's gradients, and the weights."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    losses = []
+    for i in range(steps):
+        between(i)
+        optimizer.zero_grad()
+        loss = step(*batch(i))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    gradients = {f"gradient of {n}": p.grad for n, p in model.named_parameters()}
+    return {**model.state_dict(), **gradients, "losses": torch.stack(losses)}
+
+
+def beside_plain(make, config, loss=squares, between=lambda model, step: None, whole=False):
+    """Train `make()` without and with us; return the largest difference, and the report."""
+    torch.manual_seed(0)
+    plain = make()
+    twin = copy.deepcopy(plain)
+    want = train(plain, lambda *b: loss(plain, *b), lambda i: between(plain, i))
+    prepared = magi_train.prepare(twin, config=config)
+
+    def step(*b):
+        return loss(prepared, *b)
+
+    ours = magi_train.prepare_step(step, prepared) if whole else step
+    got = train(twin, ours, lambda i: between(twin, i))
+    return difference(got, want), magi_train.report(prepared)
+
+
+def graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture(autouse=True)
+def _counts():
+    torch._dynamo.utils.counters.clear()
+
+
+@pytest.mark.parametrize("tier", ["graph", "region"])
+def test_a_hook_that_comes_and_goes(tier):
+    handles = []
+
+    def between(model, step):
+        if step == 2:
+            handles.append(model[0].register_forward_hook(lambda m, args, out: 3 * out))
+        if step == 3:
+            handles.pop().remove()
+            handles.append(model[0].register_forward_hook(lambda m, args, out: out / 2))
+        if step == 4:
+            handles.pop().remove()
+
+    error, _ = beside_plain(mlp, no_code(tier), between=between)
+    assert error < LIMIT
+    assert graphs() == 3  # without a hook, and with each
+
+
+class Counts(nn.Module):
+    """Keeps a number of Python's that changes in each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.step = mlp(), 0
+
+    def forward(self, x):
+        self.step += 1
+        return self.body(x) / self.step
+
+
+@pytest.mark.parametrize("tier", ["graph", "region"])
+def test_a_counter_does_not_compile_again_each_step(tier):
+    error, report = beside_plain(Counts, no_code(tier))
+    assert error < LIMIT
+    assert graphs() == 2  # as a constant, then as a variable
+    assert not any("uncompiled" in note for note in report.notes)
+
+
+def test_settings_of_dynamo_hold_for_our_calls_only():
+    ours = {**compat.WHILE_COMPILING, "skip_nnmodule_hook_guards": False}
+    before = {n: getattr(compat.dynamo_config, n) for n in ours}
+    seen = []
+
+    def look(gm, inputs):
+        seen.append({n: getattr(compat.dynamo_config, n) for n in before})
+        return gm.forward
+
+    torch.compile(lambda x: x + 1, backend=look)(torch.ones(2))
+    compat.call_captured(torch.compile(lambda x: x + 2, backend=look), [torch.ones(2)], {})
+    assert seen == [before, ours]
+    assert before == {n: getattr(compat.dynamo_config, n) for n in before}
+
+
+def penalized(model, x, y):
+    """A loss with the gradient of a gradient."""
+    x = x.clone().requires_grad_()
+    out = model(x)
+    (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    return F.mse_loss(out, y) + slope.square().sum()
+
+
+@pytest.mark.parametrize("tier", ["auto", "region", "eager"])
+def test_a_gradient_penalty_in_the_step(tier):
+    error, _ = beside_plain(mlp, no_code(tier), penalized, whole=True)
+    assert error < LIMIT
+
+
+def test_a_backward_in_the_step_is_left_to_autograd():
+    """In a graph it would write `.grad` and call no hook of a parameter."""
+    torch.manual_seed(0)
+    model = mlp()
+    seen = []
+    model[0].weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    prepared = magi_train.prepare(model, config=no_code())
+
+    def step(x, y):
+        loss = squares(prepared, x, y)
+        loss.backward()
+        return loss.detach()
+
+    magi_train.prepare_step(step, prepared)(*batch(0))
+    assert len(seen) == 1
+    assert magi_train.report(prepared).tier == "region"
+
+
+class Experts(nn.Module):
+    """Sends rows to experts, and asks whether there are any."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(8, 3), nn.ModuleList(nn.Linear(8, 4) for _ in range(3))
+
+    def forward(self, x):
+        weights, chosen = self.gate(x).softmax(-1).max(-1)
+        out = x.new_zeros(len(x), 4)
+        for i, expert in enumerate(self.experts):
+            rows = torch.where(chosen == i)[0]
+            if rows.numel():
+                out = out.index_add(0, rows, expert(x[rows]) * weights[rows, None])
+        return out
+
+
+def test_a_size_that_depends_on_data_is_no_crash():
+    error, report = beside_plain(Experts, no_code())
+    assert error < LIMIT
+    assert report.tier == "region"
+    assert "if rows.numel()" in report.reason
+
+
+class Heads(nn.Module):
+    """Returns two heads; a loss may use one."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+        self.heads = nn.ModuleList(nn.Linear(8, 4) for _ in range(2))
+
+    def forward(self, x):
+        hidden = self.trunk(x)
+        return [head(hidden) for head in self.heads]
+
+
+@pytest.mark.parametrize("tier", ["graph", "region"])
+def test_a_head_that_no_loss_uses_gets_no_gradient(tier):
+    """Zeros instead would let AdamW decay its weights."""
+
+    def one_head(model, x, y):
+        return F.mse_loss(model(x)[0], y)
+
+    error, report = beside_plain(Heads, no_code(tier), one_head)
+    assert error < LIMIT
+    row = next(row for row in report.rows if row.name == "unused_outputs")
+    assert sorted(outputs for _, outputs in row.plan["inputs"]) == [[0], [0], [1], [1]]
+
+
+def test_heads_in_turns_get_gradients_in_turns():
+    turn = iter(2 * list(range(STEPS)))
+
+    def in_turns(model, x, y):
+        return F.mse_loss(model(x)[next(turn) % 2], y)
+
+    error, _ = beside_plain(Heads, no_code(), in_turns)
+    assert error < LIMIT
+    assert graphs() == 1
+
+
+class Wavy(nn.Module):
+    """Saves what generated code writes over in the backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return torch.sin(self.b(F.gelu(self.a(x))))
+
+
+@pytest.mark.parametrize("lowering", ["inductor", "aot_eager"])
+def test_one_forward_and_two_backwards(lowering):
+    """`retain_graph=True` for the first of two losses."""
+    torch.manual_seed(0)
+    plain = Wavy()
+    twin = copy.deepcopy(plain)
+    config = Config(lowering=lowering, progress=False)
+    for step in range(2):  # the compiler looks at the first backward in another way
+        for model in (plain, twin):
+            prepared = magi_train.prepare(twin, config=config) if model is twin else model
+            model.zero_grad()
+            out = prepared(batch(step)[0])
+            out.abs().sum().backward(retain_graph=True)
+            out.square().sum().backward()
+        gradients = ({n: p.grad for n, p in m.named_parameters()} for m in (twin, plain))
+        assert difference(*gradients) < LIMIT
+
+
+@pytest.mark.parametrize("tier", ["graph", "region"])
+def test_a_second_derivative_of_what_is_compiled_is_refused(tier):
+    model = magi_train.prepare(mlp(), config=no_code(tier))
+    with pytest.raises(SecondDerivativeError, match=r"prepare_step.*Config\(tier='eager'\)"):
+        penalized(model, *batch(0))
+
+
+class Penalized(nn.Module):
+    """A loss with a gradient penalty, behind a layer that counts batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.body = nn.BatchNorm1d(8), mlp()
+
+    def forward(self, x):
+        return penalized(self.body, self.norm(x), 0.0)
+
+
+def test_second_derivatives_between_graphs_run_uncompiled(monkeypatch):
+    """Where Dynamo does not capture torch.autograd.grad: torch before 2.13."""
+    monkeypatch.setitem(compat.WHILE_COMPILING, "trace_autograd_ops", False)
+    monkeypatch.setattr(F, "mse_loss", lambda x, y: (x - y).square().mean())
+    error, report = beside_plain(Penalized, no_code(), lambda model, x, y: model(x))
+    assert error < LIMIT
+    assert report.tier == "eager"
+
+
+class Grows(nn.Module):
+    """Appends to a list of its own, which Dynamo compiles for one length each."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.seen = mlp(), []
+
+    def forward(self, x):
+        out = self.body(x)
+        self.seen.append(out.detach().mean())
+        return out
+
+
+@compat.dynamo_config.patch(recompile_limit=2)
+def test_what_changes_in_every_step_is_named_and_given_up(caplog):
+    torch.manual_seed(0)
+    plain = Grows()
+    twin = copy.deepcopy(plain)
+    prepared = magi_train.prepare(twin, config=no_code())
+    want = train(plain, lambda *b: squares(plain, *b), steps=8)
+    caplog.clear()
+    got = train(twin, lambda *b: squares(prepared, *b), steps=8)
+    assert difference(got, want) < LIMIT
+    assert len(twin.seen) == 8
+    notes = [note for note in magi_train.report(prepared).notes if "uncompiled" in note]
+    assert notes[0].startswith("some steps of Grows ran uncompiled: compiled 2 times")
+    assert "seen) == 1" in notes[0]
+    assert "self.seen.append" in notes[0]
+    assert notes[1].startswith("Grows runs uncompiled from now on")
+    assert len(notes) == 2
+    ours = [r for r in caplog.records if r.name.startswith("magi_train")]
+    assert len(ours) == 2  # not one in every step
