@@ -46,6 +46,7 @@ from magi_train.comm import replicas
 from magi_train.comm.broadcast import broadcast
 from magi_train.comm.codecs import Scale
 from magi_train.comm.codecs.compressor import STATEFUL, Compressor, Handle
+from magi_train.comm.codecs.exact import ExactBuckets
 from magi_train.comm.early_step import Pending, step_early
 from magi_train.comm.host_memory import HostMemory
 from magi_train.comm.link import Link
@@ -159,6 +160,7 @@ class Reducer:
         self._backward: _Backward | None = None
         self._proven = False
         self._flag_cache: dict[tuple[int, tuple[str, ...]], Tensor] = {}
+        self._exact: dict[str, ExactBuckets] = {}
         self._hooks: dict[str, RemovableHandle] = {}
         self._structure = _Structure(module)
         self.refresh()
@@ -206,7 +208,7 @@ class Reducer:
         for handle in self._hooks.values():
             handle.remove()
         self._hooks.clear()
-        self.parameters, self._plans = named, {}
+        self.parameters, self._plans, self._exact = named, {}, {}
         self._flag_cache.clear()  # by the identity of buckets
         self._memory.forget()
         self.report.note("parameters of the model were replaced or added: rank 0's are taken again")
@@ -267,6 +269,7 @@ class Reducer:
         if self.world.size == 1 or (before is not None and before.plan is self.plan):
             return
         self.compressor = Compressor(self.plan, self.world, self._device())
+        self.compressor.know(self._exact.setdefault(self.plan_key, self.compressor.exact))
         self._follow_trial(self.compressor)
         if before is not None and before.stateful:
             self.compressor.load(before.state())
@@ -416,7 +419,7 @@ class Reducer:
     def _new_flat(self, bucket: Bucket) -> Tensor:
         """Return memory for a bucket, with zeros between slots where all of it is looked at."""
         flat = self._memory.empty(bucket.numel, dtype=bucket.torch_dtype(), device=self._device())
-        if self.config.compression is not None:
+        if self.compressor is not None and self.compressor.stateful:
             ends = [*(s.offset for s in bucket.slots[1:]), bucket.flags_offset]
             for slot, end in zip(bucket.slots, ends, strict=True):
                 flat[slot.offset + slot.numel() : end].zero_()
@@ -431,7 +434,9 @@ class Reducer:
         assert self.compressor is not None, "nothing is reduced on one rank"
         dtype = self.compressor.wire_dtype(index, self._autocast)
         slots = self.plan.buckets[index].slots
-        if dtype is flat.dtype or any(self.parameters[s.name].grad is not None for s in slots):
+        if dtype is flat.dtype or self.compressor.stateful:  # which looks at all of a bucket
+            return flat
+        if any(self.parameters[s.name].grad is not None for s in slots):
             return flat
         return torch.empty_like(flat, dtype=dtype)
 
@@ -542,6 +547,8 @@ class Reducer:
                 return
             self._complete(state)
             if not self._proven and self._prove(irregular):
+                if self.compressor is not None:  # it saw the part of gradients in the graph
+                    self.compressor.exact.forget(self._autocast)
                 self._settle()
                 self._backward = state = _Backward(sync=True, in_graph=False)
                 self._complete(state)
@@ -696,7 +703,7 @@ class Reducer:
         self.compressor.settle()
         exact, autocast = self.compressor.exact, self._autocast
         if exact.undecided(autocast):
-            question = "gradients that bfloat16 holds exactly"
+            question = f"gradients that bfloat16 holds exactly, autocast {autocast}"
             mine = exact.mine(autocast)
             answers = self.world.gather(question, mine, self._timeout_seconds)
             chosen = exact.choose(autocast, answers)

@@ -35,8 +35,8 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         scale, *gradients = ctx.saved_tensors
         factor = upstream.to(scale.dtype) * scale
-        # [] does not widen a tensor: the product is made in float32 and rounded to what came, so a
-        # gradient of bfloat16 stays one, widened, as autocast's are
+        # [] does not widen a tensor: generated code makes the product in float32 and rounds it to
+        # what came, so a gradient of bfloat16 stays one, widened, as autocast's are
         scaled = [(g * factor).to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)]
         return None, None, None, *scaled, *([None] * len(gradients))
 

@@ -40,7 +40,8 @@ _library.define(
 def _on_device(*arguments: Any) -> tuple[Tensor, Tensor]:
     from magi_train.fusion.kernels.cross_entropy import cross_entropy
 
-    return cross_entropy(*arguments)
+    with torch.cuda.device(arguments[0].device):  # Triton launches on the current one
+        return cross_entropy(*arguments)
 
 
 def _on_host(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -160,6 +160,8 @@ def _has_kernel(recipe: Recipe, context: PassContext) -> bool:
     """Return whether one kernel makes the loss and its gradient from the logits."""
     if context.device_type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
+    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return False
     return recipe.compute is torch.bfloat16 and recipe.soft_cap() is not None
 
 

@@ -445,5 +445,6 @@ def buffer_bytes(plan: CommPlan) -> int:
     sizes = [b.numel * b.torch_dtype().itemsize for b in buckets]
     encoded = [b for b in buckets if b.codec != b.dtype]
     residuals = [b.numel * b.torch_dtype().itemsize for b in encoded if b.codec in STATEFUL]
+    wires = [b.numel * 2 if b.codec == "safe" else b.wire_bytes() for b in encoded]
     # one is packed while its gradients live
-    return max(sizes, default=0) + sum(b.wire_bytes() for b in encoded) + sum(residuals)
+    return max(sizes, default=0) + sum(wires) + sum(residuals)

@@ -96,7 +96,9 @@ class Compressor:
                 f"CommConfig.compression needs NCCL for gradients on {device.type}, got the "
                 f"{world.backend} backend; use init_process_group('nccl')"
             )
-        self.exact = ExactBuckets(plan, possible=device.type == "cpu" or self.on_stream)
+        # NCCL rounds the partial sums of more than two ranks; halving is exact
+        once = world.size == 2 if self.on_stream else device.type == "cpu"
+        self.exact = ExactBuckets(plan, possible=once)
         self.instead: str | None = None
         self._memory = HostMemory()
         self._codecs: dict[tuple[int, str], Codec] = {}
@@ -107,6 +109,12 @@ class Compressor:
             self.open_lanes()
         self._verdict: tuple[Tensor, Any] | None = None
         self._plain: list[Tensor] = []
+
+    def know(self, exact: ExactBuckets) -> None:
+        """Go on with what ranks have agreed on for a plan that was left and is taken up again."""
+        self.exact = exact
+        if exact.shortens:
+            self.open_lanes()
 
     def open_lanes(self) -> None:
         """Make what exchanges beside gloo run in, once; a collective."""
@@ -141,13 +149,10 @@ class Compressor:
     def wire_dtype(self, index: int, autocast: Autocast) -> torch.dtype:
         """Return the dtype in which one all-reduce sends bucket `index`; its own for codecs.
 
-        NCCL's own kernels are faster than two shots of halves. The sum of two ranks is rounded once
-        in both; with more ranks NCCL rounds partial sums, which "safe" is not to do.
+        NCCL's own kernels are faster than two shots of halves.
         """
-        bucket = self.plan.buckets[index]
-        once = self.world.size == 2 or bucket.codec != "safe"
-        halves = self.on_stream and once and self._name(index, autocast) == "bfloat16"
-        return torch.bfloat16 if halves else bucket.torch_dtype()
+        halves = self.on_stream and self._name(index, autocast) == "bfloat16"
+        return torch.bfloat16 if halves else self.plan.buckets[index].torch_dtype()
 
     def start(
         self,

@@ -2,9 +2,11 @@
 
 Under autocast to bfloat16 the backward makes a weight's gradient in bfloat16 and widens it for
 float32 `.grad`. Sending such a gradient in bfloat16 rounds only sums: of micro-batches, and of
-ranks. Which weights these are is not asked of the model but seen: the first gradient of a parameter
-either equals its rounding to bfloat16 in all elements, or it does not. That works in every tier,
-with autocast anywhere, and is right about weights that autocast leaves alone.
+ranks. Which weights these are is not asked of the model but seen: under autocast the first gradient
+of a parameter either equals its rounding to bfloat16 in all elements, or it does not. That works in
+every tier, and is right about weights that autocast leaves alone. Where autocast is not seen around
+the step, numbers prove nothing (those of a float32 step may be short by chance): only gradients
+that a captured backward hands over in bfloat16 count, as autocast inside of the model makes them.
 
 A bucket takes the short way if that holds for all its parameters on all ranks. The first
 synchronised backward goes as it is and is followed by one agreement; so is the first under another
@@ -53,7 +55,17 @@ class ExactBuckets:
         """Note the first gradient of a parameter."""
         seen = self._seen.setdefault(autocast, {})
         if name in self._safe and name not in seen and not gradient.is_sparse:
-            seen[name] = is_exact(gradient)
+            enabled, _ = autocast
+            seen[name] = is_exact(gradient) if enabled else gradient.dtype is torch.bfloat16
+
+    def forget(self, autocast: Autocast) -> None:
+        """Forget what was seen under this state of autocast, before anything is chosen."""
+        self._seen.pop(autocast, None)
+
+    @property
+    def shortens(self) -> bool:
+        """Return whether any bucket travels in bfloat16 under any state of autocast."""
+        return any(self._chosen.values())
 
     def mine(self, autocast: Autocast) -> list[int]:
         """Return the buckets that are exact as far as this rank has seen."""

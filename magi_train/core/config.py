@@ -106,9 +106,10 @@ class CommConfig:
 
     compression: Compression | None = "safe"
     """How float32 gradients travel. None: as they are. "safe": weights whose gradients bfloat16
-    holds exactly, because autocast's backward made them so, in bfloat16, summed in float32; all
-    others, and all without autocast, as they are. "bfloat16": all in half the bytes; NCCL rounds
-    the sums of more than two ranks on their way. "int8": a
+    holds exactly, because autocast's backward made them so, in bfloat16: sums over micro-batches
+    and over ranks are made in float32 and rounded once; all others, and all without autocast, as
+    they are; under NCCL for two ranks only, as it rounds the partial sums of more. "bfloat16": all
+    in half the bytes. "int8": a
     quarter of the bytes, with error feedback. "fp8": the same in e4m3. "hierarchical": as they are
     inside of a node, int8 between nodes. "powersgd": matrices as factors of `low_rank` columns with
     error feedback. "balanced" is "int8", or "hierarchical" for several nodes of several ranks.

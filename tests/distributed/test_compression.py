@@ -339,3 +339,67 @@ def test_gradients_are_packed_in_the_dtype_in_which_they_travel(two_ranks):
         # the mean of two ranks is rounded once, as is the sum of two micro-batches of a rank
         assert errors[1] <= torch.finfo(torch.bfloat16).eps
         assert errors[2] <= 2 * torch.finfo(torch.bfloat16).eps
+
+
+def by_chance(rank, world_size):
+    """Without autocast: the first gradient, of zeros and counts, is short; later ones are not."""
+    torch.manual_seed(rank)
+    model = nn.Linear(64, 1)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    theirs = DistributedDataParallel(copy.deepcopy(model))
+    ours = magi_train.prepare(model, config=config("safe", "eager"))
+    optimizers = [torch.optim.SGD(each.parameters(), lr=1.0) for each in (ours, theirs)]
+    x = (torch.rand(16, 64) < 0.5).float()
+    y = (torch.rand(16, 1) < 0.5).float()
+    errors = []
+    for _ in range(3):
+        for each, optimizer in zip((ours, theirs), optimizers, strict=True):
+            each.zero_grad()
+            nn.functional.binary_cross_entropy_with_logits(each(x), y).backward()
+            optimizer.step()
+        errors.append(difference(gradients(ours), gradients(theirs)))
+    return errors
+
+
+def test_numbers_that_are_short_by_chance_prove_nothing(two_ranks):
+    for errors in values(two_ranks(by_chance)):
+        assert max(errors) <= tolerance(torch.float32, 64)
+
+
+def penalised(rank, world_size, penalty):
+    """A loss outside of the captured model, with a penalty on a weight or without."""
+    torch.manual_seed(0)
+    model = Small().train()
+    theirs = DistributedDataParallel(copy.deepcopy(model), find_unused_parameters=True)
+    ours = magi_train.prepare(model, config=config("safe"))
+    asked, gather, errors = [], World.gather, []
+
+    def counted(self, question, *rest):
+        asked.append(question)
+        return gather(self, question, *rest)
+
+    with mock.patch.object(World, "gather", counted):
+        for step in range(8):
+            for each, plain in ((ours, model), (theirs, theirs.module)):
+                plain.b.requires_grad_(step % 2 == 0)  # ranks take up a plan again and again
+                each.zero_grad()
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = each(tokens(10 * step + rank), tokens(1))
+                (loss + penalty * plain.a.weight.square().sum()).backward()
+            errors.append(difference({"a.weight": model.a.weight.grad},
+                                     {"a.weight": theirs.module.a.weight.grad}))  # fmt: skip
+    row = [r.plan for r in magi_train.report(ours).rows if r.name == "safe_compression"]
+    return errors, row, sum("bfloat16" in each for each in asked)
+
+
+def test_gradients_that_are_completed_outside_of_the_graph_are_not_shortened(two_ranks):
+    for errors, _, _ in values(two_ranks(penalised, 0.1)):
+        assert max(errors) <= tolerance(torch.float32, 64)
+
+
+def test_what_ranks_agreed_on_for_a_plan_holds_when_it_is_taken_up_again(two_ranks):
+    for errors, rows, asked in values(two_ranks(penalised, 0.0)):
+        assert any(row["bfloat16_buckets"] for row in rows)
+        assert asked == 2, "once for each plan"
+        assert max(errors) <= torch.finfo(torch.bfloat16).eps
