@@ -56,6 +56,7 @@ from magi_train.fusion.shadow import UseWeightShadows, shadow_graph
 from magi_train.lower import lower
 from magi_train.memory.budget import FitBudget
 from magi_train.memory.exhausted import explain, is_exhausted
+from magi_train.recording import is_replayed
 from magi_train.replay import Replayer, weakly
 from magi_train.runtime import Runtime
 from magi_train.tune import Tuner
@@ -522,17 +523,26 @@ class Region:
             if runtime.memory is not None and row.name == FitBudget.name:
                 bounded = row.plan["planned_gib"] < row.plan["without_gib"]
                 runtime.memory.planned(row.plan["planned_gib"], bounded)
-        if in_graph:
-            compiled = self._replaying(compiled, frozenset(stable))
         plans = {row.name: row.plan for row in rows}
+        if collectives is None and FindUnused.name not in plans:
+            runtime.report.note(
+                f"{self.name}: compiled code came from a cache without the notes that lie beside "
+                "it, so outputs that a loss does not use may give zeros where there is no gradient"
+            )
+        unused = () if collectives is not None else plans.get(FindUnused.name, {}).get("inputs", ())
+        compiled = Outputs(compiled, unused)
+        if in_graph:
+            compiled = self._replaying(compiled, frozenset(stable), unused)
         if shadows is not None:
             read = plans.get(UseWeightShadows.name)
             compiled = shadows.bind(compiled, None if read is None else read.get("weights", ()))
-        unused = plans.get(FindUnused.name, {}).get("inputs", ())
-        return Outputs(compiled, unused if collectives is None else ())
+        return compiled
 
     def _replaying(
-        self, compiled: Callable[..., Any], stable: frozenset[int]
+        self,
+        compiled: Callable[..., Any],
+        stable: frozenset[int],
+        unused: Sequence[tuple[int, Sequence[int]]],
     ) -> Callable[..., Any]:
         """Return `compiled`, replayed as device graphs where that may be."""
         runtime = self.runtime
@@ -558,7 +568,7 @@ class Region:
             report=runtime.report,
         )
         self._replayers.append(replayer)
-        return weakly(replayer)
+        return Outputs(weakly(replayer), unused, is_replayed)
 
     def recall(self, gm: GraphModule, inputs: Sequence[Any]) -> None:
         """Take an earlier process's choice of passes for this graph, where that was asked for."""

@@ -332,6 +332,11 @@ class _Replayed(torch.autograd.Function):
             return (None, *ctx.call.backward(tangents))
 
 
+def is_replayed(node: Any) -> bool:
+    """Return whether an autograd node is that of a replayed graph."""
+    return type(node).__name__ == f"{_Replayed.__name__}Backward"
+
+
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 

@@ -59,7 +59,9 @@ def _send(x: Tensor) -> Tensor:
     if x.device.type != "cuda":
         return x.clone()
     try:
-        host = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, pin_memory=True)
+        host = torch.empty_strided(
+            x.shape, x.stride(), dtype=x.dtype, device="cpu", pin_memory=True
+        )
     except RuntimeError as error:
         raise MagiError(
             f"the host has no {x.nbytes / MIB:.4g} MiB of pinned memory left for an activation "

@@ -9,9 +9,10 @@ from torch import nn
 
 import magi_train
 from magi_train import Config
-from magi_train.core import compat
+from magi_train.core import compat, device_graphs
 from magi_train.core.errors import SecondDerivativeError
 from tests.close import difference, tolerance
+from tests.fake_graphs import FakeGraphs
 
 LIMIT = tolerance(torch.float32, 64)
 STEPS = 5
@@ -209,6 +210,46 @@ def test_a_head_that_no_loss_uses_gets_no_gradient(tier):
     assert sorted(outputs for _, outputs in row.plan["inputs"]) == [[0], [0], [1], [1]]
 
 
+def test_a_head_that_no_loss_uses_gets_no_gradient_in_replays(monkeypatch):
+    monkeypatch.setitem(device_graphs.makers, "cpu", FakeGraphs)
+
+    def one_head(model, x, y):
+        return F.mse_loss(model(x)[0], y)
+
+    config = Config(cuda_graphs="on", progress=False)
+    error, report = beside_plain(Heads, config, one_head)
+    assert error < LIMIT
+    assert report.measured["cuda_graph_replays"] >= 2
+
+
+class Chain(nn.Module):
+    """Blocks of which one returns a view of what it was given, and a head that no loss uses."""
+
+    class Block(nn.Module):
+        """One of them."""
+
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x.t(), torch.tanh(self.used(x)), self.unused(x.detach())
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Chain.Block() for _ in range(2))
+
+    def forward(self, x):
+        _, x, _ = self.blocks[0](x)
+        view, x, _ = self.blocks[1](x)
+        return view.sum() + x.sum()
+
+
+def test_a_view_of_an_argument_is_not_taken_for_what_the_graph_made():
+    error, _ = beside_plain(Chain, no_code("region"), lambda model, x, y: model(x))
+    assert error < LIMIT
+
+
 def test_heads_in_turns_get_gradients_in_turns():
     turn = iter(2 * list(range(STEPS)))
 
@@ -247,6 +288,26 @@ def test_one_forward_and_two_backwards(lowering):
             out.square().sum().backward()
         gradients = ({n: p.grad for n, p in m.named_parameters()} for m in (twin, plain))
         assert difference(*gradients) < LIMIT
+
+
+@pytest.mark.parametrize("lowering", ["inductor", "aot_eager"])
+def test_two_backwards_of_a_forward_whose_argument_is_expanded(lowering):
+    """One element of memory is many of the tensor: nothing may be put back there."""
+
+    class Masked(Wavy):
+        def forward(self, x, mask):
+            return torch.sin(self.b((F.gelu(self.a(x)) * mask).exp()))
+
+    torch.manual_seed(0)
+    model = Masked()
+    mask = torch.rand(1, 16).expand(6, 16)
+    prepared = magi_train.prepare(model, config=Config(lowering=lowering, progress=False))
+    out = prepared(batch(0)[0], mask).sum()
+    out.backward(retain_graph=True)
+    first = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    out.backward()
+    assert difference({n: p.grad for n, p in model.named_parameters()}, first) == 0
 
 
 @pytest.mark.parametrize("tier", ["graph", "region"])

@@ -815,26 +815,34 @@ def is_compiled_node(node: Any) -> bool:
     return type(node).__name__ == "CompiledFunctionBackward"
 
 
-def saved_for_this_backward() -> list[torch.Tensor]:
-    """Return what the node that runs now has saved, without leaves such as weights."""
-    node: Any = torch._C._current_autograd_node()
-    saved = [*node.saved_tensors, *getattr(node, "_tensors_no_vc_check", ())]
-    return [t for t in saved if t is not None and not (t.is_leaf and t.requires_grad)]
+def run_again_afterwards(node: Any, fresh: bool) -> Callable[[], None] | None:
+    """Let a compiled backward that is about to run be run once more; return what it owes then.
 
+    Generated code writes over some of what was saved ("donated buffers", which are neither inputs
+    nor outputs), and AOTAutograd refuses to run it twice, by a list that is emptied here for good.
 
-def let_this_backward_run_again() -> Callable[[], None]:
-    """Let a compiled backward run that writes over what was saved for it; return what forbids it.
-
-    The compiler's setting for this is of no use here: each node runs in a context of its own.
+    Args:
+        node: Of the backward.
+        fresh: Whether what was saved is another tensor for each backward: nothing is owed.
     """
-    node: Any = torch._C._current_autograd_node()
     metadata = node._forward_cls.metadata
-    donated, metadata.bw_donated_idxs = metadata.bw_donated_idxs, []
+    if not hasattr(metadata, "_magi_donated"):
+        metadata._magi_donated, metadata.bw_donated_idxs = metadata.bw_donated_idxs or [], []
+    if fresh or not metadata._magi_donated:
+        return None
+    saved = [*node.saved_tensors, *getattr(node, "_tensors_no_vc_check", ())]
+    first = metadata.num_symints_saved_for_bw
+    donated = [saved[i - first] for i in metadata._magi_donated]
+    with torch.no_grad():  # a host's copy of an activation is read only, and may still be written
+        all_on_host = all(t is None or t.is_cpu for t in saved)
+        donated = [t for t in donated if t is not None and (all_on_host or not t.is_cpu)]
+        kept = [(t, t.clone()) for t in donated]
 
-    def forbid() -> None:
-        metadata.bw_donated_idxs = donated
+    def put_back() -> None:
+        for tensor, before in kept:
+            tensor.data.copy_(before)
 
-    return forbid
+    return put_back
 
 
 def is_hooked(tensor: torch.Tensor) -> bool:

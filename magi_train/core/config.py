@@ -270,8 +270,9 @@ class Config:
     offload_activations: bool = False
     """Under `memory_budget_gib` on CUDA devices: let activations wait in pinned memory of the host
     where that costs less time than recomputing, which is as far as copies hide beside kernels;
-    gradients do not change. The ranks of a host may pin half of its memory together, in blocks that
-    are powers of two, and keep it between steps. False: what does not fit is recomputed."""
+    gradients do not change. The ranks of a host may pin a quarter of its memory together for a
+    step, in blocks that are powers of two, and keep it between steps. False: what does not fit is
+    recomputed."""
 
     comm: CommConfig = field(default_factory=CommConfig)
     """Buckets and wire format of gradients."""

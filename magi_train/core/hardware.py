@@ -127,7 +127,7 @@ def measured_link(expected: float) -> float:
     milliseconds.
     """
     there = torch.empty(LINK_PROBE_BYTES, dtype=torch.uint8, device="cuda")
-    here = torch.empty(LINK_PROBE_BYTES, dtype=torch.uint8, pin_memory=True)
+    here = torch.empty(LINK_PROBE_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
     slowest = math.inf
     for target, source in ((here, there), (there, here)):
         target.copy_(source, non_blocking=True)
@@ -141,8 +141,9 @@ def measured_link(expected: float) -> float:
     return expected * max(1, min(LINK_STEPS, int(slowest / expected * LINK_STEPS))) / LINK_STEPS
 
 
-HOST_SHARE = 0.5
-"""Part of a host's memory that may be pinned, all ranks together."""
+HOST_SHARE = 0.25
+"""Part of a host's memory that one step may pin, all ranks together: the host may be a step ahead
+of the device, and pins for the next one then."""
 
 
 def host_room_bytes(ranks: int) -> int:

@@ -12,6 +12,7 @@ nodes that it stands for, and `Outputs` mends them by hooks on that node:
 * `backward(create_graph=True)` cannot be differentiated again, which is said in our words.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -79,33 +80,56 @@ class FindUnused:
 class Outputs:
     """Calls a captured graph, and hooks the autograd node that its outputs share.
 
+    A hook before the node's backward decides; one behind it, for which the engine would hold what
+    comes in until then, is there only where something is to be done.
+
     Args:
         compiled: The graph, compiled.
         depends: The `inputs` of an UnusedPlan; empty to leave zeros as they are.
+        is_node: Which autograd nodes are the graph's, where not those of AOTAutograd: those of a
+            replay, which is recorded with gradients for all outputs, and runs twice by itself.
     """
 
     def __init__(
-        self, compiled: Callable[..., Any], depends: Sequence[tuple[int, Sequence[int]]] = ()
+        self,
+        compiled: Callable[..., Any],
+        depends: Sequence[tuple[int, Sequence[int]]] = (),
+        is_node: Callable[[Any], bool] = compat.is_compiled_node,
     ) -> None:
         self._compiled = compiled
         self._depends = depends
-        self._positions: list[tuple[int, tuple[int, ...]]] | None = None
-        self._kept: list[tuple[Tensor, Tensor]] = []
-        self._lock: Callable[[], None] | None = None
+        self._is_node = is_node
+        self._positions: list[tuple[int, tuple[int, ...]]] = []
 
     def __call__(self, *args: Any) -> Any:
         """Call the graph."""
         outputs = self._compiled(*args)
-        node = next(filter(None, map(_node_of, outputs)), None) if torch.is_grad_enabled() else None
+        node = self._node_of(outputs, args) if torch.is_grad_enabled() else None
         if node is not None:
-            if self._depends and self._positions is None:
+            if self._depends and not self._positions:
                 self._positions = _positions(node, args, outputs, self._depends)
-            node.register_prehook(self._before)
-            node.register_hook(self._after)
+            # what such hooks hand over may be read once, and is another tensor for each backward
+            fresh = compat.saved_tensors_are_hooked()
+            node.register_prehook(functools.partial(self._before, node, fresh))
         return outputs
 
+    def _node_of(self, outputs: Sequence[Any], args: Sequence[Any]) -> Any:
+        """Return the node of the graph that made `outputs`, or None.
+
+        An output may be an argument, or a view of one: then its node is that of another graph.
+        """
+        for output in outputs:
+            node = output.grad_fn if isinstance(output, Tensor) else None
+            if node is not None and not self._is_node(node) and node.next_functions:
+                node = node.next_functions[0][0]  # a view, made anew outside of the graph
+            if node is None or not self._is_node(node):
+                continue
+            if not any(isinstance(x, Tensor) and x.grad_fn is node for x in args):
+                return node
+        return None
+
     @compat.untraced
-    def _before(self, gradients: Sequence[Tensor | None]) -> None:
+    def _before(self, node: Any, fresh: bool, gradients: Sequence[Tensor | None]) -> None:
         if torch.is_grad_enabled():
             raise SecondDerivativeError(
                 "a gradient with create_graph=True was asked for of what is compiled, and compiled "
@@ -113,35 +137,23 @@ class Outputs:
                 "included, into the captured function (prepare_step), or prepare this model with "
                 "Config(tier='eager')"
             )
-        if not compat.graph_is_retained():
+        unused = {
+            i for i, needs in self._positions if all(gradients[output] is None for output in needs)
+        }
+        put_back: Callable[[], None] | None = None
+        if compat.is_compiled_node(node) and compat.graph_is_retained():
+            put_back = compat.run_again_afterwards(node, fresh)
+        if not unused and put_back is None:
             return
-        with torch.no_grad():
-            self._kept = [(t, t.clone()) for t in compat.saved_for_this_backward()]
-        self._lock = compat.let_this_backward_run_again()
 
-    @compat.untraced
-    def _after(self, grads: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> Any:
-        if self._lock is not None:
-            self._lock()
-            for saved, copy in self._kept:
-                saved.data.copy_(copy)
-        self._kept, self._lock = [], None
-        unused = [
-            i
-            for i, outputs in self._positions or ()
-            if grads[i] is not None and all(gradients[o] is None for o in outputs)
-        ]
-        if not unused:
-            return None
-        return tuple(None if i in unused else g for i, g in enumerate(grads))
+        @compat.untraced
+        def after(grads: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> Any:
+            handle.remove()  # the node's next backward decides by itself
+            if put_back is not None:
+                put_back()
+            return tuple(None if i in unused else g for i, g in enumerate(grads))
 
-
-def _node_of(output: object) -> Any:
-    """Return the node of the captured graph that made `output`, or None."""
-    node = output.grad_fn if isinstance(output, Tensor) else None
-    if node is not None and not compat.is_compiled_node(node) and node.next_functions:
-        node = node.next_functions[0][0]  # a view, made anew outside of the graph
-    return node if node is not None and compat.is_compiled_node(node) else None
+        handle = node.register_hook(after)
 
 
 def _positions(
