@@ -210,11 +210,16 @@ def test_a_head_that_no_loss_uses_gets_no_gradient(tier):
     assert sorted(outputs for _, outputs in row.plan["inputs"]) == [[0], [0], [1], [1]]
 
 
-def test_a_head_that_no_loss_uses_gets_no_gradient_in_replays(monkeypatch):
+@pytest.mark.parametrize("both_until", [0, 3])
+def test_a_head_that_no_loss_uses_gets_no_gradient_in_replays(both_until, monkeypatch):
+    """Whether the recorded step has used it, or not."""
     monkeypatch.setitem(device_graphs.makers, "cpu", FakeGraphs)
+    number = iter(2 * list(range(STEPS)))
 
     def one_head(model, x, y):
-        return F.mse_loss(model(x)[0], y)
+        heads = model(x)
+        used = heads if next(number) < both_until else heads[:1]
+        return sum(F.mse_loss(head, y) for head in used)
 
     config = Config(cuda_graphs="on", progress=False)
     error, report = beside_plain(Heads, config, one_head)
