@@ -1,5 +1,6 @@
 """Run a function in N gloo processes and get each rank's result, or how it failed."""
 
+import contextlib
 import datetime
 import os
 import pickle
@@ -103,7 +104,7 @@ class RankPool:
             except EOFError:
                 outcomes.append(Outcome(error=f"rank {rank} died"))
         if any(o.error for o in outcomes):
-            self.close()
+            self.close(patience=0.0)
         return outcomes
 
     def _start(self) -> None:
@@ -118,9 +119,13 @@ class RankPool:
             self._processes.append(process)
             self._pipes.append(mine)
 
-    def close(self) -> None:
-        """End the processes."""
+    def close(self, patience: float = 5.0) -> None:
+        """End the processes; those that idle end by themselves, and keep what was measured."""
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):  # it has died
+                pipe.send(None)
         for process in self._processes:
+            process.join(patience)
             process.kill()
             process.join()
         self._processes, self._pipes = [], []
