@@ -12,6 +12,7 @@ that say so. Compile caches are shared between the rows of a call, so start-ups 
 import argparse
 import json
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,20 +23,22 @@ from magi_train.integrations import bench, peers
 
 COUNTS = (1, 2, 4, 8)
 PEERS = ("block-compile", "fsdp2+block-compile")
-SMALL = ("llama-1b", "magi:comm.compression=safe")
+SMALL = ("llama-1b", "magi")
 LARGE = ("llama-8b", "magi:engine=fsdp2,sharding.reshard_after_forward=false,"
          "sharding.gather_dtype=bfloat16")  # fmt: skip
 LARGE_COUNT = 8
 FASTEST = "samples_per_second_per_gpu"
 
 
-def measured(case: str, gpus: int, variants: tuple[str, ...], options: argparse.Namespace) -> Any:
+def measured(
+    case: str, gpus: int, variants: tuple[str, ...], options: argparse.Namespace, caches: Path
+) -> list[dict[str, Any]]:
     """Return the rows of `variants` on `gpus` GPUs, or rows that say that there are fewer."""
     have = torch.cuda.device_count()
     if have < gpus:
         why = f"needs {gpus} GPUs, there are {have}"
         return [{"variant": v, "gpus": gpus, "case": case, "failed": why} for v in variants]
-    rows = measure_all(case, gpus, variants, options)
+    rows = measure_all(case, gpus, variants, options, caches)
     return [row | {"case": case} for row in rows]
 
 
@@ -74,15 +77,15 @@ def main() -> None:
     options = parser.parse_args()
     options.kernels, options.cold_only = False, True
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches:
-        options.caches = caches
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        caches = Path(folder)
         for gpus in options.gpus:
             several = (SMALL[1], *(PEERS if gpus > 1 else PEERS[:1]))
-            rows += measured(options.small_case, gpus, several, options)
+            rows += measured(options.small_case, gpus, several, options, caches)
             save(rows, options)  # a call that is cut keeps what it has
         if not options.no_large:
             large = (LARGE[1], PEERS[1])
-            rows += measured(options.large_case, options.large_gpus, large, options)
+            rows += measured(options.large_case, options.large_gpus, large, options, caches)
             save(rows, options)
     for case, gpus in dict.fromkeys((r["case"], r["gpus"]) for r in rows):
         chosen = [r for r in rows if (r["case"], r["gpus"]) == (case, gpus)]

@@ -77,9 +77,21 @@ def worst_gradient(one: Task, two: Task) -> tuple[float, str]:
 
 
 def measure_all(
-    case: str, gpus: int, variants: tuple[str, ...], options: argparse.Namespace
+    case: str,
+    gpus: int,
+    variants: tuple[str, ...],
+    options: argparse.Namespace,
+    caches: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the rows of all variants on `gpus` GPUs each."""
+    """Return the rows of all variants on `gpus` GPUs each.
+
+    Args:
+        case: What is trained.
+        gpus: For each variant.
+        variants: Peers by name.
+        options: `kernels`, `seconds` and `cold_only` of them.
+        caches: Folder of compile caches, one for each variant; None for empty ones in each row.
+    """
     spec = Spec(case, True, gpus, autocast="bfloat16", kernels=options.kernels)
     counted = bench.count(spec)
     free: queue.Queue[int] = queue.Queue()  # first GPU of each place
@@ -91,8 +103,8 @@ def measure_all(
     def one(variant: str) -> dict[str, Any]:
         first = free.get()
         mine = {"CUDA_VISIBLE_DEVICES": ",".join(str(first + i) for i in range(gpus))}
-        if getattr(options, "caches", None):  # else each row starts with empty ones
-            folder = Path(options.caches) / re.sub(r"\W+", "_", variant)
+        if caches is not None:
+            folder = caches / re.sub(r"\W+", "_", variant)
             mine |= {"TORCHINDUCTOR_CACHE_DIR": f"{folder}", "TRITON_CACHE_DIR": f"{folder}/triton"}
         row = bench.row(variant, spec, counted, options.seconds, not options.cold_only, mine)
         free.put(first)

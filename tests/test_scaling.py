@@ -25,9 +25,9 @@ def test_efficiency_is_the_share_of_the_speed_on_one_gpu():
     assert not any("efficiency" in r for r in alone)
 
 
-def test_missing_gpus_are_rows_that_say_so(monkeypatch):
+def test_missing_gpus_are_rows_that_say_so(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr(scaling, "measure_all", lambda *_: pytest.fail("there are too few"))
-    rows = measured("llama-1b", 8, PEERS, argparse.Namespace())
+    rows = measured("llama-1b", 8, PEERS, argparse.Namespace(), tmp_path)
     assert {r["failed"] for r in rows} == {"needs 8 GPUs, there are 2"}
     assert [r["variant"] for r in rows] == list(PEERS)

@@ -102,8 +102,8 @@ class Compressor:
         self.instead: str | None = None
         self._memory = HostMemory()
         self._codecs: dict[tuple[int, str], Codec] = {}
-        size = max((b.node_size for b in plan.buckets), default=1)
-        self._groups = _groups(world, size)
+        self._node_size = max((b.node_size for b in plan.buckets), default=1)
+        self._groups = _groups(world, self._node_size)
         self._lanes: Lanes | None = None
         if encoded:
             self.open_lanes()
@@ -119,8 +119,7 @@ class Compressor:
     def open_lanes(self) -> None:
         """Make what exchanges beside gloo run in, once; a collective."""
         if self._lanes is None and not self.on_stream:
-            size = max((b.node_size for b in self.plan.buckets), default=1)
-            self._lanes = Lanes.of(self.world, size)
+            self._lanes = Lanes.of(self.world, self._node_size)
 
     def codec(self, index: int, name: str) -> Codec:
         """Return bucket `index`'s codec called `name`."""

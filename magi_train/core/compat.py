@@ -44,7 +44,6 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._C._storage_Use_Count | whether anybody else holds a tensor's memory |
 | torch._C._autograd._get_current_graph_task_keep_graph | backward(retain_graph=True) |
 | torch._C._autograd._top_saved_tensors_default_hooks | the user packs saved tensors |
-| torch._C._current_autograd_node | what a node that runs has saved |
 | CompiledFunctionBackward, ._tensors_no_vc_check | the node of a compiled graph |
 | CompiledFunctionBackward._forward_cls.metadata.bw_donated_idxs | a backward that runs twice |
 | Module._forward_hooks, _forward_pre_hooks, _backward_hooks, _backward_pre_hooks | all hooks |
