@@ -47,6 +47,7 @@ from magi_train.comm.broadcast import broadcast
 from magi_train.comm.codecs import Scale
 from magi_train.comm.codecs.compressor import STATEFUL, Compressor, Handle
 from magi_train.comm.codecs.exact import ExactBuckets
+from magi_train.comm.copy_engines import copy_engines
 from magi_train.comm.early_step import Pending, step_early
 from magi_train.comm.host_memory import HostMemory
 from magi_train.comm.link import Link
@@ -155,6 +156,7 @@ class Reducer:
             row["momentum"] = config.outer_momentum
             report.add(PassRow("outer_loop", "run_time", row, 0.0))
         self._node_size = node_size(config, world, timeout_seconds, report)
+        self._engines = copy_engines(config, world, self._device(), timeout_seconds, report)
         self._autocast = (False, "")
         self._armed, self._counts = (True, False), True
         self._backward: _Backward | None = None
@@ -268,7 +270,7 @@ class Reducer:
         before = self.compressor
         if self.world.size == 1 or (before is not None and before.plan is self.plan):
             return
-        self.compressor = Compressor(self.plan, self.world, self._device())
+        self.compressor = Compressor(self.plan, self.world, self._device(), self._engines)
         self.compressor.know(self._exact.setdefault(self.plan_key, self.compressor.exact))
         self._follow_trial(self.compressor)
         if before is not None and before.stateful:

@@ -27,9 +27,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from magi_train.core.hardware import energy_counter
+from magi_train.integrations.trace import Span, is_communication, union
 
 GIB = 2**30
-Span = tuple[float, float]
 
 
 def wait(device: torch.device) -> None:
@@ -135,8 +135,8 @@ def communication(step: Callable[[int], Tensor], steps: int = 3) -> dict[str, fl
     """Return, for one step, milliseconds of collectives, and of those that nothing else covers."""
     spans = _device_spans(step, steps)
     return exposed(
-        [span for name, span in spans if "nccl" in name.lower()],
-        [span for name, span in spans if "nccl" not in name.lower()],
+        [span for name, span in spans if is_communication(name)],
+        [span for name, span in spans if not is_communication(name)],
         steps,
     )
 
@@ -161,17 +161,6 @@ def kernels(step: Callable[[int], Tensor], steps: int = 3, shown: int = 25) -> d
         total[name[:90]] = total.get(name[:90], 0.0) + (end - start) / 1e3 / steps
     longest = sorted(total.items(), key=lambda item: -item[1])[:shown]
     return {"kernels": {n: round(ms, 3) for n, ms in longest}, "kernels_ms": sum(total.values())}
-
-
-def union(spans: list[Span]) -> list[Span]:
-    """Return the spans merged where they touch."""
-    merged: list[Span] = []
-    for start, end in sorted(spans):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return merged
 
 
 def length(spans: list[Span]) -> float:

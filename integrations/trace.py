@@ -1,9 +1,9 @@
 """A profiler's trace: how much of a step computes, communicates, and waits for communication.
 
 Reads what `torch.profiler`'s `export_chrome_trace` or `tensorboard_trace_handler` wrote. Kernels
-of NCCL are communication, all other kernels compute; a moment with both is overlap, one with
-communication alone is exposed. The step that counts is the last whole `ProfilerStep` of the trace;
-without such marks, the whole trace.
+of NCCL, barriers between GPUs and copies from one to another are communication, all other kernels
+compute; a moment with both is overlap, one with communication alone is exposed. The step that
+counts is the last whole `ProfilerStep` of the trace; without such marks, the whole trace.
 """
 
 import gzip
@@ -66,7 +66,12 @@ def read_step(events: Iterable[dict[str, Any]], file: str) -> StepTrace | None:
         for e in timed
         if str(e.get("name", "")).startswith("ProfilerStep#") and e.get("cat") == "user_annotation"
     )
-    kernels = [e for e in timed if e.get("cat") == "kernel"]
+    kernels = [
+        e
+        for e in timed
+        if e.get("cat") == "kernel"
+        or (e.get("cat") == "gpu_memcpy" and is_communication(str(e.get("name"))))
+    ]
     if not kernels:
         return None
     begin = marks[-1][0] if marks else min(float(e["ts"]) for e in kernels)
@@ -77,10 +82,16 @@ def read_step(events: Iterable[dict[str, Any]], file: str) -> StepTrace | None:
         stop = start + float(each["dur"])
         if stop > begin and start < end:
             span = ((max(start, begin) - begin) / 1e3, (min(stop, end) - begin) / 1e3)
-            spans["nccl" in str(each["name"]).lower()].append(span)
+            spans[is_communication(str(each["name"]))].append(span)
     compute, communication = union(spans[False]), union(spans[True])
     exposed = difference(communication, compute)
     return StepTrace(file, compute, communication, exposed, (end - begin) / 1e3)
+
+
+def is_communication(name: str) -> bool:
+    """Return whether a kernel or copy of this name is there for other ranks."""
+    name = name.lower()
+    return "nccl" in name or "symmetric_memory" in name or "memcpy ptop" in name
 
 
 def union(spans: Iterable[Span]) -> list[Span]:

@@ -26,6 +26,7 @@ from magi_train.comm.codecs.hierarchical import Hierarchical
 from magi_train.comm.codecs.lanes import Lanes, StreamExchange, ThreadExchange, run
 from magi_train.comm.codecs.low_rank import LowRank
 from magi_train.comm.codecs.two_shot import FORMATS, TwoShot
+from magi_train.comm.copy_engines import CopyEngines
 from magi_train.comm.host_memory import HostMemory
 from magi_train.comm.nodes import Groups
 from magi_train.comm.plan import CommPlan
@@ -76,6 +77,7 @@ class Compressor:
         plan: The agreed buckets.
         world: The ranks.
         device: Of the gradients.
+        engines: Average what is not encoded, in NCCL's place.
 
     Attributes:
         exact: Which "safe" buckets travel in bfloat16.
@@ -86,8 +88,14 @@ class Compressor:
         MagiError: The process group cannot carry the codec on this device.
     """
 
-    def __init__(self, plan: CommPlan, world: World, device: torch.device) -> None:
-        self.plan, self.world, self.device = plan, world, device
+    def __init__(
+        self,
+        plan: CommPlan,
+        world: World,
+        device: torch.device,
+        engines: CopyEngines | None = None,
+    ) -> None:
+        self.plan, self.world, self.device, self._engines = plan, world, device, engines
         encoded = {b.codec for b in plan.buckets} & {*FORMATS, *STATEFUL}
         self.stateful = any(b.codec in STATEFUL for b in plan.buckets)
         self.on_stream = world.uses_nccl(device)
@@ -97,7 +105,7 @@ class Compressor:
                 f"{world.backend} backend; use init_process_group('nccl')"
             )
         # NCCL rounds the partial sums of more than two ranks; halving is exact
-        once = world.size == 2 if self.on_stream else device.type == "cpu"
+        once = world.size == 2 or engines is not None if self.on_stream else device.type == "cpu"
         self.exact = ExactBuckets(plan, possible=once)
         self.instead: str | None = None
         self._memory = HostMemory()
@@ -185,12 +193,15 @@ class Compressor:
             return self._all_reduce(flat, wire, what)
         exchange = self.codec(index, name).exchange(flat, used, scale)
         if self._lanes is None:
-            return StreamExchange(exchange, flat, self.world, self._groups)
+            world, groups = self.world, self._groups
+            return StreamExchange(lambda: run(exchange, world, flat.device, groups), flat)
         handle = ThreadExchange(exchange, self.world, what)
         self._lanes.start(handle)
         return handle
 
     def _all_reduce(self, flat: Tensor, wire: Tensor, what: str) -> Handle:
+        if self._engines is not None and wire.is_floating_point():
+            return self._engines.start(wire, flat, what)
         # gloo knows sums only, see `factor`
         op = dist.ReduceOp.AVG if self.on_stream else dist.ReduceOp.SUM
         return AllReduce(dist.all_reduce(wire, op, async_op=True), wire, flat, self.world, what)

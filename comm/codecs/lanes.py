@@ -65,29 +65,32 @@ def run(
 
 
 class StreamExchange:
-    """An exchange that was enqueued on a stream of its own."""
+    """Work on a stream beside the backward's, enqueued all at once.
 
-    def __init__(
-        self,
-        exchange: Generator[Collective, Tensor, None],
-        flat: Tensor,
-        world: World,
-        groups: Groups,
-    ) -> None:
-        stream = _side_stream(flat.device)
-        stream.wait_stream(torch.cuda.current_stream(flat.device))
-        with torch.cuda.stream(stream):
-            run(exchange, world, flat.device, groups)
-            self._end = stream.record_event()
-        flat.record_stream(stream)
+    Args:
+        enqueue: Issues it, in the order of the current stream.
+        tensors: What it reads and writes; held until somebody has waited for its end.
+    """
+
+    def __init__(self, enqueue: Callable[[], None], *tensors: Tensor) -> None:
+        self._stream, self._held = _side_stream(tensors[0].device), tensors
+        self._stream.wait_stream(torch.cuda.current_stream(tensors[0].device))
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            enqueue()
+            self._end = self._stream.record_event()
 
     def wait(self) -> None:
-        """Make the current stream wait for the exchange."""
+        """Make the current stream wait for the end."""
         self._end.wait()
+        self._held = ()
 
     def arrived(self) -> bool:
-        """Return whether the exchange has ended."""
+        """Return whether it has ended."""
         return self._end.query()
+
+    def __del__(self) -> None:
+        for tensor in self._held:  # an error came between: nobody has waited
+            tensor.record_stream(self._stream)
 
 
 _streams: dict[torch.device, Any] = {}
@@ -95,7 +98,7 @@ _streams: dict[torch.device, Any] = {}
 
 def _side_stream(device: torch.device) -> Any:
     if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
+        _streams[device] = torch.cuda.Stream(device, priority=-1)  # its kernels are short
     return _streams[device]
 
 

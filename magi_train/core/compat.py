@@ -58,6 +58,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._C._ExcludeDispatchKeyGuard, Library._destroy | autocast on the CPU as on CUDA |
 | torch.nn.init._no_grad_trunc_normal_ | which asks for values, so never ends without any |
 | Tensor._make_wrapper_subclass | gradients to wait for |
+| torch.distributed._symmetric_memory.empty, rendezvous | memory that other ranks can write |
 | SymInt.node.expr, .hint | symbols of a dynamic size, and its size while compiling |
 | SymInt.node.shape_env.bound_sympy, .guards | the range of a dynamic size, and its divisor |
 | torch.utils._sympy.functions.Mod, FloorDiv | what a dynamic size was divided by |
@@ -899,6 +900,30 @@ def last_collective() -> str:
                 f"ago, {'ended' if last.get('retired') else 'not ended'}"
             )
     return "none recorded"
+
+
+def peer_memory(
+    num_bytes: int, device: torch.device, timeout_seconds: float
+) -> tuple[list[torch.Tensor], Callable[[], None]]:
+    """Map memory on the GPUs of all ranks of the default group; a collective.
+
+    Returns:
+        By rank, its memory `[num_bytes]` of uint8; and what makes the current stream wait until
+        that of every rank has come to the same call, or fail after `timeout_seconds`.
+
+    Raises:
+        RuntimeError: This torch, or these GPUs, cannot.
+    """
+    try:
+        symmetric: Any = __import__("torch.distributed._symmetric_memory", fromlist=["empty"])
+        mine = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
+        handle = symmetric.rendezvous(mine, torch.distributed.group.WORLD)
+        size = handle.world_size
+        buffers = [handle.get_buffer(r, (num_bytes,), torch.uint8) for r in range(size)]
+    except (ImportError, AttributeError, TypeError) as error:
+        raise RuntimeError(f"no symmetric memory: {error}") from error
+    milliseconds = int(1e3 * timeout_seconds)
+    return buffers, lambda: handle.barrier(channel=0, timeout_ms=milliseconds)
 
 
 def clone_store(store: Any) -> Any:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import magi_train
 from magi_train import CommConfig, Config
 from magi_train.comm import nodes as comm_nodes
+from magi_train.comm import reducer
 from magi_train.comm.codecs.compressor import AllReduce, Compressor
 from magi_train.core.errors import MagiError
 from magi_train.core.report import Report
@@ -291,8 +292,8 @@ def test_safe_shortens_only_what_autocast_made_short(tier, two_ranks):
         assert max(errors) <= tolerance(torch.float32, 64)
 
 
-def packed_for_the_wire(rank, world_size):
-    """As over NCCL: one all-reduce in bfloat16; what it is packed from, and errors against DDP."""
+def packed_for_the_wire(rank, world_size, engines):
+    """As on GPUs: one all-reduce in bfloat16; what it is packed from, and errors against DDP."""
     torch.manual_seed(0)
     model = Small().train()
     theirs = DistributedDataParallel(copy.deepcopy(model))
@@ -300,7 +301,11 @@ def packed_for_the_wire(rank, world_size):
 
     def all_reduce(self, flat, wire, what):  # gloo has no mean
         work = dist.all_reduce(wire.div_(world_size), async_op=True)
-        return AllReduce(work, wire, flat, self.world, what)
+        return AllReduce(work, wire, flat, World.current(), what)
+
+    class Engines:
+        def start(self, packed, flat, what):
+            return all_reduce(None, flat, packed, what)
 
     def start(self, index, flat, used, scale, autocast, packed=None):
         wires.append((packed is flat, str(self.wire_dtype(index, autocast))))
@@ -308,10 +313,13 @@ def packed_for_the_wire(rank, world_size):
 
     begin, errors, seen = Compressor.start, [], []
     with (
+        contextlib.ExitStack() as stack,
         mock.patch.object(World, "uses_nccl", return_value=True),
-        mock.patch.object(Compressor, "_all_reduce", all_reduce),
+        mock.patch.object(reducer, "copy_engines", return_value=Engines() if engines else None),
         mock.patch.object(Compressor, "start", start),
     ):
+        if not engines:
+            stack.enter_context(mock.patch.object(Compressor, "_all_reduce", all_reduce))
         ours = magi_train.prepare(model, config=config("safe"))
         for step, micro_batches in enumerate((1, 1, 2)):
             wires.clear()
@@ -329,8 +337,10 @@ def packed_for_the_wire(rank, world_size):
     return seen, errors
 
 
-def test_gradients_are_packed_in_the_dtype_in_which_they_travel(two_ranks):
-    for (first, second, accumulated), errors in values(two_ranks(packed_for_the_wire)):
+@pytest.mark.parametrize("engines", [False, True], ids=["nccl", "copy_engines"])
+def test_gradients_are_packed_in_the_dtype_in_which_they_travel(two_ranks, engines):
+    found = values(two_ranks(packed_for_the_wire, engines))
+    for (first, second, accumulated), errors in found:
         assert set(first) == {(True, "torch.float32")}, "nothing is known yet"
         assert set(second) == {(True, "torch.float32"), (False, "torch.bfloat16")}
         assert set(accumulated) == {(True, "torch.float32"), (True, "torch.bfloat16")}, (

@@ -1,0 +1,216 @@
+"""Averages that copy engines carry, so that waiting for a link takes nothing from the backward.
+
+NCCL's kernels hold multiprocessors for as long as a collective takes, waiting for other ranks
+included, and the backward beside them does without. GPUs of one host that reach each other's memory
+need no kernel for that: a bucket goes in pieces, two shots each, over memory that is mapped on all
+ranks, and all that multiprocessors do is a mean and a copy.
+
+    each rank's chunks of a piece  -> into their owners' memory, by copy engines
+    barrier; the owner's mean over the ranks, in float32, rounded once
+    the mean                       -> into everybody's memory, by copy engines
+    barrier; the piece is copied, and widened, into the bucket's flat tensor
+
+Each shot has its half of the memory, and between two writes to a place all ranks pass a barrier
+that the reader enters after it has read: nothing is written over too early. All ranks get the same
+bytes, and each number is rounded once, however many ranks there are.
+
+Source: torch's own low-contention collectives (torch.distributed._symmetric_memory) move data in
+this way. Differs: an all-reduce, of any size, in bounded memory.
+"""
+
+import collections
+import platform
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from magi_train.comm.codecs.lanes import StreamExchange
+from magi_train.core import compat
+from magi_train.core.config import CommConfig
+from magi_train.core.errors import MagiError
+from magi_train.core.report import PassRow, Report
+from magi_train.core.world import GRACE_SECONDS, World
+
+PIECE_BYTES = 64 * 2**20
+"""Of a bucket, at a time; a rank maps twice as much, for two shots."""
+ALIGN_BYTES = 256
+TRIAL_BYTES, TRIALS = 32 * 2**20, 5
+SLOWER = 1.25
+"""An average may take so many times as long as NCCL's, which slows the backward beside it down."""
+
+
+class PeerAverage:
+    """The mean over ranks, through memory that all of them can write.
+
+    Args:
+        buffers: By rank, `[bytes]` of uint8, as mapped here; the same number of bytes each.
+        rank: Of this process.
+        barrier: Returns, or orders the current stream, after all ranks have come here.
+    """
+
+    def __init__(self, buffers: Sequence[Tensor], rank: int, barrier: Callable[[], None]) -> None:
+        self._buffers, self._rank, self._barrier = buffers, rank, barrier
+        self._half = buffers[0].numel() // 2
+
+    def run(self, packed: Tensor, flat: Tensor) -> None:
+        """Write the mean over ranks of `packed` to `flat`, in the order of the current stream.
+
+        Args:
+            packed: `[numel]`, of a floating-point dtype, contiguous.
+            flat: `[numel]`, of that dtype or a wider one; may be `packed` itself.
+        """
+        # whole, aligned chunks for all ranks
+        together = len(self._buffers) * (ALIGN_BYTES // packed.element_size())
+        step = self._half // packed.element_size() // together * together
+        for start in range(0, packed.numel(), step):
+            self._piece(packed[start : start + step], flat[start : start + step], together)
+
+    def _piece(self, packed: Tensor, flat: Tensor, together: int) -> None:
+        size, me = len(self._buffers), self._rank
+        chunk = -(-packed.numel() // together) * together // size
+        num_bytes = size * chunk * packed.element_size()
+        first, second = (
+            [b[start : start + num_bytes].view(packed.dtype) for b in self._buffers]
+            for start in (0, self._half)
+        )
+        parts = [packed[r * chunk : (r + 1) * chunk] for r in range(size)]
+        order = [(me + i) % size for i in range(size)]  # not all ranks to one at a time
+        for r in order:
+            first[r][me * chunk :][: parts[r].numel()].copy_(parts[r])
+        self._barrier()
+        mean = second[me][me * chunk :][: parts[me].numel()]
+        if mean.numel():
+            torch.mean(first[me].view(size, chunk)[:, : mean.numel()], 0, out=mean)
+        for r in order[1:]:
+            second[r][me * chunk :][: mean.numel()].copy_(mean)
+        self._barrier()
+        flat.copy_(second[me][: flat.numel()])
+
+
+class CopyEngines:
+    """Averages of buckets on a stream of their own, watched for ranks that do not come.
+
+    Args:
+        world: The ranks; a failure is told through it.
+        average: Does the work.
+        timeout_seconds: After which a rank that does not come is an error on all.
+    """
+
+    def __init__(self, world: World, average: PeerAverage, timeout_seconds: float) -> None:
+        self._average, self._timeout = average, timeout_seconds
+        self._on_way: collections.deque[tuple[StreamExchange, str, float]] = collections.deque()
+        watched = weakref.ref(world), weakref.ref(self)
+        threading.Thread(target=_watch, args=watched, name="magi-copies", daemon=True).start()
+
+    def start(self, packed: Tensor, flat: Tensor, what: str) -> StreamExchange:
+        """Begin to write the mean over ranks of `packed` to `flat`; see PeerAverage.run."""
+        exchange = StreamExchange(lambda: self._average.run(packed, flat), packed, flat)
+        self._on_way.append((exchange, what, time.monotonic() + self._timeout))
+        return exchange
+
+    def late(self) -> str:
+        """Return what has not ended in time, "" if nothing."""
+        while self._on_way:
+            exchange, what, deadline = self._on_way[0]
+            if not exchange.arrived():
+                return what if time.monotonic() > deadline else ""
+            self._on_way.popleft()
+        return ""
+
+
+def _watch(world: "weakref.ref[World]", engines: "weakref.ref[CopyEngines]") -> None:
+    """Tell all ranks when an average is late: a waiting kernel cannot say what it waits for."""
+    while True:
+        time.sleep(1)
+        ranks, watched = world(), engines()
+        if ranks is None or watched is None:
+            return
+        if what := watched.late():
+            ranks.fail(
+                MagiError(
+                    f"rank {ranks.rank} waited in vain for the other ranks in the average of "
+                    f"{what}; every rank must take the same number of steps (uneven data?)"
+                )
+            )
+            return
+        del ranks, watched
+
+
+_known: "weakref.WeakKeyDictionary[World, dict[torch.device, CopyEngines | None]]"
+_known = weakref.WeakKeyDictionary()
+
+
+def copy_engines(
+    config: CommConfig, world: World, device: torch.device, timeout_seconds: float, report: Report
+) -> CopyEngines | None:
+    """Return what averages gradients by copy engines, None where NCCL is to do it; a collective.
+
+    The first call in a job sees whether all ranks reach each other's memory, and times an average.
+
+    Raises:
+        MagiError: `config` wants it, and it cannot be; says why.
+    """
+    if world.size == 1 or config.copy_engines is False or not world.uses_nccl(device):
+        return None
+    known = _known.setdefault(world, {})
+    if device not in known:
+        start = time.perf_counter()
+        row, known[device] = _found(world, device, timeout_seconds, config.copy_engines is True)
+        report.add(PassRow("copy_engines", "run_time", row, time.perf_counter() - start))
+    if known[device] is None and config.copy_engines:
+        raise MagiError(
+            "CommConfig.copy_engines is True, but the ranks' GPUs do not reach each other's memory "
+            "(the report's row copy_engines says why); leave it at None, or at False for NCCL"
+        )
+    return known[device]
+
+
+def _found(
+    world: World, device: torch.device, timeout_seconds: float, wanted: bool
+) -> tuple[dict[str, object], CopyEngines | None]:
+    where = [platform.node(), str(torch.cuda.get_device_properties(device).uuid)]
+    places = world.gather("the GPUs of the ranks", where, timeout_seconds)
+    if len({host for host, _ in places}) > 1:
+        return {"used": False, "why": "the ranks are on several hosts"}, None
+    if len({gpu for _, gpu in places}) < world.size:
+        return {"used": False, "why": "ranks share a GPU"}, None
+    # the barrier ends in a trap, which says nothing: the watch is to come first
+    patience = timeout_seconds + 2 * GRACE_SECONDS
+    average, why = None, ""
+    try:
+        buffers, barrier = compat.peer_memory(2 * PIECE_BYTES, device, patience)
+        average = PeerAverage(buffers, world.rank, barrier)
+    except RuntimeError as error:
+        why = f"rank {world.rank}: {str(error).splitlines()[0]}"
+    reasons = list(filter(None, world.gather("memory of the GPUs", why, timeout_seconds)))
+    if reasons or average is None:
+        return {"used": False, "why": reasons[0]}, None
+    engines = CopyEngines(world, average, timeout_seconds)
+    x = torch.ones(TRIAL_BYTES // 4, device=device)
+    mine = [
+        _seconds(lambda: engines.start(x, x, "a trial").wait(), device),
+        _seconds(lambda: dist.all_reduce(x, dist.ReduceOp.AVG), device),
+    ]
+    answers = world.gather("the time of an average", mine, timeout_seconds)
+    ours, nccl = (max(times) for times in zip(*answers, strict=True))
+    used = wanted or ours <= SLOWER * nccl
+    row = {"used": used, "mib": TRIAL_BYTES // 2**20, "ms": round(1e3 * ours, 3)}
+    return row | {"nccl_ms": round(1e3 * nccl, 3)}, engines if used else None
+
+
+def _seconds(average: Callable[[], object], device: torch.device) -> float:
+    """Return the least seconds of some runs; a collective."""
+    times = []
+    for _ in range(1 + TRIALS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record(torch.cuda.current_stream(device))
+        average()
+        end.record(torch.cuda.current_stream(device))
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return min(times[1:])
