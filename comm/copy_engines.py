@@ -26,22 +26,17 @@ import weakref
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from magi_train.comm.codecs.lanes import StreamExchange
 from magi_train.core import compat
 from magi_train.core.config import CommConfig
 from magi_train.core.errors import MagiError
-from magi_train.core.report import PassRow, Report
 from magi_train.core.world import GRACE_SECONDS, World
 
 PIECE_BYTES = 64 * 2**20
 """Of a bucket, at a time; a rank maps twice as much, for two shots."""
 ALIGN_BYTES = 256
-TRIAL_BYTES, TRIALS = 32 * 2**20, 5
-SLOWER = 1.25
-"""An average may take so many times as long as NCCL's, which slows the backward beside it down."""
 
 
 class PeerAverage:
@@ -141,76 +136,51 @@ def _watch(world: "weakref.ref[World]", engines: "weakref.ref[CopyEngines]") -> 
         del ranks, watched
 
 
-_known: "weakref.WeakKeyDictionary[World, dict[torch.device, CopyEngines | None]]"
+_known: "weakref.WeakKeyDictionary[World, dict[torch.device, CopyEngines]]"
 _known = weakref.WeakKeyDictionary()
 
 
 def copy_engines(
-    config: CommConfig, world: World, device: torch.device, timeout_seconds: float, report: Report
+    config: CommConfig, world: World, device: torch.device, timeout_seconds: float
 ) -> CopyEngines | None:
-    """Return what averages gradients by copy engines, None where NCCL is to do it; a collective.
-
-    The first call in a job sees whether all ranks reach each other's memory, and times an average.
+    """Return what averages gradients if `config` asks for copy engines; a collective.
 
     Raises:
-        MagiError: `config` wants it, and it cannot be; says why.
+        MagiError: The ranks' GPUs do not reach each other's memory; says why.
     """
-    if world.size == 1 or config.copy_engines is False or not world.uses_nccl(device):
+    if world.size == 1 or not config.copy_engines:
         return None
     known = _known.setdefault(world, {})
     if device not in known:
-        start = time.perf_counter()
-        row, known[device] = _found(world, device, timeout_seconds, config.copy_engines is True)
-        report.add(PassRow("copy_engines", "run_time", row, time.perf_counter() - start))
-    if known[device] is None and config.copy_engines:
-        raise MagiError(
-            "CommConfig.copy_engines is True, but the ranks' GPUs do not reach each other's memory "
-            "(the report's row copy_engines says why); leave it at None, or at False for NCCL"
-        )
+        average, why = _mapped(world, device, timeout_seconds)
+        if average is None:
+            raise MagiError(
+                f"CommConfig.copy_engines needs GPUs that reach each other's memory, but {why}; "
+                "leave it out"
+            )
+        known[device] = CopyEngines(world, average, timeout_seconds)
     return known[device]
 
 
-def _found(
-    world: World, device: torch.device, timeout_seconds: float, wanted: bool
-) -> tuple[dict[str, object], CopyEngines | None]:
+def _mapped(
+    world: World, device: torch.device, timeout_seconds: float
+) -> tuple[PeerAverage | None, str]:
+    """Map memory on all ranks; return what averages through it, or why that cannot be."""
+    if not world.uses_nccl(device):
+        return None, f"gradients lie on {device.type} and travel by {world.backend}"
     where = [platform.node(), str(torch.cuda.get_device_properties(device).uuid)]
     places = world.gather("the GPUs of the ranks", where, timeout_seconds)
     if len({host for host, _ in places}) > 1:
-        return {"used": False, "why": "the ranks are on several hosts"}, None
+        return None, "the ranks are on several hosts"
     if len({gpu for _, gpu in places}) < world.size:
-        return {"used": False, "why": "ranks share a GPU"}, None
-    # the barrier ends in a trap, which says nothing: the watch is to come first
-    patience = timeout_seconds + 2 * GRACE_SECONDS
+        return None, "ranks share a GPU"
     average, why = None, ""
     try:
+        # the barrier ends in a trap, which says nothing: the watch is to come first
+        patience = timeout_seconds + 2 * GRACE_SECONDS
         buffers, barrier = compat.peer_memory(2 * PIECE_BYTES, device, patience)
         average = PeerAverage(buffers, world.rank, barrier)
     except RuntimeError as error:
-        why = f"rank {world.rank}: {str(error).splitlines()[0]}"
+        why = f"on rank {world.rank}: {str(error).splitlines()[0]}"
     reasons = list(filter(None, world.gather("memory of the GPUs", why, timeout_seconds)))
-    if reasons or average is None:
-        return {"used": False, "why": reasons[0]}, None
-    engines = CopyEngines(world, average, timeout_seconds)
-    x = torch.ones(TRIAL_BYTES // 4, device=device)
-    mine = [
-        _seconds(lambda: engines.start(x, x, "a trial").wait(), device),
-        _seconds(lambda: dist.all_reduce(x, dist.ReduceOp.AVG), device),
-    ]
-    answers = world.gather("the time of an average", mine, timeout_seconds)
-    ours, nccl = (max(times) for times in zip(*answers, strict=True))
-    used = wanted or ours <= SLOWER * nccl
-    row = {"used": used, "mib": TRIAL_BYTES // 2**20, "ms": round(1e3 * ours, 3)}
-    return row | {"nccl_ms": round(1e3 * nccl, 3)}, engines if used else None
-
-
-def _seconds(average: Callable[[], object], device: torch.device) -> float:
-    """Return the least seconds of some runs; a collective."""
-    times = []
-    for _ in range(1 + TRIALS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record(torch.cuda.current_stream(device))
-        average()
-        end.record(torch.cuda.current_stream(device))
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return min(times[1:])
+    return (None, reasons[0]) if reasons else (average, "")

@@ -156,7 +156,7 @@ class Reducer:
             row["momentum"] = config.outer_momentum
             report.add(PassRow("outer_loop", "run_time", row, 0.0))
         self._node_size = node_size(config, world, timeout_seconds, report)
-        self._engines = copy_engines(config, world, self._device(), timeout_seconds, report)
+        self._engines = copy_engines(config, world, self._device(), timeout_seconds)
         self._autocast = (False, "")
         self._armed, self._counts = (True, False), True
         self._backward: _Backward | None = None

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from magi_train.core.graph import (
-    aliased,
+    aliasing,
     ancestors,
     attribute,
     erase_unused,
@@ -116,7 +116,7 @@ class FoldConstants:
 def _changed(gm: GraphModule) -> set[Node]:
     """Return what some op changes in place, with all it may share memory with."""
     found = set().union(*(ancestors(m) for n in gm.graph.nodes for m in mutated(n)), set())
-    return found | {n for n in gm.graph.nodes if found and aliased(n) & found}
+    return found | aliasing(gm.graph.nodes, found)
 
 
 def _asserts(node: Node) -> bool:

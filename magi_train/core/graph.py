@@ -1,5 +1,6 @@
 """Questions about FX graphs, and how to add a node with all its metadata."""
 
+import functools
 import heapq
 import itertools
 import operator
@@ -147,6 +148,32 @@ def aliased(node: Node) -> set[Node]:
     """
     memory = _memory(node)
     return {n for n in ancestors(node) if not memory or not _memory(n) or memory & _memory(n)}
+
+
+def aliasing(nodes: Iterable[Node], found: set[Node]) -> set[Node]:
+    """Return those of `nodes`, a whole graph in its order, for which `aliased` meets `found`."""
+    behind: dict[Node, int] = {}  # which of `found` a node is computed from, a bit for each
+    bits = {node: 1 << i for i, node in enumerate(found)}
+    sharing: dict[int, int] = {}  # by storage
+    unknown = 0
+    for node, bit in bits.items():
+        memory = _memory(node)
+        for storage in memory:
+            sharing[storage] = sharing.get(storage, 0) | bit
+        unknown |= 0 if memory else bit
+    result = set()
+    for node in nodes:
+        reached = functools.reduce(
+            operator.or_, (behind[n] for n in node.all_input_nodes), bits.get(node, 0)
+        )
+        behind[node] = reached
+        if not reached:
+            continue
+        memory = _memory(node)
+        shared = functools.reduce(operator.or_, (sharing.get(s, 0) for s in memory), unknown)
+        if not memory or reached & shared:
+            result.add(node)
+    return result
 
 
 def _memory(node: Node) -> frozenset[int]:

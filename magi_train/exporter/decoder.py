@@ -249,6 +249,7 @@ def _write_graph(
         _Lifted(graph, list(own)), (list(own.values()), *captured.inputs), dynamic_shapes=fixed
     )
     if target == "program":
+        program.example_inputs = None  # the weights among them would be saved once more
         torch.export.save(program, file)
     else:
         compile_program(program, file, config.inductor)
@@ -258,8 +259,8 @@ def _write_graph(
 def _digest(tensor: Tensor) -> str:
     """Return a name that equal tensors share."""
     digest = hashlib.sha256(str((tensor.shape, tensor.stride(), tensor.dtype)).encode())
-    digest.update(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
-                  if tensor.numel() else b"")  # fmt: skip
+    if tensor.numel():
+        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy()))  # type: ignore[arg-type]
     return digest.hexdigest()[:24]
 
 

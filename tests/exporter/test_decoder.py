@@ -1,6 +1,8 @@
 """Decoders: token for token what transformers' generate gives, from a file."""
 
 import copy
+import io
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -74,6 +76,16 @@ def one_layer(tmp_path_factory):
     model = ready(llama(num_hidden_layers=1))
     path = tmp_path_factory.mktemp("decoder") / "decoder.pt2"
     return model, path, export_decoder(model, path, length=24, batch=(1, 4))
+
+
+def test_the_file_holds_the_weights_once(one_layer):
+    model, path, _ = one_layer
+    held = 0
+    with zipfile.ZipFile(path) as archive:
+        for name in ("prefill", "decode"):
+            inner = zipfile.ZipFile(io.BytesIO(archive.read(f"decoder/{name}.pt2")))
+            held += sum(i.file_size for i in inner.infolist() if not i.filename.endswith(".json"))
+    assert held < sum(t.nbytes for t in model.parameters()) / 4
 
 
 @SLOW

@@ -1,0 +1,47 @@
+"""Questions about graphs: what may share memory."""
+
+import random
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph
+
+from magi_train.core.graph import aliased, aliasing
+
+
+def graph_of_views(seed: int) -> Graph:
+    """A graph of inputs, views, copies and nodes of which nothing is known, at random."""
+    choose = random.Random(seed)
+    graph = Graph()
+    with FakeTensorMode():
+        nodes = []
+        for i in range(3):
+            node = graph.placeholder(f"x{i}")
+            node.meta["val"] = torch.empty(4, 4)
+            nodes.append(node)
+        for _ in range(25):
+            source, other = choose.choices(nodes, k=2)
+            kind = choose.choice(["view", "view", "copy", "add", "unknown"])
+            if kind == "add":
+                node = graph.call_function(torch.ops.aten.add.Tensor, (source, other))
+                node.meta["val"] = torch.empty(4, 4)
+            else:
+                node = graph.call_function(torch.ops.aten.t.default, (source,))
+                known = source.meta.get("val")
+                if kind == "view" and known is not None:
+                    node.meta["val"] = known.t()
+                elif kind != "unknown":
+                    node.meta["val"] = torch.empty(4, 4)
+            nodes.append(node)
+    graph.output(tuple(nodes[-3:]))
+    return graph
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_what_shares_memory_with_some_nodes_is_found_at_once(seed):
+    graph = graph_of_views(seed)
+    found = set(random.Random(seed).sample(list(graph.nodes), 4))
+    wanted = {n for n in graph.nodes if aliased(n) & found}
+    assert aliasing(graph.nodes, found) == wanted
+    assert aliasing(graph.nodes, set()) == set()
