@@ -35,8 +35,6 @@ from magi_train.exporter.loaded import load
 from magi_train.exporter.write import export
 from magi_train.integrations.cases import case_of, from_transformers
 
-GRAPHS_UP_TO = 8
-"""Batches up to this size are replayed as CUDA graphs by ours."""
 TUNED = {"max_autotune": True, "coordinate_descent_tuning": True}
 """Options of Inductor: what torch.compile(mode="max-autotune") sets, but for CUDA graphs."""
 
@@ -166,8 +164,7 @@ def _ours(target: Any, compile: Any = False) -> Callable[[nn.Module, Inputs, Pat
         file = folder / "ours.pt2"
         first = next(iter(inputs.values()))
         export(module, inputs, file, target=target)
-        graphs = first.is_cuda and len(first) <= GRAPHS_UP_TO
-        loaded = load(file, cuda_graphs=graphs, compile=compile)
+        loaded = load(file, cuda_graphs=first.is_cuda, compile=compile)
         return lambda: loaded(**inputs)
 
     return make

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from magi_train.core.errors import ExportError
+from magi_train.exporter.few_queries import spread
 from magi_train.exporter.write import relative_error
 
 logger = logging.getLogger(__name__)
@@ -77,8 +78,11 @@ class Compiled:
         with torch.no_grad():
             wanted = self._by_op(*self._first, *kept)
             try:
+                graph: Any = self._program.module(check_guards=False)
+                if tensors[0].device.type != "cpu":
+                    spread(graph)
                 code = torch.compile(
-                    self._program.module(check_guards=False), fullgraph=True, dynamic=False,
+                    graph, fullgraph=True, dynamic=False,
                     options={**self._options, "guard_filter_fn": _without_guards},
                 )  # fmt: skip
                 got = code(*self._first, *tensors)

@@ -25,6 +25,7 @@ from magi_train.core.errors import ExportError
 from magi_train.core.report import Report
 from magi_train.exporter import artifact
 from magi_train.exporter.capture import Captured, capture, evaluating, in_precision
+from magi_train.exporter.few_queries import spread
 from magi_train.exporter.machine_code import compile_program
 from magi_train.exporter.quantized import with_narrow_weights
 from magi_train.exporter.settings import ExportConfig
@@ -150,6 +151,10 @@ def export_decoder(
             dynamic["sequence"] = (2, length)
         captured = capture(step, inputs, dynamic, None, None, None)
         optimize(captured, config, target, report)
+        if target == "pt2" and captured.contract.device != "cpu":
+            report.note(
+                f"{name}: attention of few queries written out, calls: {spread(captured.graph)}"
+            )
         check_numbers(captured, config, report)
         graphs[name] = captured
     settings = getattr(plain, "generation_config", None) or plain.config

@@ -28,6 +28,9 @@ from magi_train.exporter import artifact
 from magi_train.exporter.loaded import check_compile, compiled
 
 Graph = Callable[..., Tensor]
+ONE_ROW = {"coordinate_descent_tuning": True}
+"""Options of Inductor for decode steps on GPUs: products of one row are then generated sums, which
+come closer to the memory's bandwidth than a library's kernels for matrices."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +156,11 @@ class Decoder:
         running = ids.new_ones(batch, dtype=torch.bool)
         at = positions[:, -1:]
         for number in range(count):
-            token = torch.where(running, sampling.next(logits, generator), pad)
+            token = sampling.next(logits, generator)
+            if len(stop):
+                token = torch.where(running, token, pad)
+                running = running & ~torch.isin(token, stop)
             rows.append(token[:, None])
-            running = running & ~torch.isin(token, stop)
             if number + 1 == count or (len(stop) and not bool(running.any())):
                 break
             at = at + 1
@@ -214,10 +219,13 @@ class _Recorded:
         ):  # sets up libraries, which may not be recorded; writes what follows again
             run(*self._inputs, *cache)
         (self._logits,), self._replay = graphs.capture(lambda: [run(*self._inputs, *cache)])
+        self._given: tuple[Tensor | None, ...] = (None,) * len(inputs)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        for inside, outside in zip(self._inputs, inputs, strict=True):
-            inside.copy_(outside, non_blocking=True)
+        for inside, outside, before in zip(self._inputs, inputs, self._given, strict=True):
+            if outside is not before:  # the mask is the same all along
+                inside.copy_(outside, non_blocking=True)
+        self._given = inputs
         self._replay()
         assert self._logits is not None
         return self._logits
@@ -235,7 +243,8 @@ def load_decoder(
         path: The file.
         cuda_graphs: Replay decode steps, each batch size by itself; generations then take turns.
         compile: Compile the decode step of a "program", each batch size at its first call, as
-            `magi_train.load` does. Prompts, which differ in length, run op by op.
+            `magi_train.load` does; options of Inductor in place of True for others than ONE_ROW.
+            Prompts, which differ in length, run op by op.
 
     Raises:
         ExportError: The file is missing, cut short, no decoder, or for another torch or machine.
@@ -276,7 +285,9 @@ def _graph(
 ) -> Graph:
     run: Callable[..., Any]
     if compile is not False:
-        run = compiled(torch.export.load(file), compile, (weights,))
+        on_gpu = any(not w.is_cpu for w in weights)
+        options = ONE_ROW if compile is True and on_gpu else compile
+        run = compiled(torch.export.load(file), options, (weights,))
     elif target == "pt2":
         run = partial(compat.aoti_load(str(file), run_single_threaded=recorded), weights)
     else:
