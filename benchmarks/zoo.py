@@ -1,4 +1,4 @@
-"""Every model of transformers that a toy can be made of, trained in every tier beside eager.
+"""Every model of transformers that a toy can be made of, and of timm, in every tier beside eager.
 
     python -m benchmarks.zoo                            # all families, all tiers, no code generated
     python -m benchmarks.zoo causal/llama pair/t5       # these
@@ -15,6 +15,7 @@ Nothing here or in the passes knows a model by name but for sizes (`zoo_models.M
 """
 
 import argparse
+import importlib.util
 import json
 import logging
 import multiprocessing
@@ -168,7 +169,10 @@ def _line(error: BaseException) -> str:
 
 def names(wanted: list[str]) -> Iterator[str]:
     """Yield the cases that `wanted` (families or cases; all, if empty) asks for."""
-    for family in zoo_models.FAMILIES:
+    families = [*zoo_models.FAMILIES]
+    if importlib.util.find_spec("timm"):
+        families.append(zoo_models.TIMM)
+    for family in families:
         for model_type in zoo_models.model_types(family):
             case = f"{family}/{model_type}"
             if not wanted or family in wanted or case in wanted:

@@ -3,7 +3,8 @@
 `build(family, model_type)` takes the default configuration of a model type, makes every size in it
 small by the names that the library's configurations share, turns off all randomness of training
 (dropout, stochastic depth, masking of audio), and returns the module and a function that makes
-batches. What a model type needs beyond that stands in `MORE`. No weights are loaded.
+batches. What a model type needs beyond that stands in `MORE`. No weights are loaded. The family
+"timm" has one model of each module of timm, where that is installed, with its own sizes.
 """
 
 from collections.abc import Callable
@@ -179,8 +180,57 @@ FAMILIES = {
 }
 
 
+TIMM = "timm"
+SMALL_WORDS = ("atto", "femto", "pico", "nano", "xxs", "xx_small", "tiny", "mini", "small", "_s",
+               "_b0", "050")  # fmt: skip
+SMALL_PICTURE = 64
+
+
+class _Classifier(nn.Module):
+    """A timm model with its loss."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor]:
+        return (nn.functional.cross_entropy(self.model(pixels), labels),)
+
+
+def _timm_models() -> list[str]:
+    """Return a model of each module of timm: by its name the smallest, as far as that says so."""
+    import timm
+
+    def by_size(name: str) -> tuple[int, str]:
+        words = (i for i, word in enumerate(SMALL_WORDS) if word in name)
+        return next(words, len(SMALL_WORDS)), name
+
+    listed = (timm.list_models(module=module) for module in timm.list_modules())
+    return [min(names, key=by_size) for names in listed if names]
+
+
+def _timm_model(name: str) -> tuple[nn.Module, Callable[[int], Batch]]:
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=2)
+    given = model.pretrained_cfg
+    size = given["input_size"][-1]
+    if not given.get("fixed_input_size"):
+        size = min(size, max(SMALL_PICTURE, *given.get("min_input_size", (0, 0))[-2:]))
+
+    def batch(seed: int) -> Batch:
+        g = torch.Generator().manual_seed(seed)
+        pixels = torch.randn(BATCH, 3, size, size, generator=g)
+        return {"pixels": pixels, "labels": torch.randint(0, 2, (BATCH,), generator=g)}
+
+    return _quiet(_Classifier(model)), batch
+
+
 def model_types(family: str) -> list[str]:
     """Return the model types that the library lists for a family."""
+    if family == TIMM:
+        return _timm_models()
     from transformers.models.auto import modeling_auto
 
     return list(getattr(modeling_auto, f"MODEL_FOR_{FAMILIES[family].table}_MAPPING_NAMES"))
@@ -192,6 +242,8 @@ def build(family: str, model_type: str) -> tuple[nn.Module, Callable[[int], Batc
     Raises:
         Exception: Whatever the library raises where a configuration cannot be made small this way.
     """
+    if family == TIMM:
+        return _timm_model(model_type)
     import transformers
 
     kind = transformers.CONFIG_MAPPING[model_type]
