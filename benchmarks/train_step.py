@@ -15,6 +15,7 @@ import queue
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def measure_all(
     variants: tuple[str, ...],
     options: argparse.Namespace,
     caches: Path | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
     """Return the rows of all variants on `gpus` GPUs each.
 
@@ -91,9 +93,12 @@ def measure_all(
         variants: Peers by name.
         options: `kernels`, `seconds` and `cold_only` of them.
         caches: Folder of compile caches, one for each variant; None for empty ones in each row.
+        keep: Gets each row as it comes.
     """
     spec = Spec(case, True, gpus, autocast="bfloat16", kernels=options.kernels)
     counted = bench.count(spec)
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
     free: queue.Queue[int] = queue.Queue()  # first GPU of each place
     for first in range(0, torch.cuda.device_count() - gpus + 1, gpus):
         free.put(first)
@@ -102,7 +107,7 @@ def measure_all(
 
     def one(variant: str) -> dict[str, Any]:
         first = free.get()
-        mine = {"CUDA_VISIBLE_DEVICES": ",".join(str(first + i) for i in range(gpus))}
+        mine = {"CUDA_VISIBLE_DEVICES": ",".join(visible[first : first + gpus])}
         if caches is not None:
             folder = caches / re.sub(r"\W+", "_", variant)
             mine |= {"TORCHINDUCTOR_CACHE_DIR": f"{folder}", "TRITON_CACHE_DIR": f"{folder}/triton"}
@@ -110,6 +115,7 @@ def measure_all(
         free.put(first)
         row["gpus"] = row.pop("ranks")
         print(json.dumps(row), flush=True)
+        keep(row)
         return row
 
     with ThreadPoolExecutor(free.qsize()) as pool:
@@ -142,10 +148,16 @@ def main() -> None:
         if os.environ["RANK"] == "0":
             options.parity.write_text(json.dumps(found))
         return
-    rows = []
+    rows: list[dict[str, Any]] = []
+    so_far: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any]) -> None:  # a call that is cut keeps what it has
+        so_far.append(row)
+        records.save("train_step", options, case=options.case, rows=so_far)
+
     for gpus in options.gpus:
         variants = tuple(options.variants or VARIANTS[min(gpus, 2)])
-        rows += measure_all(options.case, gpus, variants, options)
+        rows += measure_all(options.case, gpus, variants, options, keep=keep)
     checks = {}
     if max(options.gpus) > 1 and not options.variants:
         checks["parity"] = check_parity(options.case, options.seconds)
