@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
@@ -33,6 +34,8 @@ from magi_train.integrations.parts import Training
 
 FLOPS = "count-flops"
 """In place of a peer's name."""
+WITHOUT_SYNC = 3
+"""Steps of warm-up without communication."""
 BATCHES = 4
 """That a case draws; steps take turns with them."""
 LEARNING_RATE = 1e-4
@@ -184,7 +187,14 @@ def work(spec: Spec, peer: str) -> dict[str, Any]:
             found |= figures.communication(step)
         elif spec.kernels:
             found |= figures.kernels(step)
-    if peers.is_ours(peer):
+    ours = peers.is_ours(peer)
+    if world.size > 1 and (ours or isinstance(training.model, DistributedDataParallel)):
+        with training.model.no_sync():  # the last figure: weights of ranks differ from here on
+            for number in range(WITHOUT_SYNC):
+                step(number)
+            _, seconds, _ = figures.back_to_back(step, device, 0, spec.steps)
+        found["without_sync_ms"] = seconds * 1e3
+    if ours:
         found["report"] = str(report(training.model)).splitlines()
     figures.wait(device)
     return found

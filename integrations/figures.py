@@ -75,12 +75,12 @@ def measure(
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - begin)
     middle, tenths = statistics.median(seconds), statistics.quantiles(seconds, n=10)
-    loss, back_to_back, joules = _back_to_back(step, device, warm_up + steps, steps)
+    loss, in_a_row, joules = back_to_back(step, device, warm_up + steps, steps)
     found = {
         "step_ms": middle * 1e3,
         "step_ms_p10": tenths[0] * 1e3,
         "step_ms_p90": tenths[-1] * 1e3,
-        "back_to_back_ms": back_to_back * 1e3,
+        "back_to_back_ms": in_a_row * 1e3,
         **_memory(device),
         "first_step_s": first,
         "warm_up_s": warm,
@@ -91,7 +91,7 @@ def measure(
     return found if joules is None else found | {"joules_per_step": joules}
 
 
-def _back_to_back(
+def back_to_back(
     step: Callable[[int], Tensor], device: torch.device, start: int, steps: int
 ) -> tuple[Tensor, float, float | None]:
     """Take steps; return the last loss, and of one step the seconds and this GPU's joules."""

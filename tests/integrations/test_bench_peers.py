@@ -75,6 +75,8 @@ def test_peers_of_a_users_module(tmp_path, ranks):
     assert rows["magi"]["loss"] == pytest.approx(rows["eager"]["loss"], rel=1e-4)
     assert rows["magi"]["loss"] < rows["magi"]["first_loss"]
     assert f"on {ranks} rank(s)" in rows["magi"]["report"][0]
+    for name in ("eager", "magi"):
+        assert ("without_sync_ms" in rows[name]) == (ranks == "2")
     # compiled code is found again: by far, as nothing else makes the first start long
     cold, warm = (rows["block-compile"][f"start_up_{each}_s"] for each in ("cold", "warm"))
     assert warm < cold
