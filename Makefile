@@ -1,8 +1,10 @@
 # `make demo` and `make test` need python3 >= 3.11, a C++ compiler and make; they build .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# what the tests of a wheel read; tests/test_layout.py and test_wheel.py are about the tree itself
+FOR_TESTS := tests examples benchmarks docs pyproject.toml mkdocs.yml README.md CONTRIBUTING.md
 
-.PHONY: demo test test-all coverage lint docs wheel clean
+.PHONY: demo test test-all coverage lint docs wheel test-wheel clean
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -45,6 +47,18 @@ docs: .venv/ready
 wheel: .venv/ready
 	$(BIN)/python -m pip install -q -c constraints.txt build
 	$(BIN)/python -m build --no-isolation --outdir dist .
+
+# in a fresh environment, from another folder; TORCH=2.15.0 takes that version of torch
+test-wheel: wheel
+	set -e; new=$$(mktemp -d); trap 'rm -rf "$$new"' EXIT; unset PYTHONPATH; \
+	sed -e '$(if $(TORCH),s/^torch==.*/torch==$(TORCH)/;/^triton==/d)' constraints.txt > "$$new/pins"; \
+	$(PYTHON) -m venv "$$new/venv"; python="$$new/venv/bin/python"; \
+	wheel=$$(ls -t dist/magi_train-*.whl | head -1); \
+	"$$python" -m pip install -q -c "$$new/pins" "$$wheel[demo,lightning,dev]"; \
+	mkdir "$$new/elsewhere"; cp -r $(FOR_TESTS) "$$new/elsewhere"; cd "$$new/elsewhere"; \
+	rm tests/test_layout.py tests/test_wheel.py; \
+	"$$python" -c 'import magi_train, sys; f = magi_train.__file__; print(f); sys.exit(sys.prefix not in f)'; \
+	TRITON_INTERPRET=1 "$$python" -m pytest -m 'not full' $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info

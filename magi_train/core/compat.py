@@ -19,7 +19,7 @@ listed there, and capture then falls to the EAGER tier with a warning instead of
 | torch._dynamo.config.skip_nnmodule_hook_guards | hooks that come and go between steps |
 | torch._dynamo.config.allow_unspec_int_on_nn_module | counters that modules keep |
 | torch._dynamo.config.trace_autograd_ops (2.13) | torch.autograd.grad in a captured function |
-| torch._dynamo.variables.tensor.TensorVariable.method_backward (2.13) | not so Tensor.backward |
+| torch._dynamo.variables.tensor.TensorVariable.call_method (2.13) | not so Tensor.backward |
 | torch._dynamo.callback.callback_handler | settings that hold while Dynamo compiles |
 | torch._dynamo.backends.common.aot_autograd | the aot_eager lowering |
 | torch._inductor.fx_passes.control_dependencies | pinning the order of collectives |
@@ -114,7 +114,7 @@ _TensorVariable: Any = _lookup("torch._dynamo.variables.tensor", "TensorVariable
 _TRACES_GRADIENTS = (
     tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 13)  # not tried before
     and hasattr(dynamo_config, "trace_autograd_ops")
-    and hasattr(_TensorVariable, "method_backward")
+    and hasattr(_TensorVariable, "call_method")
 )
 # torch < 2.12 knows the older name only
 _IGNORED_LOGGING = (
@@ -361,15 +361,16 @@ def _trace_no_backward() -> None:
     """
     if not _TRACES_GRADIENTS:
         return
-    traced = _TensorVariable.method_backward
+    traced = _TensorVariable.call_method  # 2.15 keeps the handlers of methods in a table behind it
 
     @functools.wraps(traced)
-    def method_backward(*args: Any, **kwargs: Any) -> Any:
-        off = {"trace_autograd_ops": False} if _while_compiling.in_force else {}
-        with dynamo_config.patch(off) if off else contextlib.nullcontext():
-            return traced(*args, **kwargs)
+    def call_method(self: Any, tx: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+        leave = name == "backward" and _while_compiling.in_force
+        off = dynamo_config.patch(trace_autograd_ops=False) if leave else contextlib.nullcontext()
+        with off:
+            return traced(self, tx, name, *args, **kwargs)
 
-    _TensorVariable.method_backward = method_backward
+    _TensorVariable.call_method = call_method
 
 
 def _compiles(_: object) -> None:
