@@ -51,7 +51,10 @@ def attend(
 
 
 def spread(gm: GraphModule) -> int:
-    """Write such attention of an exported graph out; return how many calls it were."""
+    """Write such attention of an exported graph out; return how many calls it was.
+
+    Calls whose sizes vary stay: whether it gains is not known.
+    """
     found = 0
     for node in list(gm.graph.nodes):
         call = _call(node)

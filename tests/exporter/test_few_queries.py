@@ -86,6 +86,18 @@ def test_what_gains_nothing_or_means_something_else_is_left_alone(left):
     assert found == 0
 
 
+def test_sizes_that_vary_are_left_alone():
+    class Plain(Attend):
+        def forward(self, q, k, v):
+            return super().forward(q, k, v)
+
+    batch = torch.export.Dim("batch", min=1, max=4)
+    given = inputs()
+    gm = torch.export.export(Plain(), given, dynamic_shapes=({0: batch},) * 3).module()
+    assert spread(gm) == 0
+    assert torch.equal(gm(*given), Attend()(*given))
+
+
 def test_compiled_programs_use_it_where_there_is_a_gpu(monkeypatch):
     calls = []
     monkeypatch.setattr(compiled, "spread", lambda gm: calls.append(spread(gm)))
@@ -99,3 +111,8 @@ def test_compiled_programs_use_it_where_there_is_a_gpu(monkeypatch):
     torch._dynamo.reset()
     got = torch.compile(gm, fullgraph=True)(*given)
     assert torch.allclose(got, Attend()(*given), rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+    monkeypatch.setattr(compiled, "_check", lambda *_: None)
+    elsewhere = tuple(t.to("meta") for t in given)
+    compiled.Compiled(torch.export.export(Attend(), elsewhere), {})(*elsewhere)
+    assert calls == [1]
