@@ -19,6 +19,7 @@ this way. Differs: an all-reduce, of any size, in bounded memory.
 """
 
 import collections
+import logging
 import platform
 import threading
 import time
@@ -33,6 +34,8 @@ from magi_train.core import compat
 from magi_train.core.config import CommConfig
 from magi_train.core.errors import MagiError
 from magi_train.core.world import GRACE_SECONDS, World
+
+logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 64 * 2**20
 """Of a bucket, at a time; a rank maps twice as much, for two shots."""
@@ -126,12 +129,12 @@ def _watch(world: "weakref.ref[World]", engines: "weakref.ref[CopyEngines]") -> 
         if ranks is None or watched is None:
             return
         if what := watched.late():
-            ranks.fail(
-                MagiError(
-                    f"rank {ranks.rank} waited in vain for the other ranks in the average of "
-                    f"{what}; every rank must take the same number of steps (uneven data?)"
-                )
+            error = MagiError(
+                f"rank {ranks.rank} waited in vain for the other ranks in the average of {what}; "
+                "every rank must take the same number of steps (uneven data?)"
             )
+            logger.error("%s", error)  # the others may have ended, and CUDA's error says nothing
+            ranks.fail(error)
             return
         del ranks, watched
 

@@ -69,27 +69,31 @@ class StreamExchange:
 
     Args:
         enqueue: Issues it, in the order of the current stream.
-        tensors: What it reads and writes; held until somebody has waited for its end.
+        tensors: What it reads and writes, made on the current stream; held until that has waited
+            for the end.
     """
 
     def __init__(self, enqueue: Callable[[], None], *tensors: Tensor) -> None:
         self._stream, self._held = _side_stream(tensors[0].device), tensors
-        self._stream.wait_stream(torch.cuda.current_stream(tensors[0].device))
+        self._begun = torch.cuda.current_stream(tensors[0].device)
+        self._stream.wait_stream(self._begun)
         with torch.no_grad(), torch.cuda.stream(self._stream):
             enqueue()
             self._end = self._stream.record_event()
 
     def wait(self) -> None:
         """Make the current stream wait for the end."""
-        self._end.wait()
-        self._held = ()
+        current = torch.cuda.current_stream(self._begun.device)
+        self._end.wait(current)
+        if current == self._begun:  # whose memory is given out again in its order
+            self._held = ()
 
     def arrived(self) -> bool:
         """Return whether it has ended."""
         return self._end.query()
 
     def __del__(self) -> None:
-        for tensor in self._held:  # an error came between: nobody has waited
+        for tensor in self._held:  # an error came between, or another stream has waited
             tensor.record_stream(self._stream)
 
 

@@ -919,8 +919,11 @@ def peer_memory(
         symmetric: Any = __import__("torch.distributed._symmetric_memory", fromlist=["empty"])
         mine = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
         handle = symmetric.rendezvous(mine, torch.distributed.group.WORLD)
-        size = handle.world_size
-        buffers = [handle.get_buffer(r, (num_bytes,), torch.uint8) for r in range(size)]
+        # newer ones take memory from a pool, where it is free again once nobody holds `mine`
+        buffers = [
+            mine if r == handle.rank else handle.get_buffer(r, (num_bytes,), torch.uint8)
+            for r in range(handle.world_size)
+        ]
     except (ImportError, AttributeError, TypeError) as error:
         raise RuntimeError(f"no symmetric memory: {error}") from error
     milliseconds = int(1e3 * timeout_seconds)

@@ -117,7 +117,7 @@ def export_decoder(
         path: The file to write; replaced in one step, or not at all.
         length: Tokens of prompt and answer together that the cache holds.
         batch: Sequences at a time: a number, or the lowest and the highest. A number lets more be
-            known (grouped heads are then not repeated).
+            known (grouped heads are then not repeated, and `few_queries` changes attention).
         target: "program" or "pt2", as in `export`.
         config: As in `export`; `precision` changes the weights and the cache.
 
@@ -152,9 +152,8 @@ def export_decoder(
         captured = capture(step, inputs, dynamic, None, None, None)
         optimize(captured, config, target, report)
         if target == "pt2" and captured.contract.device != "cpu":
-            report.note(
-                f"{name}: attention of few queries written out, calls: {spread(captured.graph)}"
-            )
+            found = spread(captured.graph)
+            report.note(f"{name}: attention of few queries written out, calls: {found}")
         check_numbers(captured, config, report)
         graphs[name] = captured
     settings = getattr(plain, "generation_config", None) or plain.config

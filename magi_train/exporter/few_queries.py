@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from magi_train.core.graph import example_value, insert_computation, op_name
+from magi_train.core.graph import example_value, insert_computation
+from magi_train.fusion.attention import ATTENTION, attention_arguments
 
 MOST_QUERIES = 16
 """Rows of a head: each reads the keys anew."""
@@ -50,14 +51,16 @@ def attend(
 
 
 def spread(gm: GraphModule) -> int:
-    """Write such attention of an exported graph out; return how many calls it were."""
+    """Write such attention of an exported graph out; return how many calls it was.
+
+    Calls whose sizes vary stay: whether it gains is not known.
+    """
     found = 0
     for node in list(gm.graph.nodes):
         call = _call(node)
         if call is None:
             continue
-        q, mask = example_value(call["query"]), call.get("attn_mask")
-        scale = call.get("scale")
+        q, mask, scale = example_value(call["query"]), call["attn_mask"], call["scale"]
         boolean = mask is not None and example_value(mask).dtype is torch.bool
         value = insert_computation(
             node,
@@ -75,16 +78,16 @@ def spread(gm: GraphModule) -> int:
 
 def _call(node: Node) -> dict[str, Any] | None:
     """Return the arguments, by name, of attention that gains; None for other nodes."""
-    if op_name(node) != "scaled_dot_product_attention":
+    if node.target not in ATTENTION:
         return None
-    assert isinstance(node.target, torch._ops.OpOverload)
-    names = [a.name for a in node.target._schema.arguments]
-    call: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    if call.get("dropout_p") or call.get("is_causal") or call.get("enable_gqa"):
+    call = attention_arguments(node)
+    if call["dropout_p"] or call["is_causal"] or call["enable_gqa"]:
         return None
-    q, k = example_value(call["query"]), example_value(call["key"])
-    sizes = [*q.shape[:3], k.shape[2]]
-    if q.dim() != 4 or not all(isinstance(s, int) for s in sizes):
+    values = [example_value(call[name]) for name in ("query", "key", "value")]
+    if any(v.dim() != 4 or v.dtype is torch.float64 for v in values):
+        return None
+    sizes = [*values[0].shape[:3], values[1].shape[2]]
+    if not all(isinstance(s, int) for s in sizes):
         return None
     batch, heads, few, keys = sizes
     gains = few <= MOST_QUERIES and keys >= LEAST_KEYS and batch * heads <= MOST_BLOCKS

@@ -8,6 +8,7 @@ import torch
 
 from magi_train.comm import copy_engines
 from magi_train.comm.copy_engines import CopyEngines, PeerAverage
+from magi_train.core import compat
 
 HALF = 6 * 1024
 """Bytes of memory for a shot: 512 numbers of float32 for each of three ranks."""
@@ -75,6 +76,26 @@ def test_nothing_is_written_over_before_it_was_read(slow):
             assert torch.allclose(found[i], torch.stack(each).mean(0), rtol=1e-6, atol=1e-6)
 
 
+def test_memory_of_this_rank_is_held_as_torch_gave_it(monkeypatch):
+    given = []
+
+    def empty(*size, **kwargs):
+        given.append(torch.empty(*size, **kwargs))
+        return given[0]
+
+    class Handle:
+        rank, world_size = 1, 2
+
+        def get_buffer(self, rank, sizes, dtype):
+            return torch.zeros(sizes, dtype=dtype)
+
+    monkeypatch.setattr("torch.distributed._symmetric_memory.empty", empty)
+    monkeypatch.setattr("torch.distributed._symmetric_memory.rendezvous", lambda *_: Handle())
+    buffers, _ = compat.peer_memory(64, torch.device("cpu"), 1.0)
+    assert buffers[1] is given[0], "a pool gives it to the next caller once nobody holds it"
+    assert buffers[0] is not given[0]
+
+
 class OnItsWay:
     def __init__(self):
         self.ended = False
@@ -95,7 +116,7 @@ class Ranks:
         self.told.append(str(error))
 
 
-def test_a_rank_that_does_not_come_is_told_with_the_bucket(monkeypatch):
+def test_a_rank_that_does_not_come_is_told_with_the_bucket(monkeypatch, caplog):
     monkeypatch.setattr(copy_engines, "StreamExchange", lambda *_: OnItsWay())
     ranks = Ranks()
     engines = CopyEngines(ranks, None, timeout_seconds=0.5)
@@ -109,3 +130,4 @@ def test_a_rank_that_does_not_come_is_told_with_the_bucket(monkeypatch):
     (text,) = ranks.told
     assert "rank 1" in text
     assert "bucket 1 (c .. d)" in text
+    assert text in caplog.text, "the others may have ended"

@@ -55,6 +55,15 @@ def test_numbers(kind, scale, dtype):
     assert (got.double() - wanted).abs().max() <= limit * v.double().abs().max()
 
 
+def test_attention_that_a_pass_has_put_into_the_graph():
+    given = inputs(few=1)
+    gm = torch.export.export(Attend(), given).module()
+    (node,) = [n for n in gm.graph.nodes if "attention" in str(n.target)]
+    node.target = scaled_dot_product_attention  # as CanonicalizeAttention stacks heads
+    assert spread(gm) == 1
+    assert torch.allclose(gm(*given), Attend()(*given), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "left",
     [
@@ -64,13 +73,29 @@ def test_numbers(kind, scale, dtype):
         (Attend(is_causal=True), inputs()),
         (Attend(dropout_p=0.5), inputs()),
         (Attend(enable_gqa=True), (inputs(heads=4)[0], *inputs()[1:])),
+        (Attend(), inputs(dtype=torch.float64)),
+        (Attend(), tuple(t[0, 0] for t in inputs(few=1))),
+        (Attend(), (*inputs(few=1)[:2], inputs()[2][0])),
     ],
-    ids=["many queries", "few keys", "many heads", "causal", "dropout", "grouped"],
+    ids=["many queries", "few keys", "many heads", "causal", "dropout", "grouped", "float64"]
+    + ["one head", "shared values"],
 )
 def test_what_gains_nothing_or_means_something_else_is_left_alone(left):
     module, given = left
     _, found = written_out(module, *given)
     assert found == 0
+
+
+def test_sizes_that_vary_are_left_alone():
+    class Plain(Attend):
+        def forward(self, q, k, v):
+            return super().forward(q, k, v)
+
+    batch = torch.export.Dim("batch", min=1, max=4)
+    given = inputs()
+    gm = torch.export.export(Plain(), given, dynamic_shapes=({0: batch},) * 3).module()
+    assert spread(gm) == 0
+    assert torch.equal(gm(*given), Attend()(*given))
 
 
 def test_compiled_programs_use_it_where_there_is_a_gpu(monkeypatch):
@@ -86,3 +111,8 @@ def test_compiled_programs_use_it_where_there_is_a_gpu(monkeypatch):
     torch._dynamo.reset()
     got = torch.compile(gm, fullgraph=True)(*given)
     assert torch.allclose(got, Attend()(*given), rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+    monkeypatch.setattr(compiled, "_check", lambda *_: None)
+    elsewhere = tuple(t.to("meta") for t in given)
+    compiled.Compiled(torch.export.export(Attend(), elsewhere), {})(*elsewhere)
+    assert calls == [1]

@@ -145,6 +145,21 @@ def test_spans():
     assert read_step([{"ph": "X", "cat": "cpu_op", "name": "x", "ts": 0, "dur": 1}], "t") is None
 
 
+def test_copies_and_barriers_between_gpus_are_communication():
+    events = [
+        {"ph": "X", "cat": cat, "name": name, "ts": 1000.0 * i, "dur": 1000.0}
+        for i, (cat, name) in enumerate([
+            ("kernel", "gemm"),
+            ("gpu_memcpy", "Memcpy PtoP (Device -> Device)"),
+            ("kernel", "c10d::symmetric_memory::barrier_kernel(unsigned int**, int)"),
+            ("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)"),
+        ])
+    ]  # fmt: skip
+    step = read_step(events, "t")
+    assert step.compute == [(0, 1)]
+    assert step.communication == step.exposed == [(1, 3)]
+
+
 def test_broken_traces_are_passed_over(tmp_path):
     good = tmp_path / "rank0.pt.trace.json"
     good.write_text(json.dumps({"traceEvents": trace_events()}))
