@@ -3,7 +3,8 @@
     python -m benchmarks.mutants comm/plan.py tests/comm/test_plan.py [--every 2] [--output FILE]
 
 Changes: comparisons (< to <=, == to !=, in to not in), arithmetic (+ to -, * to //), `and` to `or`,
-`not` dropped, whole numbers plus one, True to False. A mutant runs in a fork of a process that has
+`not` dropped, whole numbers plus one, True to False, except in strict= and frozen=, which change
+nothing where code is right. A mutant runs in a fork of a process that has
 imported the libraries that the tests import, with the file compiled from the changed tree: nothing
 on disk changes, and a mutant takes as long as its tests. Processes that tests start see no mutant:
 choose tests that run the file in their own. mutmut and cosmic-ray copy or rewrite the source tree,
@@ -33,6 +34,7 @@ COMPARE: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
     ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
 }  # fmt: skip
+ONLY_CHECKS = {"strict", "frozen"}
 LIBRARIES = {"numpy", "sympy", "torch", "transformers", "triton"}
 """Imported once for all mutants, where the tests import them."""
 ARITHMETIC: dict[type, type] = {
@@ -62,7 +64,10 @@ def change(node: Any) -> bool:
 
 def places(tree: ast.Module) -> list[int]:
     """Return which nodes, in the order of `ast.walk`, can be changed."""
-    return [i for i, node in enumerate(ast.walk(tree)) if change(copy.copy(node))]
+    words = [n for n in ast.walk(tree) if isinstance(n, ast.keyword) and n.arg in ONLY_CHECKS]
+    left = {n.value for n in words}
+    nodes = enumerate(ast.walk(tree))
+    return [i for i, node in nodes if node not in left and change(copy.copy(node))]
 
 
 def mutant_of(tree: ast.Module, place: int) -> tuple[int, str, ast.Module]:
