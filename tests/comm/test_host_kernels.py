@@ -46,7 +46,10 @@ def test_kernels_and_tensors_agree(kept, scale, kernels):
     x = torch.randn(2, 3 * 256, generator=g) * torch.logspace(-40, 4, 3).repeat_interleave(256)
     x[0, :256], x[1, 5] = 0, 1e-44
     residual = torch.randn(2, 3 * 256, generator=g) if kept else None
-    built = coded(x, residual, scale)
+    used = mock.Mock(return_value=kernels)
+    with mock.patch.object(two_shot, "kernels", used):
+        built = coded(x, residual, scale)
+    assert used.call_count == 3, "to encode, to decode and to add"
     with mock.patch.object(two_shot, "kernels", return_value=None):
         plain = coded(x, residual, scale)
     assert torch.equal(built[0], plain[0]), "what travels"
