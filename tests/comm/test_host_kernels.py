@@ -72,6 +72,29 @@ def test_what_is_not_finite_is_seen_in_the_scale(built, bad, kernels):
     assert not out[1, 256:].isfinite().any()
 
 
+class Wrong:
+    """Kernels with a defect: the rest is off by one, or nothing is sent and all of it is left."""
+
+    def __init__(self, right, defect):
+        self.right, self.defect, self.decode = right, defect, right.decode
+
+    def encode(self, x, residual, factor, rest, values, scales, tiny):
+        given = x + residual * factor
+        self.right.encode(x, residual, factor, rest, values, scales, tiny)
+        if self.defect == "rest":
+            rest += 1
+        else:
+            rest.copy_(given)
+            values.zero_()
+
+
+@pytest.mark.parametrize("defect", ["rest", "values"])
+def test_kernels_with_a_defect_are_not_used(defect, kernels):
+    host_kernels._try(kernels)
+    with pytest.raises(ValueError, match="does not decode what it encodes"):
+        host_kernels._try(Wrong(kernels, defect))
+
+
 def test_without_a_compiler_tensors_do_it(tmp_path):
     failed = subprocess.CalledProcessError(1, "cc")
     places = mock.patch.object(compat, "cache_dir", return_value=str(tmp_path))
