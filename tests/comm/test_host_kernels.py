@@ -73,19 +73,16 @@ def test_what_is_not_finite_is_seen_in_the_scale(built, bad, kernels):
 
 
 class Wrong:
-    """Kernels with a defect: the rest is off by one, or nothing is sent and all of it is left."""
+    """Kernels with a defect: the rest is off, or all is rounded down and the rest too large."""
 
     def __init__(self, right, defect):
         self.right, self.defect, self.decode = right, defect, right.decode
 
     def encode(self, x, residual, factor, rest, values, scales, tiny):
-        given = x + residual * factor
         self.right.encode(x, residual, factor, rest, values, scales, tiny)
-        if self.defect == "rest":
-            rest += 1
-        else:
-            rest.copy_(given)
-            values.zero_()
+        rest += scales.repeat_interleave(host_kernels.BLOCK)
+        if self.defect == "values":
+            values -= 1
 
 
 @pytest.mark.parametrize("defect", ["rest", "values"])
@@ -93,6 +90,18 @@ def test_kernels_with_a_defect_are_not_used(defect, kernels):
     host_kernels._try(kernels)
     with pytest.raises(ValueError, match="does not decode what it encodes"):
         host_kernels._try(Wrong(kernels, defect))
+
+
+def test_kernels_are_built_beside_those_of_another_source(tmp_path, kernels):
+    (tmp_path / "magi_train").mkdir()
+    host_kernels.kernels.cache_clear()
+    try:
+        with mock.patch.object(compat, "cache_dir", return_value=str(tmp_path)):
+            assert host_kernels.kernels() is not None
+    finally:
+        host_kernels.kernels.cache_clear()
+    (made,) = (tmp_path / "magi_train").iterdir()
+    assert made.suffix == ".so"
 
 
 def test_without_a_compiler_tensors_do_it(tmp_path):

@@ -68,6 +68,7 @@ def test_a_generous_budget_changes_nothing(unlimited):
     _, plan, _ = unlimited
     assert plan["planned_gib"] == plan["without_gib"] < 1.0
     assert plan["resident_gib"]["optimizer"] == 2 * plan["resident_gib"]["parameters"]
+    assert not any(plan[of] for of in ("offloaded", "offloaded_gib", "copy_ms", "exposed_ms"))
 
 
 @pytest.mark.parametrize("share", [0.8, pytest.param(0.65, marks=pytest.mark.full)])
