@@ -366,7 +366,7 @@ class Row:
 
 
 def _thin(sets: list[set[Node]]) -> list[set[Node]]:
-    step = -(-len(sets) // MOST_PLANS) or 1
+    step = -(-len(sets) // MOST_PLANS)
     return [*sets[::step], sets[-1]]
 
 
