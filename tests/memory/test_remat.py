@@ -1,5 +1,7 @@
 """The row of plans by hand: what leaves first, what is thinned out, what a budget can choose."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -27,7 +29,7 @@ def evicted(row, seconds):
         sets = [{n.name for n in each} for each in _evict(joint, start, set())]
     finally:
         joint.seconds = kept
-    return [(before - after).pop() for before, after in zip(sets, sets[1:], strict=False)]
+    return [(before - after).pop() for before, after in itertools.pairwise(sets)]
 
 
 @pytest.mark.parametrize(
