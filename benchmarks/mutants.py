@@ -33,6 +33,7 @@ COMPARE: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
     ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
 }  # fmt: skip
+PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-o"]
 ONLY_CHECKS = {"strict", "frozen"}
 LIBRARIES = {"numpy", "sympy", "torch", "transformers", "triton"}
 """Imported once for all mutants, where the tests import them."""
@@ -84,7 +85,7 @@ def survives(
     """Run the tests in a fork with the mutant in the file's place; `told` gets what they import."""
     child = os.fork()
     if child == 0:
-        signal.alarm(seconds)  # an endless loop is noticed, too
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # of work: an endless loop is noticed, too
         real = importlib.machinery.SourceFileLoader.get_code
 
         def get_code(self: Any, name: str) -> CodeType | None:
@@ -97,7 +98,7 @@ def survives(
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
         with contextlib.suppress(BaseException):
-            status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+            status = int(pytest.main([*PYTEST, f"timeout={seconds}", *tests]))
         if told is not None:
             told.write_text("\n".join(sys.modules))
         os._exit(status)
