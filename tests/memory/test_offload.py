@@ -222,6 +222,26 @@ def test_the_host_has_room_for_so_much():
         assert sum(map(hardware.pinned_bytes, sizes)) <= 3 * one
 
 
+def test_half_of_what_is_hidden_all_of_it_and_everything_wait():
+    """Copies queue on this link: those of some values are hidden, of all they are not."""
+    row = chain(Speed(**SLOW_DEVICE, host=2e7)).row
+    joint = row.joint
+    saved = {n for n in joint.nodes if n.name in row.default.saved}
+    values, trip = joint.movable(saved), joint.trip(saved)
+    sizes = [joint.storages.total([n]) for n in values]
+    late = [trip.move(values[:count], joint.storages) for count in range(len(values) + 1)]
+    hidden = max(count for count, seconds in enumerate(late) if not seconds)
+    half = min(count for count in range(hidden) if sum(sizes[:count]) * 2 >= sum(sizes[:hidden]))
+    assert 0 < half < hidden < len(values)
+    found = {p.moved: p for p in row.plans if p.saved == row.default.saved}
+    for count in (half, hidden, len(values)):
+        plan = found.pop(frozenset(n.name for n in values[:count]))
+        traffic = 2 * sum(sizes[:count]) / SLOW_DEVICE["bytes"]
+        assert plan.copy_seconds == pytest.approx(late[count] + traffic)
+    assert found.keys() == {frozenset()}
+    assert found[frozenset()].copy_seconds == 0
+
+
 def test_what_others_hold_stays():
     """Outputs, inputs, views of them, and what is saved twice, share their memory."""
 

@@ -1,11 +1,12 @@
 """The row of plans by hand: what leaves first, what is thinned out, what a budget can choose."""
 
 import itertools
+import operator
 
 import pytest
 import torch
 
-from magi_train.memory.remat import Row, SavedSet, _evict, _thin, checkpoints
+from magi_train.memory.remat import Row, SavedSet, _evict, _parts_first, _thin, checkpoints
 from tests.memory.joint import capture
 
 
@@ -42,6 +43,18 @@ def evicted(row, seconds):
 )
 def test_what_frees_most_for_its_time_leaves_first(two_products, seconds, order):
     assert evicted(two_products, seconds) == order
+
+
+def test_results_of_several_tensors_are_taken_apart_at_once():
+    graph = torch.fx.Graph()
+    both = graph.call_function(torch.ops.aten.var_mean.default, (graph.placeholder("x"),))
+    first = graph.call_function(operator.getitem, (both, 0))
+    between = graph.call_function(torch.ops.aten.sin.default, (first,))
+    second = graph.call_function(operator.getitem, (both, 1))
+    unread = graph.call_function(operator.getitem, (both, 2))
+    assert _parts_first([both, first, between, second]) == [both, first, second, between]
+    assert _parts_first([first, between, second]) == [first, between, second], "saved before"
+    assert unread not in _parts_first([both, between])
 
 
 def test_many_plans_are_thinned_out_evenly():
