@@ -5,8 +5,10 @@ import operator
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from magi_train.memory.remat import Row, SavedSet, _evict, _parts_first, _thin, checkpoints
+from magi_train.core.hardware import HOST
+from magi_train.memory.remat import Joint, Row, SavedSet, _evict, _parts_first, _thin, checkpoints
 from tests.memory.joint import capture
 
 
@@ -19,6 +21,27 @@ def two_products():
 
     sizes = ((64, 64), (64, 64), (8, 8), (8, 8))
     return capture(function, *(torch.ones(s, requires_grad=True) for s in sizes)).row
+
+
+def test_what_is_saved_or_given_is_not_computed(two_products):
+    joint = two_products.joint
+    nodes = {n.name: n for n in joint.nodes}
+    tanh, mm = nodes["tanh"], nodes["mm"]
+    assert joint.needed([tanh], set()) == {tanh, mm}
+    assert joint.needed([tanh], {mm}) == {tanh}
+    assert joint.needed([tanh], {tanh}) == set()
+    assert joint.needed(joint.inputs, set()) == set()
+
+
+def test_what_reads_an_input_that_the_step_writes_to_runs_once():
+    def function(x, buffer):
+        read, free = buffer.sin(), x.cos()
+        buffer.add_(1)
+        return read * free, free.exp()
+
+    graph = make_fx(function, tracing_mode="fake")(torch.ones(4), torch.ones(4)).graph
+    fixed = {n.name for n in Joint(graph, 1, HOST, fused=False).fixed}
+    assert fixed & {"sin", "cos", "exp"} == {"sin"}
 
 
 def evicted(row, seconds):
