@@ -214,3 +214,7 @@ def test_a_device_needs_nccl_for_codecs_only():
     safe = Compressor(plan_for("safe"), Ranks(2), device)
     assert not safe.exact.undecided(ON), "nothing can carry halves"
     assert not Compressor(plan_for("int8"), Ranks(2, nccl=True), device)._lanes
+
+
+def test_a_plan_of_nothing_has_no_nodes():
+    assert not Compressor(plan_buckets([], CommConfig(), 2), Ranks(2), CPU).stateful
