@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from magi_train.core.graph import is_view
 from magi_train.core.hardware import HOST
 from magi_train.memory.remat import Joint, Row, SavedSet, _evict, _parts_first, _thin, checkpoints
 from tests.memory.joint import capture
@@ -42,6 +43,15 @@ def test_what_reads_an_input_that_the_step_writes_to_runs_once():
     graph = make_fx(function, tracing_mode="fake")(torch.ones(4), torch.ones(4)).graph
     fixed = {n.name for n in Joint(graph, 1, HOST, fused=False).fixed}
     assert fixed & {"sin", "cos", "exp"} == {"sin"}
+
+
+def test_what_looks_at_an_input_is_not_kept(two_products):
+    """The transposed weights are saved by their own names, but their memory is there anyway."""
+    row = two_products
+    saved = [n for n in row.joint.nodes if n.name in row.default.saved]
+    assert any(is_view(n) for n in saved)
+    assert row.saved_bytes(row.default) == 64 * 64 * 4 + 512
+    assert row.saved_bytes(row.default) <= row.timeline(row.default).peak
 
 
 def evicted(row, seconds):
