@@ -722,6 +722,9 @@ def test_a_chunk_starts_behind_all_that_reads_the_logits_of_the_last(traced_chun
         before[node] = set().union(*({n} | before[n] for n in node.all_input_nodes))
     starts = [n for n in graph.graph.nodes if n.target is copy_after and n.meta["val"].dim() == 2]
     assert len(starts) == 3
+    (end,) = (n for n in graph.graph.nodes if n.target is copy_after and n.meta["val"].dim() == 0)
+    (last,) = end.args[1]
+    assert last.meta["val"].shape == (512, WIDTH), "the loss is there once all of the gradient is"
     readers = 0
     for node in graph.graph.nodes:
         value = node.meta.get("val")
