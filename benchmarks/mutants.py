@@ -3,26 +3,29 @@
     python -m benchmarks.mutants comm/plan.py tests/comm/test_plan.py [--every 2] [--output FILE]
 
 Changes: comparisons (< to <=, == to !=, in to not in), arithmetic (+ to -, * to //), `and` to `or`,
-`not` dropped, whole numbers plus one, True to False. A mutant runs in a fork of a process that has
-imported torch, with the file compiled from the changed tree: nothing on disk changes, and a mutant
-takes as long as its tests. mutmut and cosmic-ray copy or rewrite the source tree, which the links
-in magi_train/ do not survive. A survivor is to be looked at: some change nothing that can be seen.
+`not` dropped, whole numbers plus one, True to False; not strict= and frozen=, which only check. A
+mutant runs in a fork of a process that has imported the libraries that the tests import, with the
+file compiled from the changed tree: nothing on disk changes, and a mutant takes as long as its
+tests. Processes that tests start see no mutant: choose tests that run the file in their own; what
+follows `--` may be options of pytest. mutmut and cosmic-ray copy or rewrite the source tree, which
+the links in magi_train/ do not survive. A survivor is to be looked at: some change nothing that can
+be seen.
 """
 
 import ast
 import contextlib
 import copy
+import importlib
 import importlib.machinery
-import io
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
 import pytest
-import torch  # noqa: F401  once, for all forks
 
 from benchmarks import records
 
@@ -30,6 +33,10 @@ COMPARE: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
     ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
 }  # fmt: skip
+PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-o"]
+ONLY_CHECKS = {"strict", "frozen"}
+LIBRARIES = {"numpy", "sympy", "torch", "transformers", "triton"}
+"""Imported once for all mutants, where the tests import them."""
 ARITHMETIC: dict[type, type] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.FloorDiv: ast.Mult,
     ast.Div: ast.Mult, ast.Mod: ast.Mult,
@@ -57,7 +64,10 @@ def change(node: Any) -> bool:
 
 def places(tree: ast.Module) -> list[int]:
     """Return which nodes, in the order of `ast.walk`, can be changed."""
-    return [i for i, node in enumerate(ast.walk(tree)) if change(copy.copy(node))]
+    words = [n for n in ast.walk(tree) if isinstance(n, ast.keyword) and n.arg in ONLY_CHECKS]
+    left = {n.value for n in words}
+    nodes = enumerate(ast.walk(tree))
+    return [i for i, node in nodes if node not in left and change(copy.copy(node))]
 
 
 def mutant_of(tree: ast.Module, place: int) -> tuple[int, str, ast.Module]:
@@ -69,11 +79,13 @@ def mutant_of(tree: ast.Module, place: int) -> tuple[int, str, ast.Module]:
     return node.lineno, ast.unparse(around[-1]).splitlines()[0], mutant  # walk: the innermost last
 
 
-def survives(path: Path, mutant: ast.Module, tests: list[str], seconds: int) -> bool:
-    """Run the tests in a fork with the mutant in the file's place."""
+def survives(
+    path: Path, mutant: ast.Module, tests: list[str], seconds: int, told: Path | None = None
+) -> bool:
+    """Run the tests in a fork with the mutant in the file's place; `told` gets what they import."""
     child = os.fork()
     if child == 0:
-        signal.alarm(seconds)  # an endless loop is noticed, too
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # of work: an endless loop is noticed, too
         real = importlib.machinery.SourceFileLoader.get_code
 
         def get_code(self: Any, name: str) -> CodeType | None:
@@ -82,15 +94,28 @@ def survives(path: Path, mutant: ast.Module, tests: list[str], seconds: int) -> 
             return real(self, name)
 
         importlib.machinery.SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
-        status = 1
-        out, err = (
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        )
-        with out, err, contextlib.suppress(BaseException):
-            status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+        status, nowhere = 1, os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        with contextlib.suppress(BaseException):
+            status = int(pytest.main([*PYTEST, f"timeout={seconds}", *tests]))
+        if told is not None:
+            told.write_text("\n".join(sys.modules))
         os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def passes(path: Path, tree: ast.Module, tests: list[str], seconds: int) -> bool:
+    """Run the tests without a mutant, and import the libraries they import, once for all forks."""
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "modules"
+        if not survives(path, tree, tests, seconds, told):
+            return False
+        for name in told.read_text().splitlines():
+            if name.split(".")[0] in LIBRARIES:
+                with contextlib.suppress(Exception):  # made by the tests, or by a library
+                    importlib.import_module(name)
+    return survives(path, tree, tests, seconds)
 
 
 def main() -> int:
@@ -103,7 +128,7 @@ def main() -> int:
     options = parser.parse_args()
     path = options.file.resolve()
     tree = ast.parse(path.read_text())
-    if not survives(path, tree, options.tests, options.seconds):
+    if not passes(path, tree, options.tests, options.seconds):
         sys.exit(f"{' '.join(options.tests)} fail without a mutant")
     taken = places(tree)[:: options.every]
     left = []

@@ -94,7 +94,7 @@ class Bucket:
     codec: str
     numel: int
     flags_offset: int
-    rank: int = 0
+    rank: int
     node_size: int = 1
 
     def torch_dtype(self) -> torch.dtype:
@@ -288,7 +288,7 @@ def _codecs(
 
 def _bucket(group: Named, codec: str, config: CommConfig, world_size: int) -> Bucket:
     dtype = group[0][1].dtype
-    align = max(ALIGN_BYTES // dtype.itemsize, 1)
+    align = ALIGN_BYTES // dtype.itemsize
     name = str(dtype).removeprefix("torch.")
     end = 1
     if codec != name:

@@ -291,6 +291,7 @@ class Row:
     def __init__(self, joint: Joint, default: Iterable[Node], room_bytes: int = 0) -> None:
         self.joint, self._room = joint, room_bytes
         self._nodes = {n.name: n for n in joint.nodes}
+        self._given = {s for n in joint.inputs for s in joint.storages.of(n)}
         self._timelines: dict[SavedSet, Timeline] = {}
         start = {n for n in default if n in joint.place}
         plans = [*self._plans(start)]
@@ -337,7 +338,9 @@ class Row:
 
     def saved_bytes(self, plan: SavedSet) -> int:
         """Return the bytes that a plan keeps on the device for the backward, without inputs."""
-        return self.joint.storages.total(self._nodes[name] for name in plan.saved - plan.moved)
+        storages = self.joint.storages
+        kept = {s for name in plan.saved - plan.moved for s in storages.of(self._nodes[name])}
+        return sum(storages.size[s] for s in kept - self._given)  # a view of an input is one
 
     def choose(
         self,
@@ -366,7 +369,7 @@ class Row:
 
 
 def _thin(sets: list[set[Node]]) -> list[set[Node]]:
-    step = -(-len(sets) // MOST_PLANS) or 1
+    step = -(-len(sets) // MOST_PLANS)
     return [*sets[::step], sets[-1]]
 
 

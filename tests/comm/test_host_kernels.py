@@ -46,7 +46,10 @@ def test_kernels_and_tensors_agree(kept, scale, kernels):
     x = torch.randn(2, 3 * 256, generator=g) * torch.logspace(-40, 4, 3).repeat_interleave(256)
     x[0, :256], x[1, 5] = 0, 1e-44
     residual = torch.randn(2, 3 * 256, generator=g) if kept else None
-    built = coded(x, residual, scale)
+    used = mock.Mock(return_value=kernels)
+    with mock.patch.object(two_shot, "kernels", used):
+        built = coded(x, residual, scale)
+    assert used.call_count == 3, "to encode, to decode and to add"
     with mock.patch.object(two_shot, "kernels", return_value=None):
         plain = coded(x, residual, scale)
     assert torch.equal(built[0], plain[0]), "what travels"
@@ -67,6 +70,38 @@ def test_what_is_not_finite_is_seen_in_the_scale(built, bad, kernels):
     assert FORMAT.scales(wire, 512).isfinite().tolist() == [[True, True], [True, False]]
     assert out[0].isfinite().all()
     assert not out[1, 256:].isfinite().any()
+
+
+class Wrong:
+    """Kernels with a defect: the rest is off, or all is rounded down and the rest too large."""
+
+    def __init__(self, right, defect):
+        self.right, self.defect, self.decode = right, defect, right.decode
+
+    def encode(self, x, residual, factor, rest, values, scales, tiny):
+        self.right.encode(x, residual, factor, rest, values, scales, tiny)
+        rest += scales.repeat_interleave(host_kernels.BLOCK)
+        if self.defect == "values":
+            values -= 1
+
+
+@pytest.mark.parametrize("defect", ["rest", "values"])
+def test_kernels_with_a_defect_are_not_used(defect, kernels):
+    host_kernels._try(kernels)
+    with pytest.raises(ValueError, match="does not decode what it encodes"):
+        host_kernels._try(Wrong(kernels, defect))
+
+
+def test_kernels_are_built_beside_those_of_another_source(tmp_path, kernels):
+    (tmp_path / "magi_train").mkdir()
+    host_kernels.kernels.cache_clear()
+    try:
+        with mock.patch.object(compat, "cache_dir", return_value=str(tmp_path)):
+            assert host_kernels.kernels() is not None
+    finally:
+        host_kernels.kernels.cache_clear()
+    (made,) = (tmp_path / "magi_train").iterdir()
+    assert made.suffix == ".so"
 
 
 def test_without_a_compiler_tensors_do_it(tmp_path):

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from magi_train.comm.plan import ALIGN_BYTES, MIB, plan_buckets
+from magi_train.comm.link import Link
+from magi_train.comm.plan import ALIGN_BYTES, MIB, plan_buckets, predict
+from magi_train.comm.schedule import Message, exposed
 from magi_train.core.config import CommConfig
 
 
@@ -22,6 +24,8 @@ def test_reverse_order_by_size():
     plan = plan_buckets(parameters((64,), (128,), (64,)), CommConfig(bucket_mib=600 / MIB), 2)
     # 256, 512 and 256 bytes; full at 600 and not before: small ones go with a large one
     assert names(plan) == [["p2", "p1"], ["p0"]]
+    plan = plan_buckets(parameters(*[(64,)] * 7), CommConfig(bucket_mib=513 / MIB), 2)
+    assert names(plan)[0] == ["p6", "p5", "p4"], "a byte is missing after two"
 
 
 def test_the_last_bucket_is_small():
@@ -47,6 +51,7 @@ def test_sizes_without_a_setting_have_bounds():
 
     assert largest(160, 4 << 20) == 134217728  # of 2.5 GiB in pieces of 16 MiB: 128 MiB
     assert 4 << 20 <= largest(80, 1 << 16) <= 8388608  # of 20 MiB in pieces of 256 KiB
+    assert largest(640, 1 << 16) == 10 << 20  # a sixteenth of 160 MiB
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -71,6 +76,11 @@ def test_slots_are_aligned_and_disjoint():
             end = slot.offset + math.prod(slot.shape)
         assert bucket.flags_offset >= end
         assert bucket.numel == bucket.flags_offset + len(bucket.slots)
+    (bucket,) = plan_buckets(
+        parameters((3,), (5, 7), (1,)), CommConfig(compression=None), 2
+    ).buckets
+    assert [s.offset for s in bucket.slots] == [0, 64, 128], "and no further apart than that"
+    assert bucket.flags_offset == 192
 
 
 def test_one_dtype_a_bucket_and_frozen_left_out():
@@ -80,6 +90,10 @@ def test_one_dtype_a_bucket_and_frozen_left_out():
     assert names(plan) == [["p0"], ["half"]]
     assert [b.codec for b in plan.buckets] == ["bfloat16", "bfloat16"]
     assert [b.dtype for b in plan.buckets] == ["float32", "bfloat16"]
+    half = parameters(*[(64, 64)] * 3, dtype=torch.bfloat16)
+    mixed = [half[0], *parameters((64, 64), (0, 64), (64, 64))[1:], ("p3", half[2][1])]
+    plan = plan_buckets(mixed, CommConfig(compression="int8"), 2)
+    assert plan.codecs() == {"bfloat16": 2, "float32": 1, "int8": 1}, "others travel as they are"
 
 
 @pytest.mark.parametrize("change", ["shape", "order", "config", "world"])
@@ -120,12 +134,44 @@ def test_vectors_and_small_ends_are_exempt():
 def test_large_ends_are_not():
     found = codecs("int8", (64, 64), *MODEL[1:])
     assert found["p0"] == found["p6"] == "int8"
+    assert set(codecs("int8", (8, 4), (24, 24), (4, 8)).values()) == {"int8"}, "a tenth is not less"
 
 
 def test_low_rank_only_where_factors_are_small():
     found = codecs("aggressive", *MODEL, (9, 40), (8, 64), low_rank=4)
     assert found["p2"] == "powersgd"
     assert found["p7"] == "bfloat16"
+    ends = (64, 8), (64, 64), (64, 64)
+    assert codecs("aggressive", *ends, (16, 16), (8, 8), low_rank=4)["p3"] == "powersgd", "a half"
+
+
+def test_factors_are_what_low_rank_sends():
+    config = CommConfig(compression="powersgd", bucket_mib=1, low_rank=4)
+    plan = plan_buckets(parameters((8, 8), (64, 40), (40, 8, 8), (8, 8)), config, 2)
+    half, (low,) = ([b for b in plan.buckets if (b.codec == "powersgd") == low] for low in (0, 1))
+    assert low.wire_bytes() == 4 * 4 * (64 + 40 + 40 + 64)
+    assert low.rank == 4
+    assert {b.rank for b in half} == {0}
+    assert plan.codecs() == {"bfloat16": 2, "powersgd": 2}
+    assert plan.wire_bytes() == low.wire_bytes() + sum(b.wire_bytes() for b in half)
+
+
+def test_vectors_share_a_bucket_with_what_is_small_and_last_only_where_nothing_is_encoded():
+    shapes = ((8, 8), (8,), (64, 64), (64, 64), (8,))
+    config = {"bucket_mib": 64 * 64 * 4 / MIB}
+    assert names(plan_buckets(parameters(*shapes), CommConfig(compression=None, **config), 2)) == [
+        ["p4", "p3"], ["p2"], ["p1", "p0"],
+    ]  # fmt: skip
+    encoded = plan_buckets(parameters(*shapes), CommConfig(compression="int8", **config), 2)
+    assert ["p4", "p1"] in names(encoded)
+
+
+def test_without_a_backward_gradients_are_taken_to_appear_evenly_by_bytes():
+    config = CommConfig(compression=None, bucket_mib=4 / MIB)
+    buckets = plan_buckets(parameters((1,), (3,)), config, 2).buckets
+    link = Link(0.1, 1.0, "given")
+    want = [Message(b.wire_bytes(), 1, at) for b, at in zip(buckets, (0.75, 1.0), strict=True)]
+    assert predict(buckets, link) == exposed(want, link)
 
 
 def test_exempt_buckets_leave_when_they_are_complete():
@@ -153,6 +199,9 @@ def test_levels_follow_the_nodes(compression, world_size, node_size, codec):
     assert set(plan.codecs()) == {codec}
     (bucket,) = plan.buckets
     assert bucket.node_size == (node_size if codec == "hierarchical" else 1)
+    assert bucket.collectives() == {"hierarchical": 4, "int8": 2, "float32": 1}[codec]
+    if node_size == 1:  # which is what holds where nobody says
+        assert plan == plan_buckets(parameters((64, 64), (64, 64)), config, world_size)
     if codec == "hierarchical":
         flat = plan_buckets(parameters((64, 64), (64, 64)), CommConfig(compression="int8"), 4)
         assert plan.wire_bytes() == flat.wire_bytes() // node_size

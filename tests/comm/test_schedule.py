@@ -8,11 +8,13 @@ from magi_train.comm.link import CPU_LAUNCH_SECONDS as LAUNCH_SECONDS
 from magi_train.comm.link import Link
 from magi_train.comm.plan import MIB, plan_buckets, predict
 from magi_train.comm.schedule import (
+    CAPS,
     TIMED,
     WARM,
     Message,
     Meter,
     Profile,
+    Sizes,
     choose,
     exposed,
 )
@@ -109,15 +111,19 @@ def test_codecs_count_with_their_bytes_and_messages():
 
 def test_choose_takes_the_least_and_of_equal_ones_the_largest():
     assert choose(8 * MIB, lambda s: abs(s.cap - MIB)).cap == MIB
-    assert choose(8 * MIB, lambda s: 0.0).cap == 8 * MIB
+    everything = Sizes(first=8 * MIB, cap=8 * MIB, last=0)
+    assert choose(8 * MIB, lambda s: 0.0) == everything
+    assert (CAPS[0], CAPS[-1]) == (65536, 134217728)
+    assert choose(1, lambda s: 0.0).cap == 65536
 
 
 def test_profile_takes_the_median_after_warming_up():
     now = [0.0]
     profile = Profile(lambda: now[0])
+    assert (WARM, TIMED) == (2, 3)
     for backward in range(WARM + TIMED):
         assert not profile.done
-        for name, after in (("b", 1.0), ("a", 100.0 if backward in (0, WARM + 1) else 3.0)):
+        for name, after in (("b", 1.0), ("a", 100.0 if backward in (0, 1, WARM + 1) else 3.0)):
             now[0] = 1000.0 * backward + after
             profile.mark(name)
         profile.end()
@@ -139,6 +145,10 @@ def test_meter_counts_waits_and_steps():
     meter.wait(lambda: wait(2.0))
     meter.wait(lambda: wait(3.0))
     assert meter.end() == {"exposed_communication_ms": 3e3, "synchronised_step_ms": 9e3}
+    for seconds in [100.0] * 20 + [1.0] * 10:
+        meter.wait(lambda seconds=seconds: wait(seconds))
+        found = meter.end()
+    assert found == {"exposed_communication_ms": 50500.0, "synchronised_step_ms": 50500.0}, "of 20"
 
 
 @pytest.mark.parametrize(

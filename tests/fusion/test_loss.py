@@ -185,6 +185,72 @@ def test_under_bf16_autocast_it_is_no_worse_than_eager(form, by, monkeypatch):
     assert len(ops) == (loss.chunks if loss.kernel else 0)
 
 
+BODIES = {
+    "mean": {},
+    "sum": {"mean": False},
+    "smoothing": {"smoothing": 0.1},
+    "scaled": {"steps": (("scale", 0.5),)},
+    "softcapped": {"steps": (("scale", 0.5), ("tanh", 0), ("scale", 3.0)), "smoothing": 0.2},
+    "transposed": {"transposed": True},
+    "picked": {"slices": ((slice(None), slice(1, None)),)},
+    "one label": {},
+}
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("form", BODIES)
+def test_the_body_equals_cross_entropy(form, dynamic, chunks):
+    """In float64, on tensors: the loss and the gradients of input, weight and bias."""
+    wide = torch.float64
+    exact = replace(RECIPE, compute=wide, wide=wide, out=wide, differentiated=(True, True, True))
+    recipe = replace(exact, **BODIES[form])
+    shape = (WIDTH, VOCABULARY) if recipe.transposed else (VOCABULARY, WIDTH)
+    torch.manual_seed(0)
+    leaves = [torch.randn(s, dtype=wide, requires_grad=True) for s in ((3, 7, WIDTH), shape)]
+    leaves.append(torch.randn(VOCABULARY, dtype=wide, requires_grad=True))
+    x, weight, bias = leaves
+    kept = x[:, 1:] if recipe.slices else x
+    labels = torch.randint(0, VOCABULARY, (kept[..., 0].numel(),))
+    labels[slice(1, None) if form == "one label" else slice(0, None, 4)] = -100
+    z = kept.flatten(0, 1) @ (weight if recipe.transposed else weight.t()) + bias
+    for kind, factor in recipe.steps:
+        z = torch.tanh(z) if kind == "tanh" else z * factor
+    how = {"reduction": "mean" if recipe.mean else "sum", "label_smoothing": recipe.smoothing}
+    want = F.cross_entropy(z, labels, **how)
+    size = None if dynamic else len(labels)
+    columns = torch.arange(VOCABULARY)
+    got = chunked_cross_entropy(x, weight, bias, labels, columns, recipe, chunks, size)
+    pairs = [
+        dict(zip("lxwb", (loss, *torch.autograd.grad(loss * 5, leaves)), strict=True))
+        for loss in (got, want)
+    ]
+    assert difference(*pairs) < tolerance(wide, WIDTH)
+
+
+def test_the_kernels_results_are_laid_out_as_a_graph_takes_them_to_be():
+    logits, labels = torch.randn(5, 53), torch.arange(5)
+    real = cross_entropy(logits, labels, -100, 0.0, 1.0, None)
+    fake = cross_entropy(logits.to("meta"), labels.to("meta"), -100, 0.0, 1.0, None)
+    for made, want in zip(fake, real, strict=True):
+        assert (made.shape, made.stride(), made.dtype) == (want.shape, want.stride(), want.dtype)
+
+
+@pytest.mark.parametrize(
+    ("steps", "want"),
+    [
+        ((), (1.0, None)),
+        ((("scale", 0.5), ("scale", 0.25)), (0.125, None)),
+        ((("tanh", 0),), (1.0, 1.0)),
+        ((("scale", 0.5), ("tanh", 0), ("scale", 8.0), ("scale", 2.0)), (0.5, 16.0)),
+        ((("tanh", 0), ("scale", 2.0), ("tanh", 0)), None),
+    ],
+)
+def test_steps_that_are_a_soft_cap(steps, want):
+    """Those of c tanh(a x), as (a, c)."""
+    assert replace(RECIPE, steps=steps).soft_cap() == want
+
+
 def test_what_the_kernel_is_not_for():
     x, labels = batch()
     model = Head(logits=lambda z: torch.tanh(torch.tanh(z)))
@@ -454,7 +520,7 @@ def test_inference_and_exported_programs_are_left_alone():
 def test_chunks_cover_every_token_once(size, chunks):
     bounds = chunk_bounds(size, chunks, static=True)
     assert [i for low, high in bounds for i in range(low, high)] == list(range(size))
-    assert len(bounds) <= chunks
+    assert len(bounds) == chunks
     dynamic = chunk_bounds(size, chunks, static=False)
     assert [i for low, high in dynamic for i in range(low, high)] == list(range(size))
     if size // chunks >= 1024:
@@ -656,6 +722,9 @@ def test_a_chunk_starts_behind_all_that_reads_the_logits_of_the_last(traced_chun
         before[node] = set().union(*({n} | before[n] for n in node.all_input_nodes))
     starts = [n for n in graph.graph.nodes if n.target is copy_after and n.meta["val"].dim() == 2]
     assert len(starts) == 3
+    (end,) = (n for n in graph.graph.nodes if n.target is copy_after and n.meta["val"].dim() == 0)
+    (last,) = end.args[1]
+    assert last.meta["val"].shape == (512, WIDTH), "the loss is there once all of the gradient is"
     readers = 0
     for node in graph.graph.nodes:
         value = node.meta.get("val")

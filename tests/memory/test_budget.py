@@ -9,10 +9,14 @@ import torch.nn.functional as F
 
 import magi_train
 from magi_train import Config, MagiError
-from magi_train.core.errors import CaptureError
+from magi_train.core.errors import CaptureError, PassError
+from magi_train.core.hardware import Speed
 from magi_train.memory import budget as memory_budget
 from magi_train.memory import step as step_memory
+from magi_train.memory.budget import FitBudget, SurveyedError
 from magi_train.memory.peak import simulate
+from magi_train.memory.step import Limit
+from tests.memory.joint import capture
 from tests.models import GraphBreak, Small, llama, loss_of, tokens
 from tests.ranks import values
 
@@ -68,6 +72,7 @@ def test_a_generous_budget_changes_nothing(unlimited):
     _, plan, _ = unlimited
     assert plan["planned_gib"] == plan["without_gib"] < 1.0
     assert plan["resident_gib"]["optimizer"] == 2 * plan["resident_gib"]["parameters"]
+    assert not any(plan[of] for of in ("offloaded", "offloaded_gib", "copy_ms", "exposed_ms"))
 
 
 @pytest.mark.parametrize("share", [0.8, pytest.param(0.65, marks=pytest.mark.full)])
@@ -312,3 +317,105 @@ def test_a_cut_beyond_the_budget_is_an_error(unlimited, monkeypatch):
     monkeypatch.setattr(memory_budget, "simulate", larger)
     with pytest.raises(MagiError, match="a step takes at least"):
         run(copy.deepcopy(model), budget)
+
+
+# -- figures of a plan, by hand --------------------------------------------------------------------
+
+LIMIT = Limit(
+    budget_bytes=2**40, resident={"parameters": 1000}, gradient_bytes=0, update_bytes=0,
+    device_type="cpu", speed=Speed(flops=1e8, bytes=1e12, host=1e8), fused=False, blocks=3,
+    room_bytes=2**40,
+)  # fmt: skip
+"""Of a captured graph that runs three times a step."""
+ONE = 64 * 32 * 4
+"""Bytes of every value of `mixed`."""
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """A chain of products and of functions of one tensor, each of its own kind."""
+
+    def function(x, w):
+        for each in ("tanh", "sin", "cos", "exp", "sigmoid", "erf", "atan", "asinh"):
+            x = getattr(torch, each)(x @ w)
+        return x.sum()
+
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 32, requires_grad=True), torch.randn(32, 32, requires_grad=True)
+    return capture(function, *inputs, speed=LIMIT.speed, room_bytes=LIMIT.room_bytes)
+
+
+def fitted(captured, **limit):
+    """Return the plan that the partitioner notes."""
+    noted = []
+    fit = FitBudget(dataclasses.replace(LIMIT, **limit), noted.append)
+    fit(captured.graph, captured.inputs, **captured.rest)
+    return noted[0]
+
+
+def test_the_figures_of_a_plan_are_those_of_all_blocks(mixed):
+    row = mixed.row
+    free = fitted(mixed)
+    peak, saved = row.timeline(row.default).peak, row.saved_bytes(row.default)
+    assert saved == 12 * ONE
+    assert free.budget_gib == 1024
+    assert (
+        free.without_gib
+        == free.planned_gib
+        == pytest.approx((1000 + peak + 2 * saved) / GIB, abs=1e-9)
+    )
+    assert free.saved_gib == pytest.approx(3 * saved / GIB, abs=1e-9)
+    assert free.step_ms == pytest.approx(3e3 * row.joint.forward_seconds, abs=1e-6)
+    assert free.resident_gib == {"parameters": pytest.approx(1000 / GIB, abs=1e-9)}
+    assert (free.offloaded, free.frontier) == ({}, [])
+    waits = fitted(mixed, budget_bytes=int(0.5 * free.planned_gib * GIB))
+    count = sum(waits.offloaded.values())
+    assert count > 0
+    assert waits.offloaded_gib == pytest.approx(3 * count * ONE / GIB, abs=1e-8)
+    assert waits.copy_ms == pytest.approx(3e3 * count * ONE / LIMIT.speed.host, abs=1e-5)
+
+
+def test_the_slowest_ops_that_run_again_are_named(mixed):
+    least = fitted(mixed, budget_bytes=0, strict=False, room_bytes=0)
+    assert len(least.recomputed) == 6
+    assert next(iter(least.recomputed)) == "aten.mm.default"
+    assert least.recompute_ms > 0
+    row = mixed.row
+    few = min((p for p in row.plans if not p.moved), key=lambda p: row.timeline(p).peak)
+    assert least.recompute_ms >= 3e3 * few.seconds - 1e-6 > 0
+
+
+def test_a_budget_may_be_used_up_and_the_least_one_is_told(mixed):
+    row = mixed.row
+
+    def size(plan):
+        return 1000 + row.timeline(plan).peak + 2 * row.saved_bytes(plan)
+
+    default, least = size(row.default), min(size(p) for p in row.plans if not p.moved)
+    free = fitted(mixed, room_bytes=0, budget_bytes=default)
+    assert free.planned_gib == free.without_gib
+    assert fitted(mixed, room_bytes=0, budget_bytes=default - 1).recompute_ms > free.recompute_ms
+    full = fitted(mixed, room_bytes=0, budget_bytes=least)
+    assert full.planned_gib == full.budget_gib
+    with pytest.raises(PassError, match=r"budget_gib is 9.53674e-07, but") as error:
+        fitted(mixed, room_bytes=0, budget_bytes=1024)
+    assert f"at least {least / GIB:.6g} GiB" in str(error.value)
+    assert "offload_activations=True" in str(error.value)
+    largest = str(error.value).split("largest at the peak: ")[1].split(". Raise")[0].split(", ")
+    assert [each.split(" ")[1] for each in largest] == [f"{ONE / GIB:.3g}"] * 3
+    with pytest.raises(PassError) as error:
+        fitted(mixed, budget_bytes=1024)
+    assert "offload_activations" not in str(error.value)
+
+
+def test_a_survey_says_what_each_budget_costs(mixed):
+    with pytest.raises(SurveyedError) as surveyed:
+        fitted(mixed, survey=True)
+    plan, row = surveyed.value.plan, mixed.row
+    frontier = row.frontier(lambda p: 1000 + row.timeline(p).peak + 2 * row.saved_bytes(p))
+    assert len(plan.frontier) == len(frontier) > 3
+    for (size, ms), each in zip(plan.frontier, frontier, strict=True):
+        assert ms == pytest.approx(3e3 * (each.seconds + each.copy_seconds), abs=1e-5)
+        want = 1000 + row.timeline(each).peak + 2 * row.saved_bytes(each)
+        assert size == pytest.approx(want / GIB, abs=1e-9)
+    assert plan.frontier[0][0] == plan.without_gib

@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import magi_train
 from magi_train import Config, MagiError
-from magi_train.core import hardware
+from magi_train.core import compat, hardware
 from magi_train.core.hardware import Speed
 from magi_train.memory import budget as memory_budget
 from magi_train.memory import copies
 from magi_train.memory import step as step_memory
 from magi_train.memory.copies import ARRIVED, FETCH, SEND
-from magi_train.memory.offload import can_wait, homeward, outward
+from magi_train.memory.offload import can_wait, homeward, outward, pin
 from magi_train.memory.peak import Storages, body, simulate, walk
 from magi_train.memory.step import StepMemory
 from tests.close import difference, tolerance
@@ -78,11 +78,53 @@ def test_what_one_copy_moves_may_wait():
     whole = torch.empty(64, 64)
     assert can_wait(whole, link=1e6)
     assert can_wait(whole.t(), link=1e6)
+    assert can_wait(whole.as_strided((64, 1, 64), (64, 7, 1)), link=1e6)
     assert can_wait(torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last), link=1e6)
     assert not can_wait(whole, link=1e9), "too small to be worth it"
     assert not can_wait(whole[:32], link=1e6), "a part of its memory"
     assert not can_wait(whole[:, :1].expand(64, 64), link=1e6)
+    assert not can_wait(torch.empty(128).as_strided((2, 64), (63, 1)), link=1e6)
     assert not can_wait(3, link=1e6)
+
+
+def test_copies_stay_between_the_kernels_that_hide_them(monkeypatch):
+    """Each begins and ends behind the product before it, and in front of the one behind."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+
+    def call(target, *args):
+        return graph.call_function(target, args)
+
+    mm = torch.ops.aten.mm.default
+    first = call(mm, x, x)
+    sent = call(SEND, first)
+    call(torch.ops.aten.sin.default, first)
+    second = call(mm, first, x)
+    out = call(ARRIVED, sent, first)
+    back = call(FETCH, out, torch.device("cpu"))
+    third = call(mm, second, x)
+    there = call(ARRIVED, back, out)
+    last = call(mm, third, there)
+    found = []
+    monkeypatch.setattr(compat, "ordered", lambda *call: found.append(call))
+    pin(graph)
+    assert found == [
+        (
+            graph,
+            {
+                second: [sent],
+                out: [second],
+                back: [second],
+                third: [out, back],
+                there: [third],
+                last: [there],
+            },
+        )
+    ]
+    plain = torch.fx.Graph()
+    plain.call_function(mm, (plain.placeholder("x"), plain.placeholder("y")))
+    pin(plain)
+    assert len(found) == 1
 
 
 def test_over_a_fast_link_values_wait_instead_of_being_computed_again(fast):
@@ -178,6 +220,26 @@ def test_the_host_has_room_for_so_much():
     for plan in row.plans:
         sizes = [row.joint.storages.total([n]) for n in row.joint.nodes if n.name in plan.moved]
         assert sum(map(hardware.pinned_bytes, sizes)) <= 3 * one
+
+
+def test_half_of_what_is_hidden_all_of_it_and_everything_wait():
+    """Copies queue on this link: those of some values are hidden, of all they are not."""
+    row = chain(Speed(**SLOW_DEVICE, host=2e7)).row
+    joint = row.joint
+    saved = {n for n in joint.nodes if n.name in row.default.saved}
+    values, trip = joint.movable(saved), joint.trip(saved)
+    sizes = [joint.storages.total([n]) for n in values]
+    late = [trip.move(values[:count], joint.storages) for count in range(len(values) + 1)]
+    hidden = max(count for count, seconds in enumerate(late) if not seconds)
+    half = min(count for count in range(hidden) if sum(sizes[:count]) * 2 >= sum(sizes[:hidden]))
+    assert 0 < half < hidden < len(values)
+    found = {p.moved: p for p in row.plans if p.saved == row.default.saved}
+    for count in (half, hidden, len(values)):
+        plan = found.pop(frozenset(n.name for n in values[:count]))
+        traffic = 2 * sum(sizes[:count]) / SLOW_DEVICE["bytes"]
+        assert plan.copy_seconds == pytest.approx(late[count] + traffic)
+    assert found.keys() == {frozenset()}
+    assert found[frozenset()].copy_seconds == 0
 
 
 def test_what_others_hold_stays():

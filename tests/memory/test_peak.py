@@ -229,6 +229,21 @@ def heavy_twice(y, w):
     return ((five * 2) @ w + five).sum()
 
 
+def heavy_in_one_kernel(y, w):
+    """All readers lie in front of the next product, so nobody needs it in memory."""
+    a, b, c = y @ w, w @ w, w.t() @ w
+    five = y + w.t() + a + b + c
+    return (five.sin() * five).sum(), y, a, b, c
+
+
+def long_twice(y, w):
+    """Stored: it takes one tensor, but more than 30 operations, and has two readers."""
+    z = y
+    for _ in range(32):
+        z = z + 1
+    return ((z * 2) @ w + z).sum(), y
+
+
 @pytest.mark.parametrize(
     ("function", "want"),
     [
@@ -239,6 +254,10 @@ def heavy_twice(y, w):
         (lambda y, w: (y * 2, y * 3), 3 * ONE),  # one kernel that writes two over neither
         (widened_twice, 3 * ONE),
         (heavy_twice, 5 * ONE),
+        (heavy_in_one_kernel, 4 * ONE),
+        (long_twice, 4 * ONE),
+        (lambda y, w: y.view(32, 128) * 2, ONE),  # the same elements in the same order
+        (lambda y, w: y.t() * 2, 2 * ONE),  # in another one: read after it was written
     ],
 )
 def test_generated_code_stores_what_it_must(function, want):
@@ -247,3 +266,66 @@ def test_generated_code_stores_what_it_must(function, want):
     results = made.graph.output_node().all_input_nodes
     course, _ = walk(body(made.graph), Storages(fused=True), resident=inputs, keep=results)
     assert want <= course.peak <= want + NARROW
+
+
+def walked(function, *inputs, start=(), keep=True):
+    """Return the course of a function, `start` of whose inputs are counted, and what is left."""
+    made = make_fx(function, tracing_mode="fake")(*inputs)
+    given = made.graph.find_nodes(op="placeholder")
+    counted = [given[i] for i in start]
+    storages = Storages(fused=False)
+    course, live = walk(
+        body(made.graph),
+        storages,
+        start=counted,
+        resident=[n for n in given if n not in counted],
+        keep=made.graph.output_node().all_input_nodes if keep else (),
+    )
+    return course, sum(storages.size[s] for s in live)
+
+
+def test_what_nobody_reads_is_free_at_once():
+    two = torch.ones(64, 64), torch.ones(64, 64)
+    course, left = walked(lambda x, y: y.sin(), *two, start=(0,))
+    assert (course.live, left) == ((ONE,), ONE)
+    course, left = walked(lambda x, y: x.sin(), *two, start=(0,))
+    assert (course.live, left) == ((2 * ONE,), ONE)
+    course, left = walked(lambda x, y: (y.sin(), x), *two, start=(0,))
+    assert (course.live, left) == ((2 * ONE,), 2 * ONE), "what is returned stays"
+
+
+def test_the_peak_may_be_at_the_first_node():
+    course, left = walked(lambda x: x.sin().sum(), torch.ones(64, 64))
+    assert (course.at, course.peak) == ("sum_1", ONE + NARROW)
+    course, left = walked(lambda x: x.sin(), torch.ones(64, 64), keep=False)
+    assert (course.at, course.peak, left) == ("sin", ONE, 0)
+    assert [(t.node, t.size_bytes) for t in course.largest] == [("sin", ONE)]
+
+
+@pytest.mark.parametrize(
+    ("heads", "device", "want"),
+    [
+        (8, "cuda", (16384 + 1024) * 4),  # a float32 for each number of the query and each row
+        (2, "cuda", (16384 + 1024) * 4 + 2 * 16384 * 2),  # and both gradients of all heads
+        (8, "cpu", 0),
+        (8, "", 0),
+    ],
+)
+def test_the_workspace_of_attentions_backward(heads, device, want):
+    graph = torch.fx.Graph()
+    nodes = [graph.placeholder(name) for name in ("grad", "q", "k", "v")]
+    for node, count in zip(nodes, (8, 8, heads, heads), strict=True):
+        node.meta["val"] = torch.empty(2, count, 64, 16, dtype=torch.bfloat16, device="meta")
+    aten = torch.ops.aten
+    forward = graph.call_function(
+        aten._scaled_dot_product_flash_attention_for_cpu.default, (*nodes[1:], 0.0, True)
+    )
+    backward = graph.call_function(
+        aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+        (*nodes, nodes[1], nodes[1], 0.0, True),
+    )
+    storages = Storages(fused=False, device_type=device)
+    assert storages.facts(backward).workspace == want
+    assert storages.facts(forward).workspace == 0
+    nodes[1].meta["val"] = nodes[1].meta["val"][0]
+    assert Storages(fused=False, device_type=device).facts(backward).workspace == 0
