@@ -18,7 +18,6 @@ Source: torch's own low-contention collectives (torch.distributed._symmetric_mem
 this way. Differs: an all-reduce, of any size, in bounded memory.
 """
 
-import collections
 import logging
 import platform
 import threading
@@ -101,23 +100,30 @@ class CopyEngines:
 
     def __init__(self, world: World, average: PeerAverage, timeout_seconds: float) -> None:
         self._average, self._timeout = average, timeout_seconds
-        self._on_way: collections.deque[tuple[StreamExchange, str, float]] = collections.deque()
+        self._watched: tuple[StreamExchange, str, float] | None = None
+        self._latest: tuple[StreamExchange, str, float] | None = None
         watched = weakref.ref(world), weakref.ref(self)
         threading.Thread(target=_watch, args=watched, name="magi-copies", daemon=True).start()
 
     def start(self, packed: Tensor, flat: Tensor, what: str) -> StreamExchange:
         """Begin to write the mean over ranks of `packed` to `flat`; see PeerAverage.run."""
         exchange = StreamExchange(lambda: self._average.run(packed, flat), packed, flat)
-        self._on_way.append((exchange, what, time.monotonic() + self._timeout))
+        self._latest = exchange, what, time.monotonic() + self._timeout
+        self._watched = self._watched or self._latest
         return exchange
 
     def late(self) -> str:
-        """Return what has not ended in time, "" if nothing."""
-        while self._on_way:
-            exchange, what, deadline = self._on_way[0]
-            if not exchange.arrived():
-                return what if time.monotonic() > deadline else ""
-            self._on_way.popleft()
+        """Return what has not ended in time, "" if nothing.
+
+        Averages end in their order: one at a time is looked at, and its event is asked for only
+        when its time is over, as a CUDA graph that is being recorded forbids that.
+        """
+        if self._watched is None or time.monotonic() <= self._watched[2]:
+            return ""
+        exchange, what, _ = self._watched
+        if not exchange.arrived():
+            return what
+        self._watched = self._latest
         return ""
 
 
@@ -184,6 +190,6 @@ def _mapped(
         buffers, barrier = compat.peer_memory(2 * PIECE_BYTES, device, patience)
         average = PeerAverage(buffers, world.rank, barrier)
     except RuntimeError as error:
-        why = f"on rank {world.rank}: {str(error).splitlines()[0]}"
+        why = f"on rank {world.rank}: {error}".splitlines()[0]
     reasons = list(filter(None, world.gather("memory of the GPUs", why, timeout_seconds)))
     return (None, reasons[0]) if reasons else (average, "")

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from magi_train.core.hardware import energy_counter
-from magi_train.integrations.trace import Span, is_communication, union
+from magi_train.integrations.trace import Span, is_communication, total, union
 
 GIB = 2**30
 
@@ -144,28 +144,23 @@ def communication(step: Callable[[int], Tensor], steps: int = 3) -> dict[str, fl
 def exposed(collectives: list[Span], others: list[Span], steps: int) -> dict[str, float]:
     """Return figures of one step from the spans of `steps`, in microseconds."""
     comm, compute = union(collectives), union(others)
-    total, busy, both = length(comm), length(compute), length(union(comm + compute))
-    covered = total + busy - both
+    talks, busy, both = total(comm), total(compute), total(union(comm + compute))
+    covered = talks + busy - both
     return {
-        "comm_ms": total / steps / 1e3,
-        "exposed_comm_ms": (total - covered) / steps / 1e3,
-        "comm_under_compute": covered / total if total else 1.0,
+        "comm_ms": talks / steps / 1e3,
+        "exposed_comm_ms": (talks - covered) / steps / 1e3,
+        "comm_under_compute": covered / talks if talks else 1.0,
         "gpu_busy_ms": both / steps / 1e3,
     }
 
 
 def kernels(step: Callable[[int], Tensor], steps: int = 3, shown: int = 25) -> dict[str, Any]:
     """Return device milliseconds a step by kernel name, the longest first, and their sum."""
-    total: dict[str, float] = {}
+    by_name: dict[str, float] = {}
     for name, (start, end) in _device_spans(step, steps):
-        total[name[:90]] = total.get(name[:90], 0.0) + (end - start) / 1e3 / steps
-    longest = sorted(total.items(), key=lambda item: -item[1])[:shown]
-    return {"kernels": {n: round(ms, 3) for n, ms in longest}, "kernels_ms": sum(total.values())}
-
-
-def length(spans: list[Span]) -> float:
-    """Return the time that merged spans cover."""
-    return sum(end - start for start, end in spans)
+        by_name[name[:90]] = by_name.get(name[:90], 0.0) + (end - start) / 1e3 / steps
+    longest = sorted(by_name.items(), key=lambda item: -item[1])[:shown]
+    return {"kernels": {n: round(ms, 3) for n, ms in longest}, "kernels_ms": sum(by_name.values())}
 
 
 # -- arithmetic ----------------------------------------------------------------------------------

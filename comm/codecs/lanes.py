@@ -74,9 +74,11 @@ class StreamExchange:
     """
 
     def __init__(self, enqueue: Callable[[], None], *tensors: Tensor) -> None:
-        self._stream, self._held = _side_stream(tensors[0].device), tensors
+        self._held: tuple[Tensor, ...] = ()
+        self._stream = _side_stream(tensors[0].device)
         self._begun = torch.cuda.current_stream(tensors[0].device)
         self._stream.wait_stream(self._begun)
+        self._held = tensors
         with torch.no_grad(), torch.cuda.stream(self._stream):
             enqueue()
             self._end = self._stream.record_event()
