@@ -4,7 +4,9 @@ import functools
 import heapq
 import itertools
 import operator
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.utils import _pytree as pytree
 from magi_train.core import compat
 from magi_train.core.errors import PassError
 
+_PACKAGE = str(Path(__file__).parents[1])
 CASTS = (torch.ops.prims.convert_element_type.default, torch.ops.aten._to_copy.default)
 """A change of dtype in AOTAutograd's graphs: Inductor decomposes the second into the first."""
 SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
@@ -373,11 +376,16 @@ def is_backward(graph: Graph) -> bool:
 
 
 def user_line(node: Node) -> str:
-    """Return the last line of the user's code that made `node`, "" if unknown."""
+    """Return the last line outside of this package that made `node`, "" if unknown."""
     lines = (node.stack_trace or "").strip().splitlines()
-    places = [i for i, line in enumerate(lines) if line.strip().startswith("File ")]
-    mine = [line.strip() for line in lines[places[-1] :]] if places else []
-    return " ".join(line for line in mine if line.strip("^~ "))  # without the marks below it
+    frames: list[list[str]] = []
+    for line in map(str.strip, lines):
+        if line.startswith("File "):
+            frames.append([line])
+        elif frames and line.strip("^~ "):  # without the marks below it
+            frames[-1].append(line)
+    theirs = [frame for frame in frames if not frame[0].startswith(f'File "{_PACKAGE}{os.sep}')]
+    return " ".join(theirs[-1]) if theirs else ""
 
 
 def restore_order(graph: Graph) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 
-from magi_train.core.graph import aliased, aliasing
+from magi_train import api
+from magi_train.core.graph import aliased, aliasing, user_line
 
 
 def graph_of_views(seed: int) -> Graph:
@@ -45,3 +46,15 @@ def test_what_shares_memory_with_some_nodes_is_found_at_once(seed):
     wanted = {n for n in graph.nodes if aliased(n) & found}
     assert aliasing(graph.nodes, found) == wanted
     assert aliasing(graph.nodes, set()) == set()
+
+
+def test_the_users_line_is_none_of_this_packages():
+    node = Graph().placeholder("x")
+    ours = f'  File "{api.__file__}", line 42, in forward\n    return module(x)\n    ^^^^^^\n'
+    theirs = '  File "train.py", line 3, in <lambda>\n    loss = model(x)\n           ^^^^^\n'
+    node.stack_trace = ours + theirs + ours
+    assert user_line(node) == 'File "train.py", line 3, in <lambda> loss = model(x)'
+    node.stack_trace = ours
+    assert user_line(node) == ""
+    node.stack_trace = None
+    assert user_line(node) == ""
