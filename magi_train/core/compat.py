@@ -1,7 +1,7 @@
 """Every private torch name the project uses, with the versions it was seen on, and a self-test.
 
-Seen on torch 2.11.0 and 2.13.0. `problems()` tries each name once at import; what is missing is
-listed there, and capture then falls to the EAGER tier with a warning instead of a crash.
+Seen on torch 2.11.0, 2.13.0, 2.15.0. `problems()` tries each name once at import; what is missing
+is listed there, and capture then falls to the EAGER tier with a warning instead of a crash.
 
 | name | used for |
 |---|---|
@@ -82,7 +82,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 OLDEST_TORCH = (2, 11)
-NEWEST_TORCH_SEEN = (2, 13)
+NEWEST_TORCH_SEEN = (2, 15)
 
 _missing: list[str] = []
 
@@ -950,6 +950,7 @@ def warn_about_version() -> None:
             "magi-train runs in the EAGER tier: this torch lacks %s", "; ".join(_missing)
         )
     elif torch_version() > NEWEST_TORCH_SEEN:
+        newest = ".".join(map(str, NEWEST_TORCH_SEEN))
         logger.info(
-            "torch %s is newer than 2.13, the newest magi-train was run on", torch.__version__
+            "torch %s is newer than %s, the newest magi-train was run on", torch.__version__, newest
         )

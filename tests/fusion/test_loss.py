@@ -794,4 +794,5 @@ def test_the_kernel_gets_and_gives_rows_for_wide_accesses():
         compiled = torch.compile(function, fullgraph=True)
         _, (code, *_) = run_and_get_code(compiled, *inputs, torch.zeros(rows, dtype=torch.int64))
     assert f"empty_strided_cpu(({rows}, {vocabulary}), (3072, 1), torch.bfloat16)" in code
-    assert f"({rows}, {vocabulary}), (3072, 1), 'torch.ops.magi_train.cross_entropy" in code
+    given = rf"\({rows}, {vocabulary}\), \(3072, 1\), (torch.bfloat16, )?"  # torch 2.15: the dtype
+    assert re.search(given + "'torch.ops.magi_train.cross_entropy", code)
