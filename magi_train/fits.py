@@ -13,8 +13,11 @@ narrow gradients, merged projections, and the memory of CUDA graphs.
 
 import contextlib
 import dataclasses
+import os
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -203,11 +206,21 @@ def _check_loss(loss: Callable[[Any, Any], Tensor], module: nn.Module, batch: An
             value = loss(module, batch)
     except Exception as error:
         raise MagiError(
-            f"the step itself fails on tensors without data: {type(error).__name__}: {error}"
+            f"the step itself fails on tensors without data, {_place(error)}: "
+            f"{type(error).__name__}: {error}; a step whose values are looked at (`.item()`, "
+            "`if tensor`) cannot be planned without them"
         ) from error
     if not isinstance(value, Tensor) or value.numel() != 1:
         got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise MagiError(f"the loss must be one number, got {got}; {FORM}")
+
+
+def _place(error: BaseException) -> str:
+    """Return the last line of neither torch nor this package that an error came through."""
+    ours = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, __file__))
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not f.filename.startswith((*ours, "<"))]
+    return f"at {theirs[-1].filename}:{theirs[-1].lineno}" if theirs else "at an unknown line"
 
 
 def _captured(
