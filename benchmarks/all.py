@@ -16,7 +16,6 @@ import argparse
 import datetime
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import threading
@@ -26,9 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import records
+from magi_train.integrations.ranks import stop
 
 TESTS = "pytest -q -p no:cacheprovider"
 
@@ -164,9 +162,7 @@ def run(
         except subprocess.TimeoutExpired:
             failed = f"cut after {seconds:.0f} s"
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            stop(process)
     took = round(time.monotonic() - start, 1)
     lines = log.read_text(errors="replace").strip().splitlines() or [""]
     last = lines[-1].strip("= ")
@@ -220,8 +216,7 @@ def main() -> None:
             print(f"{task.name:28} {task.gpus} GPU(s) {task.seconds:4} s  python -m {task.command}")
         return
     options.folder.mkdir(parents=True, exist_ok=True)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    gpus = records.gpus()
     pool = Pool(gpus, time.monotonic() + 60 * options.minutes)
     ended = run_all(tasks, pool, options)
     if tests := [row for name, row in ended.items() if known[name].is_tests]:

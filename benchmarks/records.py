@@ -2,10 +2,13 @@
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from magi_train.integrations.records import commit, head
 
@@ -16,6 +19,12 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--commit", default=commit(), help="of the measured code (%(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     return parser
+
+
+def gpus() -> list[str]:
+    """Return the GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
 
 
 def command() -> str:

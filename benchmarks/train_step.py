@@ -97,8 +97,7 @@ def measure_all(
     """
     spec = Spec(case, True, gpus, autocast="bfloat16", kernels=options.kernels)
     counted = bench.count(spec)
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+    visible = records.gpus()
     free: queue.Queue[int] = queue.Queue()  # first GPU of each place
     for first in range(0, torch.cuda.device_count() - gpus + 1, gpus):
         free.put(first)

@@ -85,7 +85,7 @@ def _watch(running: Sequence["subprocess.Popen[bytes]"], deadline: float) -> int
 
 
 def stop(process: "subprocess.Popen[bytes]", after_seconds: float = 0.0) -> None:
-    """End a process that leads a session, and what it started in it.
+    """End a process that leads a session, and what it started, in sessions of their own, too.
 
     Args:
         process: Made with start_new_session=True; it may have ended.
@@ -95,6 +95,20 @@ def stop(process: "subprocess.Popen[bytes]", after_seconds: float = 0.0) -> None
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(after_seconds)
+    tree = _tree(process.pid)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    for pid in tree:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
+
+
+def _tree(pid: int) -> list[int]:
+    """Return the processes that a process has started, and theirs, where /proc tells."""
+    found = [pid]
+    for each in found:  # grows
+        for file in Path(f"/proc/{each}/task").glob("*/children"):
+            with contextlib.suppress(OSError):  # it has ended
+                found += map(int, file.read_text().split())
+    return found[1:]

@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +71,22 @@ def test_what_fails_is_cut_or_comes_too_late_is_said(called, capsys):
     printed = capsys.readouterr().out
     assert "wide: not started, needs 3 GPU(s)" in printed
     assert "long: not started, needs 1 GPU(s) for 600 s" in printed
+
+
+def test_what_is_cut_leaves_nothing_on_its_gpu(called, tmp_path):
+    child = """
+import subprocess, sys, time
+sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+ranks = subprocess.Popen(sleep, start_new_session=True)
+open({!r}, "w").write(str(ranks.pid))
+time.sleep(600)
+"""
+    told = tmp_path / "pid"
+    (tmp_path / "fake_ranks.py").write_text(child.format(str(told)))
+    status, _ = called([Task("ranks", "fake_ranks", 1, 5)])
+    assert "cut after 10 s" in status
+    state = Path(f"/proc/{told.read_text()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z", "nobody may have asked for it"
 
 
 def test_tests_share_a_record(called, tmp_path):
