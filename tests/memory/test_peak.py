@@ -157,13 +157,12 @@ def test_library_models(name):
         assert same(gradients, want)
 
 
-def test_attention_costs_its_products_with_grouped_heads():
-    """Forward 4 b h q k d, backward 2.5 times that, whether or not heads are grouped."""
-    heads = {"grad": 8, "q": 8, "k": 2, "v": 2}
+def attention(heads, dtype=torch.float32):
+    """Return grad, q, k and v, of 8 and `heads` heads, and attention's forward and backward."""
     graph = torch.fx.Graph()
-    nodes = [graph.placeholder(name) for name in heads]
-    for node in nodes:
-        node.meta["val"] = torch.empty(2, heads[node.name], 64, 16, device="meta")
+    nodes = [graph.placeholder(name) for name in ("grad", "q", "k", "v")]
+    for node, count in zip(nodes, (8, 8, heads, heads), strict=True):
+        node.meta["val"] = torch.empty(2, count, 64, 16, dtype=dtype, device="meta")
     aten = torch.ops.aten
     forward = graph.call_function(
         aten._scaled_dot_product_flash_attention_for_cpu.default, (*nodes[1:], 0.0, True)
@@ -172,6 +171,12 @@ def test_attention_costs_its_products_with_grouped_heads():
         aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
         (*nodes, nodes[1], nodes[1], 0.0, True),
     )
+    return nodes, forward, backward
+
+
+def test_attention_costs_its_products_with_grouped_heads():
+    """Forward 4 b h q k d, backward 2.5 times that, whether or not heads are grouped."""
+    _, forward, backward = attention(2)
     whole = 4 * 2 * 8 * 64 * 64 * 16
     assert cost.flops(forward) == whole / 2
     assert cost.flops(backward) == 2.5 * whole / 2
@@ -312,18 +317,7 @@ def test_the_peak_may_be_at_the_first_node():
     ],
 )
 def test_the_workspace_of_attentions_backward(heads, device, want):
-    graph = torch.fx.Graph()
-    nodes = [graph.placeholder(name) for name in ("grad", "q", "k", "v")]
-    for node, count in zip(nodes, (8, 8, heads, heads), strict=True):
-        node.meta["val"] = torch.empty(2, count, 64, 16, dtype=torch.bfloat16, device="meta")
-    aten = torch.ops.aten
-    forward = graph.call_function(
-        aten._scaled_dot_product_flash_attention_for_cpu.default, (*nodes[1:], 0.0, True)
-    )
-    backward = graph.call_function(
-        aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
-        (*nodes, nodes[1], nodes[1], 0.0, True),
-    )
+    nodes, forward, backward = attention(heads, torch.bfloat16)
     storages = Storages(fused=False, device_type=device)
     assert storages.facts(backward).workspace == want
     assert storages.facts(forward).workspace == 0
