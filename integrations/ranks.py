@@ -18,7 +18,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 GRACE_SECONDS = 10.0
-"""How long other ranks may take to end by themselves once one has failed."""
+"""How long other ranks may take to end by themselves once one failed, and what is killed to go."""
 TAIL = 600
 
 
@@ -102,6 +102,18 @@ def stop(process: "subprocess.Popen[bytes]", after_seconds: float = 0.0) -> None
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
+    deadline = time.monotonic() + GRACE_SECONDS
+    while any(map(_runs, tree)) and time.monotonic() < deadline:  # it holds its GPU until the end
+        time.sleep(0.01)
+
+
+def _runs(pid: int) -> bool:
+    """Return whether a process is neither gone nor a zombie, whose memory is given back."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
 
 
 def _tree(pid: int) -> list[int]:

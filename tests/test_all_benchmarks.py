@@ -76,7 +76,7 @@ def test_what_fails_is_cut_or_comes_too_late_is_said(called, capsys):
 def test_what_is_cut_leaves_nothing_on_its_gpu(called, tmp_path):
     child = """
 import subprocess, sys, time
-sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+sleep = [sys.executable, "-c", "import time; x = b'x' * (1 << 30); time.sleep(600)"]  # dies slowly
 ranks = subprocess.Popen(sleep, start_new_session=True)
 open({!r}, "w").write(str(ranks.pid))
 time.sleep(600)
@@ -85,8 +85,11 @@ time.sleep(600)
     (tmp_path / "fake_ranks.py").write_text(child.format(str(told)))
     status, _ = called([Task("ranks", "fake_ranks", 1, 5)])
     assert "cut after 10 s" in status
-    state = Path(f"/proc/{told.read_text()}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z", "nobody may have asked for it"
+    try:
+        state = Path(f"/proc/{told.read_text()}/stat").read_text().split()[2]
+    except (FileNotFoundError, ProcessLookupError):
+        return
+    assert state == "Z", "gone, unless nobody has asked how it ended"
 
 
 def test_tests_share_a_record(called, tmp_path):
