@@ -23,7 +23,6 @@ import re
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -167,16 +166,24 @@ def _line(error: BaseException) -> str:
     return re.sub(r"\s+", " ", str(error))[:400]
 
 
-def names(wanted: list[str]) -> Iterator[str]:
-    """Yield the cases that `wanted` (families or cases; all, if empty) asks for."""
+def names(wanted: list[str]) -> list[str]:
+    """Return the cases that `wanted` (families or cases; all, if empty) asks for.
+
+    Raises:
+        ValueError: One of them is neither.
+    """
     families = [*zoo_models.FAMILIES]
     if importlib.util.find_spec("timm"):
         families.append(zoo_models.TIMM)
-    for family in families:
-        for model_type in zoo_models.model_types(family):
-            case = f"{family}/{model_type}"
-            if not wanted or family in wanted or case in wanted:
-                yield case
+    cases = [f"{family}/{each}" for family in families for each in zoo_models.model_types(family)]
+    for word in wanted:
+        if word not in families and word not in cases:
+            missing = "" if zoo_models.TIMM in families else "; timm is not installed"
+            raise ValueError(
+                f"{word!r} is neither a family ({', '.join(families)}) nor FAMILY/MODEL_TYPE of "
+                f"what these libraries list{missing}"
+            )
+    return [c for c in cases if not wanted or c in wanted or c.partition("/")[0] in wanted]
 
 
 def _worker(pipe: Connection, name: str, options: argparse.Namespace) -> None:
@@ -258,8 +265,12 @@ def main() -> None:
 
     transformers.logging.set_verbosity_error()
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
+    try:
+        cases = names(options.cases)
+    except ValueError as error:
+        parser.error(str(error))
     rows = []
-    for name in names(options.cases):
+    for name in cases:
         rows.append(isolated(name, options))
         print(show(rows[-1], options.tiers), flush=True)
     trained = [r for r in rows if "not_built" not in r]

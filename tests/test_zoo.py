@@ -54,3 +54,15 @@ def test_a_case_runs_in_all_tiers():
     row = zoo.run_case("causal/gpt2", options)
     assert not zoo._wrong(row, options.tiers)
     assert zoo.short(row, options.tiers)["graph"].startswith("graph x")
+
+
+def test_a_case_that_no_library_has_is_an_error():
+    assert zoo.names(["causal/llama"]) == ["causal/llama"]
+    with pytest.raises(ValueError, match="'causal/lama' is neither a family"):
+        zoo.names(["causal/llama", "causal/lama"])
+
+
+def test_timm_is_an_error_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr(zoo.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="timm is not installed"):
+        zoo.names(["timm"])
