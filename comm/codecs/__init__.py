@@ -144,3 +144,18 @@ class Codec(ABC):
         if flags not in self._flag_cache:
             self._flag_cache[flags] = torch.tensor(flags, dtype=dtype, device=device)
         return self._flag_cache[flags]
+
+
+def add_scaled(x: Tensor, residual: Tensor | None, scale: Scale, out: Tensor) -> None:
+    """Write `x + residual * scale` to `out`."""
+    if residual is None:
+        out.copy_(x)
+    elif isinstance(scale, Tensor):
+        torch.addcmul(x, residual, scale, out=out)
+    else:
+        torch.add(x, residual, alpha=scale, out=out)
+
+
+def unscaled(x: Tensor, scale: Scale) -> Tensor:
+    """Divide `x` by the loss scale, in place."""
+    return x if isinstance(scale, float) and scale == 1.0 else x.div_(scale)

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from magi_train.comm.codecs import Codec, Collective, Exchange, Scale
+from magi_train.comm.codecs import Codec, Collective, Exchange, Scale, add_scaled, unscaled
 from magi_train.comm.codecs.host_kernels import Kernels, kernels
 from magi_train.comm.host_memory import HostMemory
 from magi_train.comm.plan import BLOCK, Bucket, Slot
@@ -92,7 +92,7 @@ class Format:
         for i in range(0, blocks.shape[1], step):
             part = blocks[:, i : i + step]
             if old is not None or rest is not x:
-                _add(
+                add_scaled(
                     given[:, i : i + step],
                     None if old is None else old[:, i : i + step],
                     scale,
@@ -149,6 +149,9 @@ class Format:
         if (kernel := self._kernel(out.device)) is not None:
             values = wire[0, :elements].view(self.dtype)
             kernel.decode(values, self.scales(wire, elements)[0], out[0], add=True)
+            return
+        if self.largest is None:
+            out += wire[:, : elements * self.dtype.itemsize].view(self.dtype)
             return
         one = memory.empty(1, elements, device=out.device)
         self.decode(wire, one)
@@ -232,7 +235,7 @@ class TwoShot(Codec):
         self.format.decode(everything.view(n, row), body.view(n, part))
         if self.feedback:
             self.finite = self.format.scales(everything.view(n, row), part).isfinite().all()
-            self._pending = (_unscaled(first, scale), _unscaled(mean, scale))
+            self._pending = (unscaled(first, scale), unscaled(mean, scale))
             self._spare(absent, unused)
         return votes
 
@@ -280,18 +283,3 @@ class TwoShot(Codec):
             mine = mean[self.start : self.start + self.length]
             owned = mine.view(self.world_size, self.part)[self.rank]
             self._kept = (torch.zeros_like(mine), owned.clone().unsqueeze(0))
-
-
-def _add(x: Tensor, residual: Tensor | None, scale: Scale, out: Tensor) -> None:
-    """Write `x + residual * scale` to `out`."""
-    if residual is None:
-        out.copy_(x)
-    elif isinstance(scale, Tensor):
-        torch.addcmul(x, residual, scale, out=out)
-    else:
-        torch.add(x, residual, alpha=scale, out=out)
-
-
-def _unscaled(x: Tensor, scale: Scale) -> Tensor:
-    """Divide `x` by the loss scale, in place."""
-    return x if isinstance(scale, float) and scale == 1.0 else x.div_(scale)

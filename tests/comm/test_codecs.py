@@ -357,13 +357,13 @@ def counted(generator):
     return run(), count
 
 
-def test_gram_schmidt_with_columns_that_are_nearly_parallel():
+def test_gram_schmidt_with_rows_that_are_nearly_parallel():
     g = torch.Generator().manual_seed(0)
-    p = torch.randn(2, 50, 4, generator=g)
-    p[:, :, 1] = p[:, :, 0] + 1e-4 * p[:, :, 1]
-    p[1, :, 2] = 0
-    p[0, :, 3] = 3 * p[0, :, 2] - p[0, :, 0]  # but for rounding, nothing of its own
-    product = orthonormal(p).mT @ orthonormal(p)
+    p = torch.randn(2, 4, 50, generator=g)
+    p[:, 1] = p[:, 0] + 1e-4 * p[:, 1]
+    p[1, 2] = 0
+    p[0, 3] = 3 * p[0, 2] - p[0, 0]  # but for rounding, nothing of its own
+    product = orthonormal(p) @ orthonormal(p).mT
     want = torch.eye(4).repeat(2, 1, 1)
     want[1, 2, 2] = want[0, 3, 3] = 0
     assert (product - want).abs().max() <= tolerance(torch.float32, 50)
