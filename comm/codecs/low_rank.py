@@ -50,8 +50,8 @@ def orthonormal(p: Tensor) -> Tensor:
 class LowRank(Codec):
     """Exchange the matrices of a bucket as factors of `bucket.rank` columns.
 
-    Factors are kept as rows, `[batch, r, n]` and `[batch, r, m]`: on a CPU a product with few columns
-    takes five times as long as the same one with few rows (MKL).
+    Factors are kept as rows, `[batch, r, n]` and `[batch, r, m]`: on a CPU a product with few
+    columns takes five times as long as the same one with few rows (MKL).
 
     State, float32: a residual of each matrix and a basis `[m, r]`, as rows; as much again while an
     exchange is not committed.
@@ -105,8 +105,8 @@ class LowRank(Codec):
 
         right = list(_split(total.div_(self.world_size), right))
         for p, q, slots in zip(left, right, self.groups.values(), strict=True):
-            for slot, *factors in zip(slots, p.mT, q, strict=True):
-                _write_product(*factors, slot.view(flat))
+            for slot, one, other in zip(slots, p.mT, q, strict=True):
+                _write_product(one, other, slot.view(flat))
         flat[self.bucket.flags_offset :] = votes
         self.finite = total.isfinite().all()
         self._keep(matrices, right, used, scale)
