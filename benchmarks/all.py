@@ -1,14 +1,18 @@
-"""The tables of docs/results.md that need GPUs, in one command.
+"""The tables of docs/results.md, in one command: those that need GPUs, or a part of them on a CPU.
 
     python -m benchmarks.all --list
     python -m benchmarks.all --minutes 60
     python -m benchmarks.all inference_bert memory_27 --minutes 9 --folder /tmp/records
+    python -m benchmarks.all --cpu
 
 A task is one command, which can be run by itself; `--list` prints them. Tasks start in the order of
 the list as soon as the GPUs that they need are free, each on GPUs of its own, so two GPUs run two
 tasks of one. A task that is not expected to end in time is not started, and says so; one that is
-cut keeps the rows that it had. Records go to the folder as DATE_TASK_NGPU.json, those of all tests
-as DATE_gpu_tests_NGPU.json, and what tasks print to DATE_TASK.log beside them. The status is 1 if a
+cut keeps the rows that it had. With --cpu toys run, one after the other, on a host that should have
+nothing else to do; only their ratios count. They measure no memory, which tests/memory traces.
+
+Records go to the folder as DATE_TASK_NGPU.json or DATE_TASK_cpu.json, those of all tests as
+DATE_gpu_tests_NGPU.json, and what tasks print to DATE_TASK.log beside them. The status is 1 if a
 task failed or was cut.
 """
 
@@ -38,8 +42,8 @@ class Task:
     Attributes:
         name: Of its record.
         command: What follows `python -m`.
-        gpus: How many it needs.
-        seconds: How long it takes on H200s, about.
+        gpus: How many it needs; 0 for the CPU alone.
+        seconds: How long it takes on H200s, about; on a CPU, on two cores.
     """
 
     name: str
@@ -51,6 +55,16 @@ class Task:
     def is_tests(self) -> bool:
         """Whether pytest runs it, which writes no record of ours."""
         return self.command.startswith(TESTS)
+
+    @property
+    def places(self) -> int:
+        """How many of a pool's places it takes: GPUs, or the one that a CPU is."""
+        return self.gpus or 1
+
+    @property
+    def where(self) -> str:
+        """End of its record's name."""
+        return f"{self.gpus}gpu" if self.gpus else "cpu"
 
 
 def _train(case: str, variants: str, seconds: int, more: str = "") -> str:
@@ -106,13 +120,23 @@ TASKS = (
         )
     ),
 )  # fmt: skip
+BENCH = "magi_train.cli bench --case toy --autocast none --cold-only --peers eager compile"
+CPU_TASKS = (
+    Task("training", f"{BENCH} block-compile magi", 0, 240),
+    Task("training_2_ranks", f"{BENCH} fsdp2 magi --nproc 2", 0, 240),
+    Task("communication", "benchmarks.communication --loss-steps 300 --steps 21", 0, 700),
+    Task("inference", "benchmarks.inference --toy", 0, 300),
+    Task("zoo", "benchmarks.zoo causal/llama causal/mixtral causal/mamba masked/bert pair/t5 "
+         "image/vit image/resnet sound/wav2vec2", 0, 300),
+    Task("soak", "benchmarks.soak --steps 300 --every 100 --kills 1", 0, 300),
+)  # fmt: skip
 
 
 class Pool:
     """The GPUs that are free, and when it is too late to begin.
 
     Args:
-        gpus: Their names in CUDA_VISIBLE_DEVICES.
+        gpus: Their names in CUDA_VISIBLE_DEVICES; "" for the CPU.
         end: `time.monotonic()` at which all must be over.
     """
 
@@ -123,9 +147,9 @@ class Pool:
     def take(self, task: Task) -> list[str]:
         """Wait for a task's GPUs; return them, none if there are too few or it is too late."""
         with self._changed:
-            while task.gpus <= self._all and self.left() > task.seconds:
-                if len(self._free) >= task.gpus:
-                    taken, self._free = self._free[: task.gpus], self._free[task.gpus :]
+            while task.places <= self._all and self.left() > task.seconds:
+                if len(self._free) >= task.places:
+                    taken, self._free = self._free[: task.places], self._free[task.places :]
                     return taken
                 self._changed.wait(timeout=1)
         return []
@@ -148,7 +172,7 @@ def run(
     log = options.folder / f"{today()}_{task.name}.log"
     words = [sys.executable, "-m", *shlex.split(task.command)]
     if not task.is_tests:
-        record = options.folder / f"{today()}_{task.name}_{task.gpus}gpu.json"
+        record = options.folder / f"{today()}_{task.name}_{task.where}.json"
         words += ["--commit", options.commit, "--output", str(record)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(gpus), "PYTHONUNBUFFERED": "1"}
     start = time.monotonic()
@@ -203,20 +227,22 @@ def main() -> None:
     """Run what was asked for."""
     parser = records.parser_of(__doc__)
     parser.add_argument("tasks", nargs="*", help="names of tasks; all by default")
+    parser.add_argument("--cpu", action="store_true", help="toys, without a GPU")
     parser.add_argument("--minutes", type=float, default=120.0, help="for all (%(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--list", action="store_true", help="print the tasks, and run none")
     options = parser.parse_args()
-    known = {task.name: task for task in TASKS}
+    listed = CPU_TASKS if options.cpu else TASKS
+    known = {task.name: task for task in listed}
     if unknown := set(options.tasks) - known.keys():
         parser.error(f"no task is called {', '.join(sorted(unknown))}; --list names them")
-    tasks = [known[name] for name in options.tasks] or list(TASKS)
+    tasks = [known[name] for name in options.tasks] or list(listed)
     if options.list:
         for task in tasks:
             print(f"{task.name:28} {task.gpus} GPU(s) {task.seconds:4} s  python -m {task.command}")
         return
     options.folder.mkdir(parents=True, exist_ok=True)
-    gpus = records.gpus()
+    gpus = [""] if options.cpu else records.gpus()
     pool = Pool(gpus, time.monotonic() + 60 * options.minutes)
     ended = run_all(tasks, pool, options)
     if tests := [row for name, row in ended.items() if known[name].is_tests]:

@@ -1,5 +1,6 @@
 """One command for all tables: GPUs are shared out, and time that is over cuts nothing silently."""
 
+import importlib.util
 import json
 import time
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import all as everything
-from benchmarks.all import TASKS, Task
+from benchmarks.all import CPU_TASKS, TASKS, Task
 
 SCRIPT = """
 import json, os, sys, time
@@ -29,6 +30,7 @@ def called(monkeypatch, tmp_path):
 
     def call(tasks, *arguments):
         monkeypatch.setattr(everything, "TASKS", tasks)
+        monkeypatch.setattr(everything, "CPU_TASKS", tasks)
         folder = tmp_path / "records"
         words = ["all", "--folder", str(folder), "--commit", "abc", *arguments]
         monkeypatch.setattr("sys.argv", words)
@@ -37,7 +39,9 @@ def called(monkeypatch, tmp_path):
             everything.main()
         except SystemExit as error:
             status = error.code
-        found = {f.name[11:-10]: json.loads(f.read_text()) for f in folder.glob("*.json")}
+        found = {
+            f.stem[11:].rpartition("_")[0]: json.loads(f.read_text()) for f in folder.glob("*.json")
+        }
         return status, found
 
     return call
@@ -53,6 +57,14 @@ def test_tasks_run_side_by_side_on_gpus_of_their_own(called):
     assert begin < other_end
     assert other_begin < end
     assert found["large"]["times"][0] >= max(end, other_end)
+
+
+def test_a_cpu_runs_one_task_at_a_time_and_shows_it_no_gpu(called):
+    tasks = [Task(f"small{i}", "fake_task 1", 0, 10) for i in range(2)]
+    status, found = called(tasks, "--cpu")
+    assert status is None
+    assert {found["small0"]["gpus"], found["small1"]["gpus"]} == {""}
+    assert found["small1"]["times"][0] >= found["small0"]["times"][1]
 
 
 def test_what_fails_is_cut_or_comes_too_late_is_said(called, capsys):
@@ -102,10 +114,18 @@ def test_tests_share_a_record(called, tmp_path):
     assert found["gpu_tests"]["commit"] == "abc"
 
 
-def test_the_list_names_real_commands(called, capsys):
-    status, _ = called(TASKS, "--list")
+@pytest.mark.parametrize(
+    ("tasks", "words"), [(TASKS, ["--list"]), (CPU_TASKS, ["--list", "--cpu"])]
+)
+def test_the_list_names_real_commands(tasks, words, called, capsys):
+    status, _ = called(tasks, *words)
     lines = capsys.readouterr().out.splitlines()
     assert status is None
-    assert len(lines) == len(TASKS) == len({task.name for task in TASKS})
-    status, _ = called(TASKS, "no_such_task")
+    assert len(lines) == len(tasks) == len({task.name for task in tasks})
+    root = Path(everything.__file__).parent.parent
+    for task in tasks:
+        module, *rest = task.command.split()
+        assert importlib.util.find_spec(module), task.name
+        assert all((root / word).exists() for word in rest if word.endswith(".py")), task.name
+    status, _ = called(tasks, "no_such_task", *words[1:])
     assert status == 2
