@@ -103,6 +103,10 @@ TASKS = (
             ("llama-1b", 400, "--prompt 128 --tokens 256 --cache 2048"),
         )
     ),
+    *(
+        Task(f"largest_batch_{case}", f"benchmarks.largest_batch --cases {case}", 1, 480)
+        for case in ("bert", "vit-l", "gpt2", "resnet50", "llama-1b")
+    ),
     Task("zoo_timm", "benchmarks.zoo timm --device cuda --timeout 100", 1, 900),
     Task("fp8_training", "benchmarks.fp8_training", 1, 300),
     Task("cross_entropy", "benchmarks.cross_entropy", 1, 60),

@@ -53,6 +53,7 @@ class Spec:
         warm_up: Steps before.
         autocast: Name of a dtype, or "none".
         kernels: Whether the longest kernels are listed (one GPU).
+        memory_gib: Of a GPU that a rank may take; None for all of it.
         folder: Where rows go.
     """
 
@@ -63,6 +64,7 @@ class Spec:
     warm_up: int = 20
     autocast: str = "none"
     kernels: bool = False
+    memory_gib: float | None = None
     folder: str = "."
 
     @property
@@ -168,6 +170,9 @@ def work(spec: Spec, peer: str) -> dict[str, Any]:
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        if spec.memory_gib is not None:
+            share = spec.memory_gib * 2**30 / torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(share, device)
     task = load(spec, device, world.rank)
     batches = [to_device(batch, device) for batch in task.batches]  # ours looks at it on the host
     began = time.perf_counter()

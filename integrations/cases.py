@@ -7,7 +7,8 @@ size that its defaults have:
     torchvision/NAME   torchvision.models.get_model(NAME), the same
     transformers/TYPE  the causal language model of AutoConfig.for_model(TYPE), 8 x 1024 tokens
 
-Nothing is downloaded. Batches differ from rank to rank, weights do not.
+NAME@ROWS is any of them with another number of rows in a batch. Nothing is downloaded. Batches
+differ from rank to rank, weights do not.
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ class Case:
         batch: Makes a batch from a generator, on its device.
         loss: Loss of a (wrapped) model on a batch.
         samples: Tokens or images in a batch.
+        sized: Returns the same case with so many rows in a batch.
         unit: Which of the two.
         blocks: Attribute paths of the containers of repeated blocks, for models whose blocks are
             not found by structure (magi_train.comm.shard_blocks).
@@ -42,6 +44,7 @@ class Case:
     batch: Callable[[torch.Generator], Batch]
     loss: Callable[[Any, Batch], Tensor]
     samples: int
+    sized: Callable[[int], "Case"]
     unit: str = "tokens"
     blocks: str = ""
 
@@ -140,11 +143,15 @@ def _text(
         if sequences > 1
         else _tokens(rows, length, vocabulary)
     )
-    return Case(build, batch, _own_loss, rows * length)
+    sized = functools.partial(
+        _text, build, length=length, vocabulary=vocabulary, sequences=sequences
+    )
+    return Case(build, batch, _own_loss, rows * length, sized)
 
 
 def _pictures(build: Callable[[], nn.Module], rows: int, blocks: str = "") -> Case:
-    return Case(build, _images(rows), _image_loss, rows, "images", blocks)
+    sized = functools.partial(_pictures, build, blocks=blocks)
+    return Case(build, _images(rows), _image_loss, rows, sized, "images", blocks)
 
 
 _LLAMA_1B: dict[str, Any] = {
@@ -194,6 +201,11 @@ def case_of(name: str) -> Case:
     Raises:
         MagiError: There is none.
     """
+    name, at, rows = name.partition("@")
+    if at:
+        if not rows.isdecimal() or int(rows) < 1:
+            raise MagiError(f"a case is NAME@ROWS, ROWS at least 1, got {name + at + rows!r}")
+        return case_of(name).sized(int(rows))
     if name in CASES:
         return CASES[name]
     library, _, model = name.partition("/")

@@ -260,6 +260,20 @@ def test_cases_have_names():
         case_of("torchvision/")
 
 
+def test_a_case_with_another_number_of_rows():
+    assert case_of("bert@3").samples == 3 * 512
+    assert case_of("timm/resnet18@5").samples == 5
+    batch = case_of("toy-packed@3").batch(torch.Generator().manual_seed(0))
+    assert {name: tuple(x.shape) for name, x in batch.items()} == dict.fromkeys(
+        ("input_ids", "labels", "position_ids"), (3, 64)
+    )
+    for name in ("bert@", "bert@0", "bert@a", "bert@-1"):
+        with pytest.raises(MagiError, match="ROWS at least 1, got 'bert@"):
+            case_of(name)
+    with pytest.raises(MagiError, match="there is no case 'gone'"):
+        case_of("gone@2")
+
+
 def test_flops_are_those_of_the_matrix_products():
     sizes = {"rows": 2, "length": 64, "width": 64, "inside": 128, "vocabulary": 256}
     tokens = sizes["rows"] * sizes["length"]
