@@ -24,7 +24,12 @@ from magi_train.comm import in_graph
 from magi_train.comm.in_graph import PlaceCollectives, place
 from magi_train.core import compat, graph, progress
 from magi_train.core.config import Lowering
-from magi_train.core.graph import is_backward, num_bytes, saved_for_backward
+from magi_train.core.graph import (
+    copy_where_no_view_is,
+    is_backward,
+    num_bytes,
+    saved_for_backward,
+)
 from magi_train.core.hardware import speed_of
 from magi_train.core.passes import (
     CachedPass,
@@ -226,7 +231,7 @@ def _lower_without_code(
 ) -> Callable[..., Any]:
     def forward(traced: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         _note_saved(lowered, traced.graph)
-        _copy_where_no_view_is(traced)
+        copy_where_no_view_is(traced)
         return compat.make_boxed(traced.forward)
 
     def backward(traced: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
@@ -235,7 +240,7 @@ def _lower_without_code(
             plan = place(traced.graph, lowered.collectives, pin=False)
             if plan is not None:
                 lowered.note("place_collectives", "backward", plan)
-        _copy_where_no_view_is(traced)
+        copy_where_no_view_is(traced)
         return compat.make_boxed(traced.forward)
 
     compiler = compat.aot_autograd(
@@ -245,17 +250,6 @@ def _lower_without_code(
     )
     with compat.forced_backward_lowering():
         return compiler(gm, inputs)  # type: ignore[no-any-return]
-
-
-def _copy_where_no_view_is(traced: GraphModule) -> None:
-    """Let views copy whose input lies otherwise in memory than traced, and recompile the module.
-
-    The strides of fake tensors are wrong for some ops, the backward of softplus among them. Values
-    of a functional graph do not depend on who shares memory.
-    """
-    for node in traced.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        node.target = torch.ops.aten.reshape.default
-    traced.recompile()
 
 
 def _memory_of(gm: GraphModule, inputs: Sequence[Any], lowered: Lowered) -> Path:

@@ -1,8 +1,9 @@
 """Artifact: the file on disk. Written beside its place and renamed, read with its manifest first.
 
 Every target carries the same JSON manifest: in the `extra` folder of torch's archive ("program" and
-"pt2" are zip files), in the metadata of an ONNX model. It is read without torch's loaders, so that
-"made by another torch" and "for another machine" are said before anything tries to run.
+"pt2" are zip files), in the metadata of an ONNX model, behind an ExecuTorch program. It is read
+without torch's loaders, so that "made by another torch" and "for another machine" are said before
+anything tries to run.
 """
 
 import json
@@ -57,9 +58,9 @@ def hardware(device: str) -> dict[str, str]:
 
 
 def append_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Put the manifest into an archive that torch wrote."""
+    """Put the manifest into an archive that torch wrote, or behind a file that is none."""
     with zipfile.ZipFile(path, "a") as archive:
-        root = archive.namelist()[0].split("/")[0]
+        root = next(iter(archive.namelist()), "magi").split("/")[0]
         archive.writestr(f"{root}/extra/{MANIFEST}", json.dumps(manifest))
 
 

@@ -17,7 +17,7 @@ from magi_train.exporter.bench import as_table, bench
 from magi_train.exporter.generate import Sampling, load_decoder
 from magi_train.exporter.loaded import load
 from magi_train.exporter.settings import ExportConfig, Precision
-from magi_train.exporter.write import export
+from magi_train.exporter.write import Target, export
 
 Commands = Any
 """What argparse's add_subparsers returns."""
@@ -31,7 +31,7 @@ def add_parsers(commands: Commands) -> None:
     _model(write, required=True)
     write.add_argument("--input", action="append", required=True, metavar="NAME=DTYPE[SIZES]",
                        help="an example input, for example input_ids=int64[2,128]")  # fmt: skip
-    write.add_argument("--target", choices=("program", "pt2", "onnx"), default="program")
+    write.add_argument("--target", choices=get_args(Target), default="program")
     write.add_argument("--dynamic", action="append", metavar="NAME[=LOW:HIGH]",
                        help="batch or sequence; 'auto' tries both")  # fmt: skip
     write.add_argument("--output", action="append", metavar="NAME", help="keep only these results")

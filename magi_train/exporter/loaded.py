@@ -23,6 +23,10 @@ from magi_train.exporter.replayed import Replayed
 Runner = Callable[..., Sequence[Tensor]]
 
 
+KINDS = {"pt2": "machine code already", "onnx": "run by ONNX Runtime",
+         "executorch": "run by ExecuTorch"}  # fmt: skip
+
+
 class Loaded:
     """An exported model. Call it with the arguments of the module, by position or name.
 
@@ -137,7 +141,7 @@ def load(
         ) from error
     if cuda_graphs:
         graphs = device_graphs(torch.device(contract.device))
-        if graphs is None or manifest["target"] == "onnx":
+        if graphs is None or manifest["target"] not in ("program", "pt2"):
             raise ExportError(
                 f"{path} is for {contract.device!r} as {manifest['target']!r}, which cannot be "
                 "replayed as CUDA graphs; load it without cuda_graphs"
@@ -153,9 +157,9 @@ def check_compile(path: Path, target: str, compile: bool | Mapping[str, Any]) ->
         ExportError: It cannot.
     """
     if compile is not False and target != "program":
-        kind = "machine code already" if target == "pt2" else "run by ONNX Runtime"
         raise ExportError(
-            f"{path} is {kind}; load it without `compile`, or export it with target='program'"
+            f"{path} is {KINDS[target]}; load it without `compile`, or export it with "
+            "target='program'"
         )
 
 
@@ -175,6 +179,10 @@ def _runner(path: Path, target: str, contract: Contract, runners: int, *, record
         from magi_train.exporter.onnx_file import onnx_runner
 
         return onnx_runner(path, contract)
+    if target == "executorch":
+        from magi_train.exporter.executorch_file import executorch_runner
+
+        return executorch_runner(path)
     if target == "pt2":
         # compiled code asks events of its own between calls, which a recording forbids
         count = 1 if recorded else runners

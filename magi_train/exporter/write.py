@@ -3,8 +3,9 @@
 torch.export captures the module in evaluation mode. The passes run on that graph before autograd's
 place (the PRE_GRAD stage); passes of a training step that need a backward have no place here. The
 rewritten graph is run beside the module and captured again, which proves that it is well formed,
-and written: as a program of torch.export, as machine code (AOTInductor), or as ONNX. A manifest
-inside the file says which passes ran, with which versions, and what goes in and comes out.
+and written: as a program of torch.export, as machine code (AOTInductor), as ONNX or for ExecuTorch.
+A manifest inside the file says which passes ran, with which versions, and what goes in and comes
+out.
 """
 
 import os
@@ -32,7 +33,7 @@ from magi_train.fusion.constants import FoldConstants, RemoveNoOps
 from magi_train.fusion.convolutions import ChannelsLast, FoldBatchNorm
 from magi_train.fusion.merged_linears import MergeLinears
 
-Target = Literal["program", "pt2", "onnx"]
+Target = Literal["program", "pt2", "onnx", "executorch"]
 
 
 def export(
@@ -58,7 +59,7 @@ def export(
         path: The file to write; replaced in one step, or not at all.
         target: "program" for a torch.export program, which any torch of this version or newer runs;
             "pt2" for machine code of this device, compiled ahead of time; "onnx" for other
-            runtimes.
+            runtimes; "executorch" for small machines.
         dynamic: Sizes that may change: "batch", "sequence", both, or a mapping of these to (lowest,
             highest). "auto": whatever of the two the model leaves open.
         dynamic_shapes: Others, as in torch.export.export, by input.
@@ -107,8 +108,8 @@ def inference_passes(config: ExportConfig, device: str, target: str) -> list[Pas
         (config.fold_batch_norm, FoldBatchNorm()),
         (device != "cpu" if config.merge_linears is None else config.merge_linears, MergeLinears()),
         (config.fold_constants, FoldConstants()),
-        # an ONNX graph has one layout; its runtime chooses its own inside
-        (config.channels_last is not False and target != "onnx",
+        # graphs for other runtimes have one layout; they choose their own inside
+        (config.channels_last is not False and target in ("program", "pt2"),
          ChannelsLast(always=config.channels_last is True)),
     ]  # fmt: skip
     return [each for wanted, each in chosen if wanted] + [*registered_passes(Stage.PRE_GRAD)]
@@ -192,11 +193,17 @@ def write(
     """
     try:
         with artifact.replacing(path) as name, torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of torch's writers, about themselves
+            for kind in (UserWarning, FutureWarning):  # of torch's writers, about themselves
+                warnings.simplefilter("ignore", kind)
             if target == "onnx":
                 from magi_train.exporter.onnx_file import write_onnx
 
                 write_onnx(captured, name, manifest)
+                return
+            if target == "executorch":
+                from magi_train.exporter.executorch_file import write_executorch
+
+                write_executorch(captured, name, manifest)
                 return
             program = torch.export.export(
                 captured.graph, captured.inputs, dynamic_shapes=captured.specs

@@ -10,7 +10,7 @@ import magi_train
 from magi_train import ExportConfig
 from magi_train.core import device_graphs
 from magi_train.core.errors import ExportError
-from magi_train.exporter import compiled
+from magi_train.exporter import compiled, loaded
 from magi_train.exporter.compiled import Compiled
 from tests.close import tolerance
 from tests.exporter.nets import Block
@@ -134,7 +134,7 @@ def test_what_cannot_be_compiled_says_so(file, monkeypatch):
 def test_only_programs_are_compiled(tmp_path):
     path = tmp_path / "model.pt2"
     magi_train.export(nn.Linear(2, 2), (torch.ones(2, 2),), path)
-    for target, words in (("pt2", "machine code already"), ("onnx", "run by ONNX Runtime")):
+    for target, words in loaded.KINDS.items():
         changed(path, target=target)
         with pytest.raises(ExportError, match=words):
             magi_train.load(path, compile=True)
