@@ -72,7 +72,7 @@ def executorch_runner(path: Path) -> Callable[..., Sequence[Tensor]]:
     def run(*tensors: Tensor) -> Sequence[Tensor]:
         with lock:  # its memory is planned once: it serves one call at a time
             method = program.load_method(METHOD)
-            results: Sequence[Tensor] = method.execute([t.contiguous() for t in tensors])
+            results: Sequence[Tensor] = method.execute(tensors)
         return results
 
     return run
