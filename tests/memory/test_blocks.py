@@ -38,11 +38,12 @@ def limit_of(blocks=BLOCKS, gradient_bytes=0, update_bytes=0):
 
 
 def made_up(seed, plans=8):
-    """Return a row of plans: ever slower, saving ever less, with peaks that may rise."""
+    """Return a row of plans, ever slower; for every other seed they save ever less."""
     draw = random.Random(seed)
     row = object.__new__(Row)
     row.joint = types.SimpleNamespace(forward_seconds=10.0)
-    waiting = sorted(draw.sample(range(1, 100), plans), reverse=True)
+    waiting = draw.sample(range(1, 100), plans)
+    waiting = sorted(waiting, reverse=True) if seed % 2 else waiting
     seconds = sorted(draw.uniform(0.1, 5.0) for _ in range(plans))
     row.plans = [SavedSet(frozenset({str(i)}), s) for i, s in enumerate(seconds)]
     row.default = row.plans[draw.choice([0, 0, 1])]
@@ -122,6 +123,13 @@ def test_one_variant_is_chosen_as_if_there_were_no_two(monkeypatch):
         for budget in range(least, choices.alike(row.default).peak + 5, 11):
             plan = row.choose(lambda p, c=choices: c.alike(p).peak, budget)
             assert choices.choose(budget).runs == ((BLOCKS, plan),)
+
+
+def test_where_the_default_fits_no_other_plan_is_judged():
+    row = made_up(0)
+    row._timelines = {row.default: row._timelines[row.default]}
+    choices = Choices(row, limit_of())
+    assert choices.choose(10**6).runs == ((BLOCKS, row.default),)
 
 
 @pytest.mark.parametrize(("forward_seconds", "worth"), [(49.0, True), (51.0, False)])
@@ -284,9 +292,9 @@ def test_some_blocks_are_lean_and_the_numbers_stay(model, unlimited, free, calle
     assert same(gradients, unlimited[1])
 
 
-def waiting_bytes(model, budget_gib):
+def waiting_bytes(model, budget_gib, lowering="aot_eager"):
     """Return the bytes that a forward keeps for its backward, and those that were planned."""
-    module, step = prepared(copy.deepcopy(model), budget_gib)
+    module, step = prepared(copy.deepcopy(model), budget_gib, lowering)
     batch = tokens(0, 16) % 32
     step(batch).backward()
     held = {x.untyped_storage()._cdata for x in [*module.parameters(), *module.buffers()]}
@@ -415,6 +423,7 @@ def test_generated_code_comes_from_the_cache_with_both_variants(
     assert not cold.cached
     assert warm.cached
     assert warm.plan == cold.plan
+    assert warm.graphs == cold.graphs == 1
     lean = cold.plan["lean_blocks"]
     assert ran == [0] * lean + [1] * (4 - lean)
     assert called == ran + ran
@@ -422,6 +431,9 @@ def test_generated_code_comes_from_the_cache_with_both_variants(
     for got_loss, got in (first, second):
         assert torch.equal(got_loss, loss)
         assert same(got, want)
+    kept, planned = waiting_bytes(model, 1.0, "inductor")
+    less, planned_less = waiting_bytes(model, budget, "inductor")
+    assert 0 < kept - less == pytest.approx(planned - planned_less, abs=10)
     called.clear()
     for file in (tmp_path / "magi_train").iterdir():
         file.unlink()
