@@ -183,6 +183,17 @@ def test_planned_and_traced_peak_of_a_step_agree(layer):
         assert all(torch.equal(g, w) for g, w in zip(gradients, want, strict=True))
 
 
+def test_plans_of_a_captured_layer_are_monotonic(layer):
+    row = layer.row
+    choices = Choices(row, limit_of(gradient_bytes=30_000))
+    top, least = choices.alike(row.default).peak, choices.least.peak
+    found = [choices.choose(top - i * (top - least) // 12) for i in range(13)]
+    assert [len(choice.runs) for choice in found].count(2) >= 3
+    for more, less in itertools.pairwise(found):
+        assert less.price >= more.price
+        assert less.peak <= more.peak
+
+
 # -- which block runs which variant ----------------------------------------------------------------
 
 
@@ -346,6 +357,18 @@ def test_steps_that_accumulate_and_calls_without_gradients_keep_the_variants(mod
     (plan,) = [r.plan for r in magi_train.report(module).rows if r.name == "fit_budget"]
     lean = plan["lean_blocks"]
     assert called == 3 * ([0] * lean + [1] * (4 - lean))
+
+
+@pytest.mark.full
+def test_a_block_that_a_checkpoint_runs_again_keeps_its_variant(model, unlimited, free, called):
+    module = copy.deepcopy(model)
+    module.gradient_checkpointing_enable({"use_reentrant": False})
+    (row,), loss, gradients = run(module, between(free, 0.6))
+    lean = row.plan["lean_blocks"]
+    forward = [0] * lean + [1] * (4 - lean)
+    assert called == forward + forward[::-1]
+    assert torch.equal(loss, unlimited[0])
+    assert same(gradients, unlimited[1])
 
 
 def two_ranks_with_other_batches(rank, world_size):
