@@ -100,6 +100,7 @@ def _memory(story: Story) -> list[list[str]]:
     rows.append(["planned peak", size(memory.planned_mib)])
     if memory.measured_mib is not None:
         rows.append(["measured peak", size(memory.measured_mib)])
+    rows += [["blocks", sentence] for sentence in memory.blocks]
     rows += [[size(t["mib"]), t["node"], short_line(t["line"])] for t in memory.largest]
     return [*rows, ["", memory.advice]]
 

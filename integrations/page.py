@@ -176,6 +176,7 @@ def _memory(memory: Memory | None) -> str:
     caption = f"Planned peak {size(memory.planned_mib)}"
     caption += f", measured {size(memory.measured_mib)}" if memory.measured_mib else ""
     caption += f". Resident: {held}." if held else ". What is resident besides is not on record."
+    caption += "".join(f" {sentence}" for sentence in memory.blocks)
     rows = [
         (size(float(each["mib"])), escape(str(each["node"])), _line(str(each["line"])))
         for each in memory.largest

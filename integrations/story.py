@@ -63,6 +63,7 @@ class Memory:
         forward_part: Part of the course that is the forward.
         largest: The largest tensors at the peak.
         advice: One sentence on what to change.
+        blocks: A sentence for each graph some of whose blocks save less than the others.
     """
 
     course_mib: list[float]
@@ -72,6 +73,7 @@ class Memory:
     forward_part: float
     largest: list[dict[str, Any]]
     advice: str
+    blocks: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -245,6 +247,19 @@ def _memory(report: Report) -> Memory | None:
         forward_part=plan["forward_part"],
         largest=plan["largest"],
         advice=memory_advice(plan, planned),
+        blocks=[_blocks(r.plan) for r in report.rows if r.plan.get("lean_blocks")],
+    )
+
+
+def _blocks(plan: dict[str, Any]) -> str:
+    """Return what the two variants of a block do."""
+    lean, fast = (
+        f"{size(1024 * each['saved_gib'])} and {each['recompute_ms']:.3g} ms"
+        for each in plan["variants"]
+    )
+    return (
+        f"Each of the first {plan['lean_blocks']} of {plan['blocks']} blocks saves less and "
+        f"recomputes more ({lean}) than each of the others ({fast})."
     )
 
 

@@ -54,6 +54,7 @@ from magi_train.fusion.narrow_gradients import SkipGradientCasts
 from magi_train.fusion.projections import MergeProjections
 from magi_train.fusion.shadow import UseWeightShadows, shadow_graph
 from magi_train.lower import lower
+from magi_train.memory.blocks import Kind, Turn
 from magi_train.memory.budget import FitBudget
 from magi_train.memory.exhausted import explain, is_exhausted
 from magi_train.recording import is_replayed
@@ -148,6 +149,7 @@ class Region:
         self._tuner = Tuner(runtime.config, runtime.world, runtime.report)
         self._inputs, self._assumed = Inputs(), Facts()  # of the call that is running
         self._blocks: list[nn.Module] = []
+        self._turn = Turn()
         self._replayers: list[Replayer] = []
         self._misses = 0
 
@@ -351,6 +353,9 @@ class Region:
             )
 
     def _compile_blocks(self, blocks: list[nn.Module]) -> None:
+        kinds = [(type(b), tuple(tuple(p.shape) for p in b.parameters())) for b in blocks]
+        kind_of = {key: Kind(count) for key, count in collections.Counter(kinds).items()}
+        of_block = {id(b): kind_of[key] for b, key in zip(blocks, kinds, strict=True)}
         for kind, same in itertools.groupby(blocks, key=type):
             members = list(same)
 
@@ -363,7 +368,8 @@ class Region:
                 dynamic=self.runtime.config.dynamic,
             )
             for block in members:
-                compat.set_compiled_call(block, _Bound(compiled, block))
+                bound = _Bound(compiled, block, self._turn, of_block[id(block)])
+                compat.set_compiled_call(block, bound)
 
     # -- later calls -----------------------------------------------------------------------------
 
@@ -515,6 +521,7 @@ class Region:
             collectives=collectives,
             limit=limit,
             blocks=shares,
+            turn=self._turn,
         )
         if shadowed is not None:
             compat.give_up_memory(inputs[-len(shadowed[2].layout.inputs) :])
@@ -636,13 +643,20 @@ class RegionBackend:
 
 
 class _Bound:
-    """`compiled` with its first argument filled in."""
+    """`compiled` with its first argument filled in; tells whose turn it is."""
 
-    def __init__(self, compiled: Callable[..., Any], block: nn.Module) -> None:
+    def __init__(
+        self, compiled: Callable[..., Any], block: nn.Module, turn: Turn, kind: Kind
+    ) -> None:
         self.compiled, self.block = compiled, block
+        self.turn, self.kind = turn, kind
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.compiled(self.block, *args, **kwargs)
+        before, self.turn.place = self.turn.place, self.kind.place(self.block)
+        try:
+            return self.compiled(self.block, *args, **kwargs)
+        finally:
+            self.turn.place = before
 
 
 def own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ key that covers the graph, the passes and the versions, and read back.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -13,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,17 @@ from magi_train.core.passes import (
 )
 from magi_train.core.report import PassRow, Report, write_atomically
 from magi_train.fusion import attach
+from magi_train.memory import blocks as memory_blocks
 from magi_train.memory import budget, copies, cost, offload, peak, picture, remat, step
-from magi_train.memory.budget import FitBudget
+from magi_train.memory.blocks import Turn, in_turn
+from magi_train.memory.budget import BudgetPlan, FitBudget, Partition
 from magi_train.memory.step import Limit
 
 logger = logging.getLogger(__name__)
 
 MIB = 2**20
 
-MEMORY = (budget, copies, cost, offload, peak, picture, remat, step)
+MEMORY = (memory_blocks, budget, copies, cost, offload, peak, picture, remat, step)
 SOURCES = source_fingerprint(sys.modules[__name__], compat, graph, in_graph, attach, *MEMORY)
 """Code that PyTorch compiled with another version of a pass is not taken from its cache."""
 
@@ -65,6 +67,7 @@ class Lowered:
     backward: Sequence[CachedPass[Any]]
     blocks: int = 1
     fused: bool = True
+    variant: int = 0
     report: Report = field(default_factory=Report)
 
     def note(self, name: str, stage: str, plan: Plan) -> None:
@@ -79,6 +82,7 @@ class Lowered:
             comm,
             repr(self.limit),
             self.blocks,
+            self.variant,
             *(each.uuid() for each in (*self.joint, *self.backward)),
         )
 
@@ -144,25 +148,28 @@ class _Joint(compat.CustomPartitionerFn):  # type: ignore[misc]
         lowered = self.lowered
         run_passes(lowered.joint, joint, lowered.context, lowered.report)
         progress.at_stage("cut")
+        serves = lowered.blocks
         if lowered.limit is None:
             cut = compat.min_cut_partition(joint, inputs, **rest)
         else:
-            note = partial(lowered.note, FitBudget.name, "joint")
-            cut = FitBudget(lowered.limit, note)(joint, inputs, **rest)
-        _note_picture(lowered, *cut)
+            plans: list[BudgetPlan] = []
+            cut = FitBudget(lowered.limit, plans.append, lowered.variant)(joint, inputs, **rest)
+            if not lowered.variant:
+                lowered.note(FitBudget.name, "joint", plans[0])
+            serves = plans[0].variants[min(lowered.variant, len(plans[0].variants) - 1)].blocks
+        _note_picture(lowered, cut, serves)
         return cut
 
 
-def _note_picture(lowered: Lowered, forward: GraphModule, backward: GraphModule) -> None:
+def _note_picture(lowered: Lowered, cut: Partition, blocks: int) -> None:
     """Add the picture of the step's memory; a graph it cannot read goes without one."""
     try:
         found = picture.picture(
-            forward,
-            backward,
+            *cut,
             fused=lowered.fused,
             speed=speed_of(lowered.context.device_type),
             resident={} if lowered.limit is None else lowered.limit.resident,
-            blocks=lowered.blocks,
+            blocks=blocks,
         )
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         logger.debug("no picture of the memory of a step", exc_info=error)
@@ -188,8 +195,11 @@ def lower(
     collectives: PlaceCollectives | None = None,
     limit: Limit | None = None,
     blocks: int = 1,
+    turn: Turn | None = None,
 ) -> tuple[Callable[..., Any], list[PassRow]]:
-    """Compile a captured graph for training.
+    """Compile a captured graph for training, twice if a memory budget is used up by two variants.
+
+    Code from PyTorch's cache whose rows are lost is the leanest variant: what all blocks then run.
 
     Args:
         gm: Dynamo's graph after the PRE_GRAD passes.
@@ -201,13 +211,27 @@ def lower(
         collectives: The communication of its backward; None to leave it to hooks.
         limit: The memory budget; None for PyTorch's choice.
         blocks: How often the graph runs in one forward of the model.
+        turn: Says which block is running; needed where a budget limits more than one.
 
     Returns:
         The compiled graph, and one row per pass that ran, or that ran when the code was cached.
     """
-    fused = how == "inductor"
-    lowered = Lowered(collectives, limit, context, joint, backward, blocks, fused)
-    partition = _Joint(lowered)
+    lowered = Lowered(collectives, limit, context, joint, backward, blocks, how == "inductor")
+    again = compat.with_inputs(gm, {}) if limit is not None and blocks > 1 else gm
+    compiled, rows = _lower(gm, inputs, how, lowered)
+    plan = next((row.plan for row in rows if row.name == FitBudget.name), {})
+    if turn is None or not plan.get("lean_blocks"):
+        return compiled, rows
+    faster = dataclasses.replace(lowered, variant=1, report=Report())
+    other, more = _lower(again, inputs, how, faster)
+    counts = [each["blocks"] for each in plan["variants"]]
+    return in_turn([compiled, other], counts, turn), [*rows, *more]
+
+
+def _lower(
+    gm: GraphModule, inputs: Sequence[Any], how: Lowering, lowered: Lowered
+) -> tuple[Callable[..., Any], list[PassRow]]:
+    limit, partition = lowered.limit, _Joint(lowered)
     if how == "aot_eager":
         return _lower_without_code(gm, inputs, lowered, partition), lowered.report.rows
     memory = _memory_of(gm, inputs, lowered)

@@ -10,9 +10,8 @@ where
     and time         = a roofline of what runs again                   -> memory/cost.py
                      + what copies cost                                -> memory/offload.py
 
-over the plans of memory/remat.py. Where one captured block serves many (the REGION tier), every
-block saves the same: `blocks` - 1 of them wait with what they saved while one runs, or, at the end
-of the backward, have left their gradients.
+over the plans of memory/remat.py. Where one captured graph serves many blocks (the REGION tier),
+some of them follow a leaner plan than the others                      -> memory/blocks.py
 
 What is not predicted: fragmentation and the CUDA context (the budget bounds what is allocated, as
 `torch.cuda.max_memory_allocated` counts it), workspaces of kernels other than cuBLAS and attention,
@@ -24,7 +23,7 @@ import copy
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from torch.fx import GraphModule, Node
 
@@ -32,6 +31,7 @@ from magi_train.core import compat
 from magi_train.core.errors import MagiError, PassError
 from magi_train.core.graph import saved_for_backward
 from magi_train.core.passes import Plan
+from magi_train.memory.blocks import Choice, Choices
 from magi_train.memory.offload import Moves, insert
 from magi_train.memory.peak import Timeline, simulate
 from magi_train.memory.remat import Joint, Row, SavedSet
@@ -43,9 +43,32 @@ CUTS_TRIED = 5
 Partition = tuple[GraphModule, GraphModule]
 
 
+class _Cut(NamedTuple):
+    """What one plan makes of the joint graph."""
+
+    partition: Partition
+    moves: Moves
+    course: Timeline
+
+
 class _Planned(TypedDict):
     fused: bool
     device_type: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What some of the blocks do.
+
+    Attributes:
+        blocks: How many.
+        recompute_ms: Predicted time of what the backward of one of them runs again.
+        saved_gib: What the forward of one of them saves for its backward.
+    """
+
+    blocks: int
+    recompute_ms: float
+    saved_gib: float
 
 
 @dataclass(frozen=True)
@@ -59,8 +82,11 @@ class BudgetPlan(Plan):
         recompute_ms: Predicted time of what the backward runs again, a step.
         step_ms: Predicted time of forward and backward without that.
         saved_gib: What the forward saves for its backward.
-        recomputed: {op: how often it runs again}, the slowest first.
-        offloaded: {op: how many of its results wait on the host}, the largest first.
+        blocks: How many blocks the graph serves, counted as if it served all kinds of them.
+        lean_blocks: How many of them, the first ones, save less than the others; 0: all are alike.
+        variants: Of the blocks, in the order of the forward: one, or the lean ones and the others.
+        recomputed: {op: how often it runs again}, the slowest first, in one block of each variant.
+        offloaded: {op: how many of its results wait on the host}, the largest first; likewise.
         offloaded_gib: What they take there.
         copy_ms: Predicted time of their copies, each way.
         exposed_ms: Predicted time of the copies that no kernel hides.
@@ -75,6 +101,9 @@ class BudgetPlan(Plan):
     recompute_ms: float
     step_ms: float
     saved_gib: float
+    blocks: int
+    lean_blocks: int
+    variants: list[Variant]
     recomputed: dict[str, int]
     offloaded: dict[str, int]
     offloaded_gib: float
@@ -103,13 +132,14 @@ class FitBudget:
     Args:
         limit: The budget, and what of it is taken.
         note: Called with the plan; not on a compile-cache hit, when nothing is partitioned.
+        variant: Which of the plan's variants to cut; the last, where there are not so many.
     """
 
     name = "fit_budget"
     stage = "joint"
 
-    def __init__(self, limit: Limit, note: Callable[[BudgetPlan], None]) -> None:
-        self.limit, self._note = limit, note
+    def __init__(self, limit: Limit, note: Callable[[BudgetPlan], None], variant: int = 0) -> None:
+        self.limit, self._note, self._variant = limit, note, variant
 
     def __call__(self, joint: GraphModule, inputs: Sequence[Any], **rest: Any) -> Partition:
         """Return forward and backward.
@@ -124,62 +154,48 @@ class FitBudget:
         graph = Joint(trial.graph, rest["num_fwd_outputs"], self.limit.speed, **on)
         names = {node.name for node in saved_for_backward(default[0])}
         row = Row(graph, (n for n in graph.nodes if n.name in names), self.limit.room_bytes)
-        chosen = self._choose(row, self.limit.budget_bytes)
+        choices = Choices(row, self.limit)
+        chosen = choices.choose(self.limit.budget_bytes)
         if chosen is None:
-            chosen = self._least(row)
+            chosen = choices.least
             if self.limit.strict:
-                raise PassError(self._impossible(row, chosen, self._peak(row, chosen)))
+                raise PassError(self._impossible(row, chosen, chosen.peak))
 
-        def cut_for(plan: SavedSet) -> tuple[Partition, Moves]:
-            if plan is row.default:
-                return default, Moves()
-            with compat.saving(plan.saved):
-                first, second = compat.min_cut_partition(_copy(joint), inputs, **rest)
-            speed, fused = self.limit.speed, self.limit.fused
-            return (first, second), insert(first, second, plan.moved, speed, fused=fused)
+        def cut_for(plan: SavedSet) -> _Cut:
+            cut, moves = default, Moves()
+            if plan is not row.default:
+                with compat.saving(plan.saved):
+                    cut = compat.min_cut_partition(_copy(joint), inputs, **rest)
+                speed, fused = self.limit.speed, self.limit.fused
+                moves = insert(cut[0], cut[1], plan.moved, speed, fused=fused)
+            return _Cut(cut, moves, simulate(*cut, **on))
 
-        tried: list[tuple[int, SavedSet, Partition, Moves, Timeline]] = []
+        cuts: dict[SavedSet, _Cut] = {}
+        tried: list[tuple[int, Choice]] = []
         for _ in range(CUTS_TRIED):  # the partitioner may order nodes otherwise than the row does
-            cut, moves = cut_for(chosen)
-            course = simulate(*cut, **on)
-            tried.append((self._step_bytes(course, row, chosen), chosen, cut, moves, course))
+            cuts |= {plan: cut_for(plan) for _, plan in chosen.runs if plan not in cuts}
+            sizes = [(n, cuts[p].course.peak, row.waiting_bytes(p)) for n, p in chosen.runs]
+            tried.append((self.limit.step_bytes(*sizes), chosen))
             beyond = tried[-1][0] - self.limit.budget_bytes
             if beyond <= 0:
                 break
-            lower = self._choose(row, self._peak(row, chosen) - beyond) or self._least(row)
-            if any(lower is plan for _, plan, *_ in tried):
+            lower = choices.choose(chosen.peak - beyond) or choices.least
+            if any(lower == choice for _, choice in tried):
                 break
             chosen = lower
-        size, chosen, cut, moves, course = min(tried, key=lambda each: each[0])
+        size, chosen = min(tried, key=lambda each: each[0])
         if size > self.limit.budget_bytes and self.limit.strict:
             raise PassError(self._impossible(row, chosen, size))
-        plan = self._plan(row, chosen, moves, course)
+        followed = [(count, plan, cuts[plan]) for count, plan in chosen.runs]
+        plan = self._plan(row, choices, size, followed)
+        _, _, cut = followed[min(self._variant, len(followed) - 1)]
         if self.limit.survey:
-            raise SurveyedError(plan, course)
+            raise SurveyedError(plan, cut.course)
         self._note(plan)
-        return cut
+        return cut.partition
 
-    def _choose(self, row: Row, limit_bytes: int) -> SavedSet | None:
-        def at_least(plan: SavedSet) -> int:
-            saved = row.saved_bytes(plan)
-            return self.limit.step_bytes(saved, saved)
-
-        return row.choose(lambda plan: self._peak(row, plan), limit_bytes, at_least)
-
-    def _least(self, row: Row) -> SavedSet:
-        return min(row.plans, key=lambda plan: self._peak(row, plan))
-
-    def _peak(self, row: Row, plan: SavedSet) -> int:
-        return self._step_bytes(row.timeline(plan), row, plan)
-
-    def _step_bytes(self, course: Timeline, row: Row, plan: SavedSet) -> int:
-        return self.limit.step_bytes(course.peak, row.saved_bytes(plan))
-
-    def _milliseconds(self, seconds: float) -> float:
-        return round(seconds * 1e3 * self.limit.blocks, 6)
-
-    def _impossible(self, row: Row, least: SavedSet, size: int) -> str:
-        course = row.timeline(least)
+    def _impossible(self, row: Row, least: Choice, size: int) -> str:
+        course = row.timeline(least.runs[0][1])
         rows = [f"{t.node} {t.size_bytes / GIB:.3g}" for t in course.largest[:3]]
         return (
             f"Config.memory_budget_gib is {self.limit.budget_bytes / GIB:.6g}, but a step takes at "
@@ -193,48 +209,67 @@ class FitBudget:
         possible = self.limit.speed.host and not self.limit.room_bytes
         return "Config(offload_activations=True), " if possible else ""
 
-    def _plan(self, row: Row, chosen: SavedSet, moves: Moves, course: Timeline) -> BudgetPlan:
+    def _plan(
+        self, row: Row, choices: Choices, size: int, followed: Sequence[tuple[int, SavedSet, _Cut]]
+    ) -> BudgetPlan:
         graph, limit = row.joint, self.limit
-        again: dict[str, float] = {}
-        counts: dict[str, int] = {}
-        for node in graph.recomputed({n for n in graph.nodes if n.name in chosen.saved}):
+        moved = sum(count * cut.moves.bytes for count, _, cut in followed)
+        return BudgetPlan(
+            budget_gib=_gib(limit.budget_bytes),
+            planned_gib=_gib(size),
+            without_gib=_gib(choices.alike(row.default).peak),
+            recompute_ms=_milliseconds(sum(count * plan.seconds for count, plan, _ in followed)),
+            step_ms=_milliseconds(graph.forward_seconds * limit.blocks),
+            saved_gib=_gib(sum(count * row.saved_bytes(plan) for count, plan, _ in followed)),
+            blocks=limit.blocks,
+            lean_blocks=followed[0][0] if len(followed) > 1 else 0,
+            variants=[
+                Variant(count, _milliseconds(plan.seconds), _gib(row.saved_bytes(plan)))
+                for count, plan, _ in followed
+            ],
+            recomputed=_recomputed(graph, [plan for _, plan, _ in followed]),
+            offloaded=_offloaded(graph, [cut.moves for *_, cut in followed]),
+            offloaded_gib=_gib(moved),
+            copy_ms=_milliseconds(moved / limit.speed.host if moved else 0.0),
+            exposed_ms=_milliseconds(sum(count * cut.moves.exposed for count, _, cut in followed)),
+            resident_gib={name: _gib(size) for name, size in limit.resident.items()},
+            frontier=[
+                [_gib(each.peak), _milliseconds(each.price[0])]
+                for each in (choices.frontier if limit.survey else ())
+            ],
+        )
+
+
+def _recomputed(graph: Joint, plans: Sequence[SavedSet]) -> dict[str, int]:
+    again: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for plan in plans:
+        for node in graph.recomputed({n for n in graph.nodes if n.name in plan.saved}):
             name = str(node.target)
             again[name] = again.get(name, 0.0) + graph.seconds[node]
             counts[name] = counts.get(name, 0) + 1
-        slowest = sorted((n for n in again if again[n] > 0), key=lambda n: (-again[n], n))
-        survey = row.frontier(lambda plan: self._peak(row, plan)) if limit.survey else []
-        return BudgetPlan(
-            budget_gib=_gib(limit.budget_bytes),
-            planned_gib=_gib(self._step_bytes(course, row, chosen)),
-            without_gib=_gib(self._peak(row, row.default)),
-            recompute_ms=self._milliseconds(chosen.seconds),
-            step_ms=round(graph.forward_seconds * 1e3 * limit.blocks, 6),
-            saved_gib=_gib(row.saved_bytes(chosen) * limit.blocks),
-            recomputed={n: counts[n] for n in slowest[:SHOWN_OPS]},
-            offloaded=self._offloaded(graph, moves),
-            offloaded_gib=_gib(moves.bytes * limit.blocks),
-            copy_ms=self._milliseconds(moves.bytes / limit.speed.host if moves.bytes else 0.0),
-            exposed_ms=self._milliseconds(moves.exposed),
-            resident_gib={name: _gib(size) for name, size in limit.resident.items()},
-            frontier=[[_gib(self._peak(row, p)), self._milliseconds(p.price[0])] for p in survey],
-        )
+    slowest = sorted((n for n in again if again[n] > 0), key=lambda n: (-again[n], n))
+    return {n: counts[n] for n in slowest[:SHOWN_OPS]}
 
-    @staticmethod
-    def _offloaded(graph: Joint, moves: Moves) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        sizes: dict[str, int] = {}
-        for node in graph.nodes:
-            if node.name in moves.nodes:
-                source = node.args[0] if node.target is operator.getitem else node
-                name = str(source.target if isinstance(source, Node) else node.target)
-                counts[name] = counts.get(name, 0) + 1
-                sizes[name] = sizes.get(name, 0) + graph.storages.total([node])
-        largest = sorted(counts, key=lambda name: (-sizes[name], name))
-        return {name: counts[name] for name in largest[:SHOWN_OPS]}
+
+def _offloaded(graph: Joint, moves: Sequence[Moves]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    for node in (n for each in moves for n in graph.nodes if n.name in each.nodes):
+        source = node.args[0] if node.target is operator.getitem else node
+        name = str(source.target if isinstance(source, Node) else node.target)
+        counts[name] = counts.get(name, 0) + 1
+        sizes[name] = sizes.get(name, 0) + graph.storages.total([node])
+    largest = sorted(counts, key=lambda name: (-sizes[name], name))
+    return {name: counts[name] for name in largest[:SHOWN_OPS]}
 
 
 def _copy(joint: GraphModule) -> GraphModule:
     return GraphModule(joint, copy.deepcopy(joint.graph))  # shares constants, copies nodes
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1e3, 6)
 
 
 def _gib(size: int) -> float:

@@ -293,6 +293,7 @@ class Row:
         self._nodes = {n.name: n for n in joint.nodes}
         self._given = {s for n in joint.inputs for s in joint.storages.of(n)}
         self._timelines: dict[SavedSet, Timeline] = {}
+        self._waiting: dict[SavedSet, int] = {}
         start = {n for n in default if n in joint.place}
         plans = [*self._plans(start)]
         bounds = checkpoints(joint)
@@ -309,7 +310,7 @@ class Row:
         """Yield the plan that saves a set on the device, and some with ever more on the host."""
         again = self.joint.recomputed(saved)
         names = frozenset(n.name for n in saved)
-        plan = SavedSet(names, sum(self.joint.seconds[n] for n in again))
+        plan = SavedSet(names, math.fsum(self.joint.seconds[n] for n in again))  # in any order
         yield plan
         values = self.joint.movable(saved) if self._room else []
         sizes = [self.joint.storages.total([n]) for n in values]
@@ -338,8 +339,21 @@ class Row:
 
     def saved_bytes(self, plan: SavedSet) -> int:
         """Return the bytes that a plan keeps on the device for the backward, without inputs."""
+        return self._kept(plan, ())
+
+    def waiting_bytes(self, plan: SavedSet) -> int:
+        """Return the bytes that a forward leaves until its backward.
+
+        What it saves, and its results: whoever is given them saves them, or computes from them.
+        """
+        if plan not in self._waiting:
+            self._waiting[plan] = self._kept(plan, self.joint.results)
+        return self._waiting[plan]
+
+    def _kept(self, plan: SavedSet, more: Iterable[Node]) -> int:
         storages = self.joint.storages
-        kept = {s for name in plan.saved - plan.moved for s in storages.of(self._nodes[name])}
+        nodes = [*(self._nodes[name] for name in plan.saved - plan.moved), *more]
+        kept = {s for node in nodes for s in storages.of(node)}
         return sum(storages.size[s] for s in kept - self._given)  # a view of an input is one
 
     def choose(
@@ -393,7 +407,7 @@ def _evict(joint: Joint, start: set[Node], stay: set[Node]) -> Iterator[set[Node
         size = sum(joint.storages.size[s] for s in storage)
         if more & joint.fixed or set(storage) & inputs or not size:
             return math.inf
-        return sum(joint.seconds[n] for n in more) / size
+        return math.fsum(joint.seconds[n] for n in more) / size
 
     queue = [(price(s), joint.place[group[0]], s) for s, group in groups.items()]
     heapq.heapify(queue)

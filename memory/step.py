@@ -92,16 +92,22 @@ class Limit:
         """Everything that is there all the time."""
         return sum(self.resident.values())
 
-    def step_bytes(self, peak: int, saved: int) -> int:
+    def step_bytes(self, *runs: tuple[int, int, int]) -> int:
         """Return the peak of the step.
 
         Args:
-            peak: Of one run of the captured graph and its backward.
-            saved: What that forward saves for that backward.
+            runs: Of equal blocks, in the order of the forward: how many, the peak of one and its
+                backward, and what its forward leaves until that backward.
         """
-        others = self.blocks - 1
-        waiting = max(others * saved, others * self.gradient_bytes // self.blocks)
-        return self.resident_bytes + max(peak + waiting, self.gradient_bytes + self.update_bytes)
+        most = self.gradient_bytes + self.update_bytes
+        before = waiting = 0
+        for count, peak, left in runs:
+            for i in (0, count - 1):  # in between, one grows as steadily as the other falls
+                behind = self.blocks - before - i - 1
+                gradients = behind * self.gradient_bytes // self.blocks
+                most = max(most, peak + waiting + i * left + gradients)
+            before, waiting = before + count, waiting + count * left
+        return self.resident_bytes + most
 
 
 class StepMemory:
@@ -244,7 +250,7 @@ class StepMemory:
             strict=self._plans == 1,
             room_bytes=self._room // blocks,
         )
-        least = limit.step_bytes(0, 0)
+        least = limit.step_bytes((blocks, 0, 0))
         if limit.strict and least > limit.budget_bytes:
             raise MagiError(
                 f"Config.memory_budget_gib is {self.budget_bytes / GIB:.6g}, but without a single "

@@ -730,12 +730,11 @@ def with_inputs(
     placeholders = copied.graph.find_nodes(op="placeholder")
     for old, new in zip(gm.graph.find_nodes(op="placeholder"), placeholders, strict=True):
         new._dynamo_source = getattr(old, "_dynamo_source", None)
-    last = placeholders[-1]
     for name, value in values.items():
-        with copied.graph.inserting_after(last):
-            last = copied.graph.placeholder(name)
-        last.meta["example_value"] = value
-        last._dynamo_source = None  # no variable of the user's
+        with copied.graph.inserting_after(placeholders[-1]):
+            placeholders.append(copied.graph.placeholder(name))
+        placeholders[-1].meta["example_value"] = value
+        placeholders[-1]._dynamo_source = None  # no variable of the user's
     copied.recompile()
     return copied
 

@@ -11,6 +11,7 @@ import pytest
 
 from magi_train import Report
 from magi_train.cli import main
+from magi_train.core.report import PassRow
 from magi_train.integrations import charts, page
 from magi_train.integrations.advice import next_steps, short_line
 from magi_train.integrations.explain import plain, sparkline
@@ -258,3 +259,22 @@ def test_in_a_browser_nothing_scrolls_sideways(tmp_path, width):
     flags += ["--window-size=1400,2000", "--hide-scrollbars", "--dump-dom"]
     out = subprocess.run([browser, *flags, wrapper.as_uri()], capture_output=True, text=True)
     assert re.findall(r'<body id="w(\d+)"', out.stdout) == [str(width)], out.stderr[-2000:]
+
+
+def test_blocks_that_save_less_than_the_others_are_told():
+    report = run_report()
+    variants = [
+        {"blocks": 3, "recompute_ms": 0.5, "saved_gib": 1 / 1024},
+        {"blocks": 5, "recompute_ms": 0.25, "saved_gib": 2.0},
+    ]
+    told = (
+        "Each of the first 3 of 8 blocks saves less and recomputes more (1 MiB and 0.5 ms) than "
+        "each of the others (2 GiB and 0.25 ms)."
+    )
+    plan = {"planned_gib": 1.0, "blocks": 8, "lean_blocks": 0, "variants": variants[1:]}
+    report.add(PassRow("fit_budget", "joint", plan, 0.0))
+    assert not tell(report).memory.blocks
+    report.add(PassRow("fit_budget", "joint", {**plan, "lean_blocks": 3, "variants": variants}, 0))
+    assert tell(report).memory.blocks == [told]
+    assert told in rendered(report)
+    assert told in plain(tell(report), report)

@@ -603,17 +603,17 @@ def test_library_models(name):
 
 
 @pytest.mark.full
-def test_blocks_of_a_region_offload_alike(engine):
+def test_blocks_of_a_region_offload(engine):
     torch.manual_seed(0)
     model = llama(num_hidden_layers=4, vocab_size=32)
     batch = tokens(0, 16) % 32
     results = {}
-    for offload, budget in ((False, 1.0), (True, 0.00105)):
+    for offload, budget in ((False, 1.0), (True, 0.00125)):
         module, step = prepared(copy.deepcopy(model), budget, offload=offload, tier="region")
         step(batch).backward()
         results[offload] = plan_of(module), gradients(module)
     (free, want), (plan, got) = results[False], results[True]
     assert not free["offloaded"]
     assert plan["offloaded"]
-    assert plan["planned_gib"] <= 0.00105
+    assert plan["planned_gib"] <= 0.00125
     assert all(torch.equal(got[name], g) for name, g in want.items())

@@ -1,6 +1,7 @@
 """The real peak of a partitioned step on the CPU: its graphs executed, every allocation counted."""
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch.fx import GraphModule, Node
@@ -113,3 +114,42 @@ def traced_peak(forward: GraphModule, backward: GraphModule) -> tuple[int, list[
         gradients = execute(backward, taken)
     del user
     return tracker.peak, gradients
+
+
+def traced_chain(
+    cuts: Sequence[tuple[GraphModule, GraphModule]], stream: tuple[int, ...]
+) -> tuple[int, list[object]]:
+    """Return the peak of a chain of blocks in bytes, and the gradients of all their weights.
+
+    Args:
+        cuts: Forward and backward of each block, in the order of the forward.
+        stream: Shape of the one input that the block before gives, and of the one output.
+    """
+    g = torch.Generator().manual_seed(0)
+    given = {n.name: real(n.meta["val"], g) for n in cuts[0][0].graph.find_nodes(op="placeholder")}
+    ((place, name),) = [(i, n) for i, (n, x) in enumerate(given.items()) if x.shape == stream]
+    tracker = Tracker(given.values())
+    kept: list[object] = []
+    waiting: list[dict[str, object]] = []
+    with tracker:
+        there = [given[name]]
+        for forward, backward in cuts:
+            inputs = {**given, name: there.pop()}
+            results = execute(forward, dict(inputs))
+            there.append(results[0])
+            made = {n.name: x for n, x in zip(outputs(forward.graph), results, strict=True)}
+            every = {**inputs, **made}
+            wanted = [n.name for n in backward.graph.find_nodes(op="placeholder")]
+            waiting.append({n: every.get(n) for n in wanted})  # but for the tangent
+            inputs = results = made = every = None
+        final = there[0]
+        there[0] = torch.ones(stream)
+        for _, backward in reversed(cuts):
+            values = waiting.pop()
+            values |= {n: there.pop() for n in [*values] if values[n] is None}
+            gradients = execute(backward, values)
+            there.append(gradients.pop(place))
+            kept += gradients
+            gradients = None
+    del final
+    return tracker.peak, kept
