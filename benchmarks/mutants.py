@@ -1,13 +1,13 @@
 """Mutation testing: change one thing in a file at a time, and list the changes no test notices.
 
-    python -m benchmarks.mutants comm/plan.py tests/comm/test_plan.py [--every 2] [--output FILE]
+    python -m benchmarks.mutants [--every 2] [--output FILE] comm/plan.py tests/comm/test_plan.py
 
 Changes: comparisons (< to <=, == to !=, in to not in), arithmetic (+ to -, * to //), `and` to `or`,
 `not` dropped, whole numbers plus one, True to False; not strict= and frozen=, which only check. A
 mutant runs in a fork of a process that has imported the libraries that the tests import, with the
 file compiled from the changed tree: nothing on disk changes, and a mutant takes as long as its
-tests. Processes that tests start see no mutant: choose tests that run the file in their own; what
-follows `--` may be options of pytest. mutmut and cosmic-ray copy or rewrite the source tree, which
+tests. Processes that tests start see no mutant: choose tests that run the file in their own; behind
+`FILE --` they may come with options of pytest. mutmut and cosmic-ray copy or rewrite the source tree, which
 the links in magi_train/ do not survive. A survivor is to be looked at: some change nothing that can
 be seen.
 """
