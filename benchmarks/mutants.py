@@ -7,9 +7,9 @@ Changes: comparisons (< to <=, == to !=, in to not in), arithmetic (+ to -, * to
 mutant runs in a fork of a process that has imported the libraries that the tests import, with the
 file compiled from the changed tree: nothing on disk changes, and a mutant takes as long as its
 tests. Processes that tests start see no mutant: choose tests that run the file in their own; behind
-`FILE --` they may come with options of pytest. mutmut and cosmic-ray copy or rewrite the source tree, which
-the links in magi_train/ do not survive. A survivor is to be looked at: some change nothing that can
-be seen.
+`FILE --` they may come with options of pytest. mutmut and cosmic-ray copy or rewrite the source
+tree, which the links in magi_train/ do not survive. A survivor is to be looked at: some change
+nothing that can be seen.
 """
 
 import ast
