@@ -160,6 +160,48 @@ def test_a_backward_in_the_step_is_left_to_autograd():
     assert magi_train.report(prepared).tier == "region"
 
 
+class Adjustable(nn.Module):
+    """Reads attributes that a training loop changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.factor, self.shift, self.last = mlp(), 1.0, torch.zeros(4), None
+
+    def forward(self, x):
+        out = self.body(x) * self.factor + self.shift
+        out = out if self.last is None else self.last(out)
+        return 2 * out if self.training else out
+
+
+@pytest.mark.parametrize("tier", ["graph", "region", "eager"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_attributes_that_are_set_on_the_prepared_module_reach_the_forward(tier, whole):
+    steps = iter(range(STEPS))
+
+    def between(model, step):
+        model.factor = 1.0 / (step + 1)
+        model.shift = torch.ones(4) * step
+        if step == 2:
+            model.last = nn.Tanh()  # in place of None, which is no submodule
+        if step == 3:
+            del model.last
+            model.last = None
+        model.training = step % 2 == 0
+
+    torch.manual_seed(0)
+    plain = Adjustable()
+    prepared = magi_train.prepare(twin := copy.deepcopy(plain), config=no_code(tier))
+
+    def step(x, y):
+        return squares(prepared, x, y)
+
+    ours = magi_train.prepare_step(step, prepared) if whole else step
+    want = train(plain, lambda *b: squares(plain, *b), lambda i: between(plain, i))
+    got = train(twin, ours, lambda _: between(prepared, next(steps)))
+    assert difference(got, want) < LIMIT
+    assert prepared.training is twin.training is True
+
+
 class Experts(nn.Module):
     """Sends rows to experts, and asks whether there are any."""
 
