@@ -159,6 +159,8 @@ class Region:
         if not torch.is_grad_enabled():
             with runtime.entered():
                 return self._function(*args, **kwargs)
+        if compat.forward_mode_is_on():
+            return self._uncompiled(args, kwargs)
         recorder, ends_step = runtime.recorder, runtime.reducer.sync
         if not runtime.inside:
             recorder.begin(self._ordinal, ends_step, args, kwargs)
@@ -636,12 +638,14 @@ class RegionBackend:
 
 
 class _Bound:
-    """`compiled` with its first argument filled in."""
+    """`compiled` with its first argument filled in; the plain block in forward mode."""
 
     def __init__(self, compiled: Callable[..., Any], block: nn.Module) -> None:
         self.compiled, self.block = compiled, block
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if compat.forward_mode_is_on():
+            return compat.uncompiled_call(self.block, *args, **kwargs)
         return self.compiled(self.block, *args, **kwargs)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 import magi_train
 from magi_train import Config
@@ -200,6 +201,24 @@ def test_attributes_that_are_set_on_the_prepared_module_reach_the_forward(tier, 
     got = train(twin, ours, lambda _: between(prepared, next(steps)))
     assert difference(got, want) < LIMIT
     assert prepared.training is twin.training is True
+
+
+@pytest.mark.parametrize("tier", ["graph", "region"])
+def test_forward_mode_derivatives_are_taken_uncompiled(tier):
+    """Compiled graphs have none: torch then asks for a jvp of its own function."""
+
+    def sloped(model, x, y):
+        with forward_ad.dual_level():
+            out = model(forward_ad.make_dual(x, torch.ones_like(x)))
+            slope = forward_ad.unpack_dual(out).tangent
+        return squares(model, x, y) + slope.square().sum()
+
+    def blocks():
+        return nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)), mlp())
+
+    error, report = beside_plain(blocks, no_code(tier), sloped)
+    assert error < LIMIT
+    assert report.tier == tier
 
 
 class Experts(nn.Module):
