@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule
+from torch.utils.checkpoint import CheckpointPolicy
 
 from magi_train.comm import in_graph
 from magi_train.comm.in_graph import PlaceCollectives, place
@@ -140,12 +141,23 @@ class _Joint(compat.CustomPartitionerFn):  # type: ignore[misc]
         run_passes(lowered.joint, joint, lowered.context, lowered.report)
         progress.at_stage("cut")
         if lowered.limit is None:
+            _keep_what_is_written_over(joint.graph)
             cut = compat.min_cut_partition(joint, inputs, **rest)
         else:
             note = partial(lowered.note, FitBudget.name, "joint")
             cut = FitBudget(lowered.limit, note)(joint, inputs, **rest)
         _note_picture(lowered, *cut)
         return cut
+
+
+def _keep_what_is_written_over(joint: Graph) -> None:
+    """Let the forward save what it reads from a buffer before it writes to it.
+
+    PyTorch's partitioner may have the backward read it again, which is another value then: a model
+    that counts its steps in a buffer, and divides by it, would train with wrong gradients.
+    """
+    for node in graph.reads_before_writes(joint):
+        node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
 
 
 def _note_picture(lowered: Lowered, forward: GraphModule, backward: GraphModule) -> None:

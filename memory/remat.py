@@ -45,7 +45,7 @@ from itertools import accumulate
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from magi_train.core.graph import ancestors, mutated, mutated_inputs, outputs
+from magi_train.core.graph import outputs, written_over
 from magi_train.core.hardware import Speed, pinned_bytes
 from magi_train.memory import cost
 from magi_train.memory.offload import Trip, can_wait
@@ -108,8 +108,7 @@ class Joint:
         self.gradients = [n for n in results[num_outputs:] if isinstance(n, Node)]
         self.seconds = {n: cost.seconds(n, speed, fused=fused) for n in self.nodes}
         self.late = _after(self.tangents)
-        written = {a for n in self.nodes for m in mutated(n) for a in ancestors(m)}
-        self._written = {n for n in written if n.op == "placeholder"} | mutated_inputs(graph)
+        self._written = written_over(graph)
         self.fixed = {
             n for n in self.nodes
             if not cost.is_repeatable(n) or any(a in self._written for a in n.all_input_nodes)

@@ -114,6 +114,38 @@ def test_a_counter_does_not_compile_again_each_step(tier):
     assert not any("uncompiled" in note for note in report.notes)
 
 
+class CountsInBuffers(nn.Module):
+    """Writes to buffers, and multiplies with what it has read from them, a view too."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(8, 4)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("rows", torch.ones(4))
+
+    def forward(self, x):
+        self.step += 1
+        rows = self.rows.unsqueeze(0) * 2
+        self.rows += 1
+        return (self.body(x) * rows).sin() / self.step
+
+
+@pytest.mark.parametrize("tier", ["graph", "region"])
+@pytest.mark.parametrize("lowering", ["inductor", "aot_eager"])
+def test_the_backward_does_not_read_buffers_that_the_forward_has_written_to(tier, lowering):
+    torch.manual_seed(0)
+    plain = CountsInBuffers()
+    twin = copy.deepcopy(plain)
+    config = Config(tier=tier, lowering=lowering, progress=False)
+    prepared = magi_train.prepare(twin, config=config)
+    for step in range(2):
+        for model in (plain, prepared):
+            model.zero_grad()
+            squares(model, *batch(step)).backward()
+        gradients = ({n: p.grad for n, p in m.named_parameters()} for m in (twin, plain))
+        assert difference(*gradients) < LIMIT
+
+
 def test_settings_of_dynamo_hold_for_our_calls_only():
     ours = {**compat.WHILE_COMPILING, "skip_nnmodule_hook_guards": False}
     before = {n: getattr(compat.dynamo_config, n) for n in ours}

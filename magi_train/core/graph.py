@@ -346,6 +346,29 @@ def mutated_inputs(graph: Graph) -> set[Node]:
     return {n for n in graph.find_nodes(op="placeholder") if n.meta.get("desc") in changed}
 
 
+def written_over(graph: Graph) -> set[Node]:
+    """Return the inputs of a joint graph whose memory its forward writes to: buffers, mostly."""
+    written = {a for n in graph.nodes for m in mutated(n) for a in ancestors(m)}
+    return {n for n in written if n.op == "placeholder"} | mutated_inputs(graph)
+
+
+def reads_before_writes(graph: Graph) -> list[Node]:
+    """Return the nodes of a joint graph that read an input, or a view of one, written to later.
+
+    In the backward they would read what has been written.
+    """
+    seen = written_over(graph)
+    found = []
+    for node in graph.nodes:
+        if node.op != "call_function" or not seen.intersection(node.all_input_nodes):
+            continue
+        if is_view(node):
+            seen.add(node)
+        elif not mutated(node):
+            found.append(node)
+    return found
+
+
 def num_bytes(value: Any) -> int:
     """Return the bytes of a tensor with static sizes, 0 for anything else."""
     if not isinstance(value, torch.Tensor):
