@@ -23,8 +23,8 @@ class PreparedModule(nn.Module):
 
     It shares parameters, buffers and submodules with the module it was made from, under the same
     names: `state_dict()`, `named_parameters()`, optimizers, clipping and checkpoints see no
-    difference. Other attributes are looked up on the original. A copy (`copy.deepcopy`, pickle) is
-    a copy of the original.
+    difference. Other attributes are looked up and set on the original, whose forward reads them. A
+    copy (`copy.deepcopy`, pickle) is a copy of the original.
     """
 
     def __init__(self, module: nn.Module, runtime: Runtime) -> None:
@@ -66,6 +66,25 @@ class PreparedModule(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["_magi_module"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_own(name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._magi_module, name, value)
+            if name == "training":
+                self.__dict__[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        if self._is_own(name):
+            super().__delattr__(name)
+        else:
+            delattr(self._magi_module, name)
+
+    def _is_own(self, name: str) -> bool:
+        """Return whether an attribute is the wrapper's: hooks, `forward` and other methods."""
+        mine = name in self.__dict__ or hasattr(type(self), name)
+        return name != "training" and mine
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         return copy.deepcopy(self._magi_module, memo)  # type: ignore[no-any-return]

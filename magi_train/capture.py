@@ -161,6 +161,8 @@ class Region:
         if not torch.is_grad_enabled():
             with runtime.entered():
                 return self._function(*args, **kwargs)
+        if compat.forward_mode_is_on():
+            return self._uncompiled(args, kwargs)
         recorder, ends_step = runtime.recorder, runtime.reducer.sync
         if not runtime.inside:
             recorder.begin(self._ordinal, ends_step, args, kwargs)
@@ -643,7 +645,7 @@ class RegionBackend:
 
 
 class _Bound:
-    """`compiled` with its first argument filled in; tells whose turn it is."""
+    """`compiled` with its first argument filled in, or the plain block; tells whose turn it is."""
 
     def __init__(
         self, compiled: Callable[..., Any], block: nn.Module, turn: Turn, kind: Kind
@@ -652,6 +654,8 @@ class _Bound:
         self.turn, self.kind = turn, kind
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if compat.forward_mode_is_on():
+            return compat.uncompiled_call(self.block, *args, **kwargs)
         before, self.turn.place = self.turn.place, self.kind.place(self.block)
         try:
             return self.compiled(self.block, *args, **kwargs)

@@ -12,18 +12,20 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
+from torch.utils.checkpoint import CheckpointPolicy
 
 from magi_train.comm import in_graph
 from magi_train.comm.in_graph import PlaceCollectives, place
 from magi_train.core import compat, graph, progress
 from magi_train.core.config import Lowering
+from magi_train.core.errors import PassError
 from magi_train.core.graph import (
     copy_where_no_view_is,
     is_backward,
@@ -148,6 +150,7 @@ class _Joint(compat.CustomPartitionerFn):  # type: ignore[misc]
         lowered = self.lowered
         run_passes(lowered.joint, joint, lowered.context, lowered.report)
         progress.at_stage("cut")
+        written = _keep_what_is_written_over(joint.graph)
         serves = lowered.blocks
         if lowered.limit is None:
             cut = compat.min_cut_partition(joint, inputs, **rest)
@@ -157,8 +160,50 @@ class _Joint(compat.CustomPartitionerFn):  # type: ignore[misc]
             if not lowered.variant:
                 lowered.note(FitBudget.name, "joint", plans[0])
             serves = plans[0].variants[min(lowered.variant, len(plans[0].variants) - 1)].blocks
+        _check_what_is_written_over(written, cut[1].graph)
         _note_picture(lowered, cut, serves)
         return cut
+
+
+def _keep_what_is_written_over(joint: Graph) -> set[str]:
+    """Let the forward save what is read from a buffer before it is written to; return which.
+
+    PyTorch's partitioner may have the backward read it again, which is another value then: a model
+    that counts its steps in a buffer, and divides by it, would train with wrong gradients. Where
+    the backward itself reads (Inductor takes out the copies that models make for that), all that
+    reads gets a copy, which is saved.
+    """
+    written, backward = graph.written_over(joint), graph.descendants(graph.tangents(joint))
+    read_late: dict[Node, Node] = {}
+    for node, sources in graph.reads_of(joint, written):
+        if node in backward:
+            memory = {a for each in sources for a in graph.ancestors(each)}
+            read_late |= dict.fromkeys(written & memory, node)
+        else:
+            node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
+    first = next(node for node in joint.nodes if node.op != "placeholder")
+    for buffer in [n for n in joint.find_nodes(op="placeholder") if n in read_late]:
+        with joint.inserting_before(first):
+            copied = graph.call_with_metadata(joint, torch.ops.aten.clone.default, (buffer,))
+        copied.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        copied.stack_trace = read_late[buffer].stack_trace
+        for user in [u for u in buffer.users if u is not copied and buffer not in graph.mutated(u)]:
+            user.replace_input_with(buffer, copied)
+    return {node.name for node in written}
+
+
+def _check_what_is_written_over(written: Collection[str], backward: Graph) -> None:
+    """Make sure that a backward reads no input that its forward has written to.
+
+    Raises:
+        PassError: It does; names the line.
+    """
+    inputs = {n for n in backward.find_nodes(op="placeholder") if n.name in written}
+    for node, _ in graph.reads_of(backward, inputs):
+        raise PassError(
+            "the backward would read a buffer after the forward has written to it "
+            f"({graph.user_line(node) or node}); use Config(tier='eager') for this model"
+        )
 
 
 def _note_picture(lowered: Lowered, cut: Partition, blocks: int) -> None:

@@ -45,7 +45,7 @@ from itertools import accumulate
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from magi_train.core.graph import ancestors, mutated, mutated_inputs, outputs
+from magi_train.core.graph import descendants, outputs, tangents, written_over
 from magi_train.core.hardware import Speed, pinned_bytes
 from magi_train.memory import cost
 from magi_train.memory.offload import Trip, can_wait
@@ -103,13 +103,12 @@ class Joint:
         self.place = {node: i for i, node in enumerate(self.nodes)}
         self.inputs = graph.find_nodes(op="placeholder")
         self._sources = {n: [a for a in n.all_input_nodes if a in self.place] for n in self.nodes}
-        self.tangents = [node for node in self.inputs if "tangents" in node.name]
+        self.tangents = tangents(graph)
         self.results = [n for n in results[:num_outputs] if isinstance(n, Node)]
         self.gradients = [n for n in results[num_outputs:] if isinstance(n, Node)]
         self.seconds = {n: cost.seconds(n, speed, fused=fused) for n in self.nodes}
-        self.late = _after(self.tangents)
-        written = {a for n in self.nodes for m in mutated(n) for a in ancestors(m)}
-        self._written = {n for n in written if n.op == "placeholder"} | mutated_inputs(graph)
+        self.late = descendants(self.tangents)
+        self._written = written_over(graph)
         self.fixed = {
             n for n in self.nodes
             if not cost.is_repeatable(n) or any(a in self._written for a in n.all_input_nodes)
@@ -234,18 +233,6 @@ def _parts_first(order: Sequence[Node]) -> list[Node]:
         elif node.args[0] not in there:
             moved.append(node)
     return moved
-
-
-def _after(sources: Iterable[Node]) -> set[Node]:
-    """Return everything that is computed from `sources`."""
-    seen: set[Node] = set()
-    todo = list(sources)
-    while todo:
-        for user in todo.pop().users:
-            if user not in seen:
-                seen.add(user)
-                todo.append(user)
-    return seen
 
 
 def checkpoints(joint: Joint) -> list[frozenset[Node]]:

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 import magi_train
 from magi_train import Config
 from magi_train.core import compat, device_graphs
-from magi_train.core.errors import SecondDerivativeError
+from magi_train.core.errors import PassError, SecondDerivativeError
 from tests.close import difference, tolerance
 from tests.fake_graphs import FakeGraphs
 
@@ -113,6 +114,88 @@ def test_a_counter_does_not_compile_again_each_step(tier):
     assert not any("uncompiled" in note for note in report.notes)
 
 
+class CountsInBuffers(nn.Module):
+    """Writes to buffers, and multiplies with what it has read from them, a view too."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(8, 4)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("rows", torch.ones(4))
+
+    def forward(self, x):
+        self.step += 1
+        rows = self.rows.unsqueeze(0) * 2
+        self.rows += 1
+        return (self.body(x) * rows).sin() / self.step
+
+
+class ComparesWithAQueue(nn.Module):
+    """Takes products with a copy of a buffer, then writes some of its results there, as MoCo."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(8, 4)
+        self.register_buffer("queue", torch.randn(4, 12))
+
+    def forward(self, x):
+        found = self.body(x)
+        scores = found @ self.queue.clone().detach()
+        self.queue[:, : len(x)] = found.detach().t()
+        return scores[:, :4]
+
+
+@pytest.mark.parametrize("tier", ["graph", "region"])
+@pytest.mark.parametrize("lowering", ["inductor", "aot_eager"])
+@pytest.mark.parametrize("budget", [None, 1.0])
+@pytest.mark.parametrize("kind", [CountsInBuffers, ComparesWithAQueue])
+def test_the_backward_does_not_read_buffers_that_the_forward_has_written_to(
+    kind, budget, lowering, tier
+):
+    torch.manual_seed(0)
+    plain = kind()
+    twin = copy.deepcopy(plain)
+    config = Config(tier=tier, lowering=lowering, memory_budget_gib=budget, progress=False)
+    prepared = magi_train.prepare(twin, config=config)
+    for step in range(2):
+        for model in (plain, prepared):
+            model.zero_grad()
+            squares(model, *batch(step)).backward()
+        gradients = ({n: p.grad for n, p in m.named_parameters()} for m in (twin, plain))
+        assert difference(*gradients) < LIMIT
+
+
+class ReadsInItsBackward(torch.autograd.Function):
+    """A product with a buffer, in the backward alone."""
+
+    @staticmethod
+    def forward(ctx, x, buffer):
+        ctx.save_for_backward(buffer)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0], None
+
+
+class OnlyTheBackwardReads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(8, 4)
+        self.register_buffer("rows", torch.full((4,), 3.0))
+
+    def forward(self, x):
+        found = ReadsInItsBackward.apply(self.body(x), self.rows.clone())
+        self.rows.copy_(found.detach()[0])
+        return found
+
+
+def test_a_backward_that_alone_reads_what_the_forward_has_written_to_is_refused():
+    prepared = magi_train.prepare(OnlyTheBackwardReads(), config=Config(progress=False))
+    with pytest.raises(PassError, match=r"written to .*ctx.saved_tensors\[0\].*tier='eager'"):
+        squares(prepared, *batch(0)).backward()
+
+
 def test_settings_of_dynamo_hold_for_our_calls_only():
     ours = {**compat.WHILE_COMPILING, "skip_nnmodule_hook_guards": False}
     before = {n: getattr(compat.dynamo_config, n) for n in ours}
@@ -158,6 +241,66 @@ def test_a_backward_in_the_step_is_left_to_autograd():
     magi_train.prepare_step(step, prepared)(*batch(0))
     assert len(seen) == 1
     assert magi_train.report(prepared).tier == "region"
+
+
+class Adjustable(nn.Module):
+    """Reads attributes that a training loop changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.factor, self.shift, self.last = mlp(), 1.0, torch.zeros(4), None
+
+    def forward(self, x):
+        out = self.body(x) * self.factor + self.shift
+        out = out if self.last is None else self.last(out)
+        return 2 * out if self.training else out
+
+
+@pytest.mark.parametrize("tier", ["graph", "region", "eager"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_attributes_that_are_set_on_the_prepared_module_reach_the_forward(tier, whole):
+    steps = iter(range(STEPS))
+
+    def between(model, step):
+        model.factor = 1.0 / (step + 1)
+        model.shift = torch.ones(4) * step
+        if step == 2:
+            model.last = nn.Tanh()  # in place of None, which is no submodule
+        if step == 3:
+            del model.last
+            model.last = None
+        model.training = step % 2 == 0
+
+    torch.manual_seed(0)
+    plain = Adjustable()
+    prepared = magi_train.prepare(twin := copy.deepcopy(plain), config=no_code(tier))
+
+    def step(x, y):
+        return squares(prepared, x, y)
+
+    ours = magi_train.prepare_step(step, prepared) if whole else step
+    want = train(plain, lambda *b: squares(plain, *b), lambda i: between(plain, i))
+    got = train(twin, ours, lambda _: between(prepared, next(steps)))
+    assert difference(got, want) < LIMIT
+    assert prepared.training is twin.training is True
+
+
+@pytest.mark.parametrize("tier", ["graph", "region"])
+def test_forward_mode_derivatives_are_taken_uncompiled(tier):
+    """Compiled graphs have none: torch then asks for a jvp of its own function."""
+
+    def sloped(model, x, y):
+        with forward_ad.dual_level():
+            out = model(forward_ad.make_dual(x, torch.ones_like(x)))
+            slope = forward_ad.unpack_dual(out).tangent
+        return squares(model, x, y) + slope.square().sum()
+
+    def blocks():
+        return nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)), mlp())
+
+    error, report = beside_plain(blocks, no_code(tier), sloped)
+    assert error < LIMIT
+    assert report.tier == tier
 
 
 class Experts(nn.Module):

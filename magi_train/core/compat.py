@@ -44,6 +44,7 @@ is listed there, and capture then falls to the EAGER tier with a warning instead
 | torch._C._storage_Use_Count | whether anybody else holds a tensor's memory |
 | torch._C._autograd._get_current_graph_task_keep_graph | backward(retain_graph=True) |
 | torch._C._autograd._top_saved_tensors_default_hooks | the user packs saved tensors |
+| torch.autograd.forward_ad._current_level | the user computes forward-mode derivatives |
 | CompiledFunctionBackward, ._tensors_no_vc_check | the node of a compiled graph |
 | CompiledFunctionBackward._forward_cls.metadata.bw_donated_idxs | a backward that runs twice |
 | Module._forward_hooks, _forward_pre_hooks, _backward_hooks, _backward_pre_hooks | all hooks |
@@ -848,6 +849,11 @@ def run_again_afterwards(node: Any, fresh: bool) -> Callable[[], None] | None:
 def is_hooked(tensor: torch.Tensor) -> bool:
     """Return whether somebody's hook is to see, and may change, the gradient of `tensor`."""
     return bool(tensor._backward_hooks)
+
+
+def forward_mode_is_on() -> bool:
+    """Return whether the user computes forward-mode derivatives, which no compiled graph has."""
+    return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
 
 
 def saved_tensors_are_hooked() -> bool:

@@ -346,6 +346,39 @@ def mutated_inputs(graph: Graph) -> set[Node]:
     return {n for n in graph.find_nodes(op="placeholder") if n.meta.get("desc") in changed}
 
 
+def written_over(graph: Graph) -> set[Node]:
+    """Return the inputs of a joint graph whose memory its forward writes to: buffers, mostly."""
+    written = {a for n in graph.nodes for m in mutated(n) for a in ancestors(m)}
+    return {n for n in written if n.op == "placeholder"} | mutated_inputs(graph)
+
+
+def reads_of(graph: Graph, inputs: set[Node]) -> list[tuple[Node, list[Node]]]:
+    """Return what reads the memory of inputs: nodes, with those arguments that look at it."""
+    seen = set(inputs)
+    found = []
+    for node in graph.nodes:
+        read = [each for each in node.all_input_nodes if each in seen]
+        if node.op != "call_function" or not read:
+            continue
+        if is_view(node):
+            seen.add(node)
+        elif not mutated(node):
+            found.append((node, read))
+    return found
+
+
+def descendants(sources: Iterable[Node]) -> set[Node]:
+    """Return everything that is computed from `sources`."""
+    seen: set[Node] = set()
+    todo = list(sources)
+    while todo:
+        for user in todo.pop().users:
+            if user not in seen:
+                seen.add(user)
+                todo.append(user)
+    return seen
+
+
 def num_bytes(value: Any) -> int:
     """Return the bytes of a tensor with static sizes, 0 for anything else."""
     if not isinstance(value, torch.Tensor):
@@ -367,6 +400,11 @@ def saved_for_backward(forward: GraphModule | Graph) -> list[Node]:
             and type(what).__name__.startswith("SavedForBackwards")
         )
     )
+
+
+def tangents(joint: Graph) -> list[Node]:
+    """Return the inputs of a joint graph that are gradients of its outputs."""
+    return [n for n in joint.find_nodes(op="placeholder") if "tangents" in n.name]
 
 
 def is_backward(graph: Graph) -> bool:
