@@ -3,7 +3,7 @@
     python -m benchmarks.largest_batch --cases bert gpt2 --output benchmarks/results/NAME.json
 
 PyTorch may take `--gib` of a GPU, so that an H200 stands for a smaller one. How many rows
-torch.compile trains is found from its peaks with two batches, and tried; 5 % more must fail. Ours
+torch.compile trains is found from its peaks with two batches, and tried; 10 % more must fail. Ours
 then trains 1.5, 2, 3, ... times as many under a memory budget of SHARE of that memory, until it
 fails or is slower than LEAST_SPEED of torch.compile's samples a second with its own largest batch.
 Every try is a row; `rows` is the batch, `times_rows` its ratio to torch.compile's largest, `speed`
@@ -26,7 +26,9 @@ FIRST = {"llama-1b": (1, 2), "gpt2": (8, 16), "bert": (16, 32), "vit-l": (32, 64
 PEERS = ("compile", "block-compile")
 LEAST_SPEED = 0.85
 TIMES = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-STEP, TRIES = 1.05, 4
+STEP, GAP = 1.05, 1.1
+"""How far from the estimate the next try is, and which more than the result must fail."""
+OUT_OF_MEMORY = "out of memory"
 SHARE = 0.97
 """Of the memory, for the budget: what is allocated lies in segments that are not full."""
 FASTEST = "samples_per_second_per_gpu"
@@ -36,8 +38,8 @@ Measure = Callable[[str, int], Row]
 """Trains a variant with so many rows; the row has `failed` where that does not work."""
 
 
-def largest(variant: str, first: tuple[int, int], gib: float, measure: Measure) -> Row | None:
-    """Return the row of the largest batch that a peer trains; None if it does not train at all.
+def largest(variant: str, first: tuple[int, int], gib: float, measure: Measure) -> Row:
+    """Return the row of the largest batch that a peer trains, or of a try that failed otherwise.
 
     Args:
         variant: The peer.
@@ -45,23 +47,28 @@ def largest(variant: str, first: tuple[int, int], gib: float, measure: Measure) 
         gib: Memory.
         measure: See Measure.
     """
-    found = [measure(variant, rows) for rows in first]
-    if any("failed" in row for row in found):
-        return None
-    (few, small), (many, large) = ((row["rows"], row["peak_gib"]) for row in found)
-    a_row = max((large - small) / (many - few), 1e-6)
-    rows = max(int(many + (gib - large) / a_row), many)
-    best, too_many = found[-1], 0
-    for _ in range(TRIES):
-        row = measure(variant, rows)
+    tries = [measure(variant, rows) for rows in first]
+    for row in tries:
         if "failed" in row:
+            return row
+    (few, small), (many, large) = ((row["rows"], row["peak_gib"]) for row in tries)
+    best, too_many, step = tries[-1], 0, STEP - 1
+    rows = max(int(many + (gib - large) * (many - few) / max(large - small, 1e-6)), many + 1)
+    while not too_many or too_many > max(best["rows"] * GAP, best["rows"] + 1):
+        row = measure(variant, rows)
+        if OUT_OF_MEMORY in row.get("failed", ""):
             too_many = rows
-            rows = min(int(rows / STEP), rows - 1)
+        elif "failed" in row:
+            return row
         else:
             best = row
-            rows = max(int(rows * STEP), rows + 1)
-        if rows <= best["rows"] or rows == too_many:
-            break
+        if too_many and best is not tries[-1]:
+            rows = (best["rows"] + too_many) // 2
+        elif too_many:
+            rows = max(int(too_many / (1 + step)), best["rows"] + 1)
+        else:
+            rows = int(best["rows"] * (1 + step)) + 1
+        step *= 2
     return best
 
 
@@ -89,10 +96,10 @@ def search(case: str, gib: float, measure: Measure) -> Row:
     peers = {peer: largest(peer, FIRST[case], gib, measure) for peer in PEERS}
     found: Row = {"case": case, "gib": gib}
     for peer, row in peers.items():
-        found[f"{peer} rows"] = row["rows"] if row else 0
+        found[f"{peer} rows"] = 0 if "failed" in row else row["rows"]
     base = peers[PEERS[0]]
-    if base is None:
-        return found | {"failed": f"{PEERS[0]} does not train {FIRST[case]} rows"}
+    if "failed" in base:
+        return found | {"failed": f"{PEERS[0]} with {base['rows']} rows: {base['failed']}"}
     best = ours(base["rows"], LEAST_SPEED * base[FASTEST], SHARE * gib, measure)
     if best is None:
         return found | {"rows": 0}

@@ -33,9 +33,9 @@ class Case:
         build: Makes the model with random weights on the default device.
         batch: Makes a batch from a generator, on its device.
         loss: Loss of a (wrapped) model on a batch.
-        samples: Tokens or images in a batch.
+        samples: Of `unit` in a batch.
         sized: Returns the same case with so many rows in a batch.
-        unit: Which of the two.
+        unit: "tokens" or "images".
         blocks: Attribute paths of the containers of repeated blocks, for models whose blocks are
             not found by structure (magi_train.comm.shard_blocks).
     """

@@ -18,7 +18,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 GRACE_SECONDS = 10.0
-"""How long other ranks may take to end by themselves once one failed, and what is killed to go."""
+"""How long other ranks may take to end by themselves once one has failed."""
+GONE_SECONDS = 10.0
+"""How long is waited for what was killed."""
 TAIL = 600
 
 
@@ -102,25 +104,32 @@ def stop(process: "subprocess.Popen[bytes]", after_seconds: float = 0.0) -> None
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + GRACE_SECONDS
+    deadline = time.monotonic() + GONE_SECONDS
     while any(map(_runs, tree)) and time.monotonic() < deadline:  # it holds its GPU until the end
         time.sleep(0.01)
 
 
-def _runs(pid: int) -> bool:
-    """Return whether a process is neither gone nor a zombie, whose memory is given back."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
-
-
-def _tree(pid: int) -> list[int]:
-    """Return the processes that a process has started, and theirs, where /proc tells."""
-    found = [pid]
+def _tree(leader: int) -> list[int]:
+    """Return a session's processes, and what they have started elsewhere, where /proc tells."""
+    names = os.listdir("/proc") if os.path.isdir("/proc") else []
+    found = [
+        pid for pid in map(int, filter(str.isdigit, names)) if _stat(pid)[3:4] == [str(leader)]
+    ]
     for each in found:  # grows
         for file in Path(f"/proc/{each}/task").glob("*/children"):
             with contextlib.suppress(OSError):  # it has ended
-                found += map(int, file.read_text().split())
-    return found[1:]
+                found += {*map(int, file.read_text().split())} - {*found}
+    return found
+
+
+def _runs(pid: int) -> bool:
+    """Return whether a process is neither gone nor a zombie, whose memory is given back."""
+    return _stat(pid)[:1] not in ([], ["Z"], ["X"])
+
+
+def _stat(pid: int) -> list[str]:
+    """Return state, parent, group, session, ... of a process; [] if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []

@@ -20,6 +20,7 @@ rank takes them or not as its own batch allows.
 
 import collections
 import contextlib
+import dataclasses
 import itertools
 import logging
 import math
@@ -54,7 +55,7 @@ from magi_train.fusion.narrow_gradients import SkipGradientCasts
 from magi_train.fusion.projections import MergeProjections
 from magi_train.fusion.shadow import UseWeightShadows, shadow_graph
 from magi_train.lower import lower
-from magi_train.memory.blocks import Kind, Turn
+from magi_train.memory.blocks import Turn
 from magi_train.memory.budget import FitBudget
 from magi_train.memory.exhausted import explain, is_exhausted
 from magi_train.recording import is_replayed
@@ -149,7 +150,7 @@ class Region:
         self._tuner = Tuner(runtime.config, runtime.world, runtime.report)
         self._inputs, self._assumed = Inputs(), Facts()  # of the call that is running
         self._blocks: list[nn.Module] = []
-        self._turn = Turn()
+        self._turn, self._alike = Turn(), False
         self._replayers: list[Replayer] = []
         self._misses = 0
 
@@ -355,9 +356,8 @@ class Region:
             )
 
     def _compile_blocks(self, blocks: list[nn.Module]) -> None:
-        kinds = [(type(b), tuple(tuple(p.shape) for p in b.parameters())) for b in blocks]
-        kind_of = {key: Kind(count) for key, count in collections.Counter(kinds).items()}
-        of_block = {id(b): kind_of[key] for b, key in zip(blocks, kinds, strict=True)}
+        kinds = {(type(b), tuple(tuple(p.shape) for p in b.parameters())) for b in blocks}
+        self._alike = len(kinds) == 1
         for kind, same in itertools.groupby(blocks, key=type):
             members = list(same)
 
@@ -370,8 +370,7 @@ class Region:
                 dynamic=self.runtime.config.dynamic,
             )
             for block in members:
-                bound = _Bound(compiled, block, self._turn, of_block[id(block)])
-                compat.set_compiled_call(block, bound)
+                compat.set_compiled_call(block, _Bound(compiled, block, self._turn))
 
     # -- later calls -----------------------------------------------------------------------------
 
@@ -513,6 +512,7 @@ class Region:
                 fused=runtime.config.lowering == "inductor",
                 blocks=shares,
             )
+            limit = dataclasses.replace(limit, two_variants=self._alike)
         compiled, rows = lower(
             gm,
             inputs,
@@ -647,20 +647,17 @@ class RegionBackend:
 class _Bound:
     """`compiled` with its first argument filled in, or the plain block; tells whose turn it is."""
 
-    def __init__(
-        self, compiled: Callable[..., Any], block: nn.Module, turn: Turn, kind: Kind
-    ) -> None:
-        self.compiled, self.block = compiled, block
-        self.turn, self.kind = turn, kind
+    def __init__(self, compiled: Callable[..., Any], block: nn.Module, turn: Turn) -> None:
+        self.compiled, self.block, self.turn = compiled, block, turn
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if compat.forward_mode_is_on():
             return compat.uncompiled_call(self.block, *args, **kwargs)
-        before, self.turn.place = self.turn.place, self.kind.place(self.block)
+        before, self.turn.block = self.turn.block, id(self.block)
         try:
             return self.compiled(self.block, *args, **kwargs)
         finally:
-            self.turn.place = before
+            self.turn.block = before
 
 
 def own_code(function: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -18,9 +18,11 @@ budget (-> `Choices.frontier`): a smaller one never gives a faster step or a hig
 variant takes as long to compile as the first, so it is in the list only if the fastest plan for all
 blocks that takes no more memory is slower by more than `WORTH`.
 
-Blocks of several kinds (`Kind`) are captured one after the other. Each graph is planned as if it
-served all blocks, and lean are the first of its kind, in the same proportion, rounded up: what
-waits is then no more than the mean of what the kinds were planned with.
+A lean plan has no higher peak of its own than the fast one. So the peak of the step is at most the
+planned one if more blocks are lean: where several graphs serve the blocks, each takes its own first
+k blocks for lean; and where the plan of code from a cache is lost, all of them are. Where blocks
+are of several kinds, all blocks of a graph follow one plan: others wait beside them that are not
+captured yet.
 """
 
 import itertools
@@ -101,7 +103,10 @@ class Choices:
 
     def _mixed(self) -> Iterator[Choice]:
         n = self._limit.blocks
-        for fast, lean in itertools.combinations(self._candidates() if n > 1 else (), 2):
+        plans = self._candidates() if self._limit.two_variants else ()
+        for fast, lean in itertools.combinations(plans, 2):
+            if self._row.timeline(lean).peak > self._row.timeline(fast).peak:
+                continue
             for count in range(1, n):
                 yield self._of((count, lean), (n - count, fast))
 
@@ -134,30 +139,11 @@ class Turn:
     """Which block is running; it is told by whoever calls the block.
 
     Attributes:
-        place: Its place among the blocks of its kind, and how many these are.
+        block: Its id; 0 outside of blocks.
     """
 
     def __init__(self) -> None:
-        self.place = (0, 1)
-
-
-class Kind:
-    """Blocks of one class whose weights have the same shapes, in the order of their first calls.
-
-    A block keeps its place, and so its variant, in every later call: where a forward runs it twice,
-    and where a checkpoint runs it again in the backward.
-
-    Args:
-        size: How many there are.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._places: dict[int, int] = {}
-
-    def place(self, block: object) -> tuple[int, int]:
-        """Return the place of a block that is being called, and how many there are."""
-        return self._places.setdefault(id(block), len(self._places)), self.size
+        self.block = 0
 
 
 def in_turn(
@@ -165,15 +151,19 @@ def in_turn(
 ) -> Callable[..., Any]:
     """Return a function that calls the variant of the block that is running.
 
+    Blocks take their places in the order of their first calls, and keep them: where a forward runs
+    a block twice, and where a checkpoint runs it again in the backward.
+
     Args:
         variants: In the order of the forward.
-        counts: How many blocks of all follow each of them.
+        counts: How many blocks follow each of them.
         turn: Says which block is running.
     """
-    total, ends = sum(counts), list(itertools.accumulate(counts))[:-1]
+    ends = list(itertools.accumulate(counts))[:-1]
+    places: dict[int, int] = {}
 
     def call(*args: Any) -> Any:
-        place, size = turn.place
-        return variants[sum(place * total >= end * size for end in ends)](*args)
+        place = places.setdefault(turn.block, len(places))
+        return variants[sum(place >= end for end in ends)](*args)
 
     return call

@@ -297,7 +297,8 @@ class Row:
         """Yield the plan that saves a set on the device, and some with ever more on the host."""
         again = self.joint.recomputed(saved)
         names = frozenset(n.name for n in saved)
-        plan = SavedSet(names, math.fsum(self.joint.seconds[n] for n in again))  # in any order
+        # exact in any order: that of a set differs from rank to rank, and all must choose alike
+        plan = SavedSet(names, math.fsum(self.joint.seconds[n] for n in again))
         yield plan
         values = self.joint.movable(saved) if self._room else []
         sizes = [self.joint.storages.total([n]) for n in values]

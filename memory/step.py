@@ -73,6 +73,7 @@ class Limit:
         strict: Whether a budget that cannot be kept is an error; else the least is taken.
         survey: Whether the plan shall say what each other budget would give.
         room_bytes: Of the host, for activations that wait there; 0: none do.
+        two_variants: Whether some blocks may follow another plan than the others.
     """
 
     budget_bytes: int
@@ -86,6 +87,7 @@ class Limit:
     strict: bool = True
     survey: bool = False
     room_bytes: int = 0
+    two_variants: bool = False
 
     @property
     def resident_bytes(self) -> int:

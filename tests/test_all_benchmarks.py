@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 
 from benchmarks import all as everything
 from benchmarks.all import CPU_TASKS, TASKS, Task
+from magi_train.integrations.ranks import stop
 
 SCRIPT = """
 import json, os, sys, time
@@ -97,11 +100,34 @@ time.sleep(600)
     (tmp_path / "fake_ranks.py").write_text(child.format(str(told)))
     status, _ = called([Task("ranks", "fake_ranks", 1, 5)])
     assert "cut after 10 s" in status
+    assert has_ended(told.read_text())
+
+
+def has_ended(pid):
     try:
-        state = Path(f"/proc/{told.read_text()}/stat").read_text().split()[2]
+        state = Path(f"/proc/{pid}/stat").read_text().split()[2]
     except (FileNotFoundError, ProcessLookupError):
-        return
-    assert state == "Z", "gone, unless nobody has asked how it ended"
+        return True
+    return state == "Z"  # gone, unless nobody has asked how it ended
+
+
+def test_what_a_process_that_has_failed_left_behind_ends_too():
+    child = """
+import subprocess, sys
+code = "import time; x = b'x' * (1 << 30); print(flush=True); time.sleep(600)"
+sleep = [sys.executable, "-c", code]
+left = subprocess.Popen(sleep, stdout=subprocess.PIPE)
+left.stdout.readline()
+print(left.pid, flush=True)
+sys.exit(1)
+"""
+    words = [sys.executable, "-c", child]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True)
+    pid = process.stdout.readline().decode().strip()
+    assert process.wait() == 1
+    assert not has_ended(pid)
+    stop(process)
+    assert has_ended(pid)
 
 
 def test_tests_share_a_record(called, tmp_path):

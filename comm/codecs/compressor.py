@@ -267,7 +267,8 @@ class Compressor:
                     part = slot.view(mean).cpu().clone(memory_format=torch.contiguous_format)
                     found.setdefault(slot.name, {})[RESIDUAL] = part
             for name, basis in codec.bases():
-                found.setdefault(name, {})[BASIS] = basis.detach().cpu().clone()
+                plain = basis.detach().cpu().clone(memory_format=torch.contiguous_format)
+                found.setdefault(name, {})[BASIS] = plain
         return found
 
     def load(self, state: dict[str, dict[str, Tensor]]) -> None:

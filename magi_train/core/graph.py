@@ -525,9 +525,9 @@ def drop_unread(gm: GraphModule) -> tuple[str, ...]:
 def copy_where_no_view_is(gm: GraphModule) -> None:
     """Let views copy whose input lies otherwise in memory than traced, and recompile the module.
 
-    The strides of fake tensors are wrong for some ops, the backward of softplus among them, and
-    others of an op's results follow from how it is taken apart. Values of a functional graph do not
-    depend on who shares memory.
+    The strides of fake tensors are wrong for some ops, the backward of softplus among them, and an
+    op that is decomposed later may give others. Values of a functional graph do not depend on who
+    shares memory.
     """
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default

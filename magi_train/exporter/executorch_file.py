@@ -79,4 +79,6 @@ def executorch_runner(path: Path) -> Callable[..., Sequence[Tensor]]:
 
 
 def _missing(error: ImportError, what: str) -> ExportError:
-    return ExportError(f"{what} needs {error.name}; pip install 'magi-train[executorch]'")
+    return ExportError(
+        f"{what} needs {error.name or 'executorch'}; pip install 'magi-train[executorch]' ({error})"
+    )

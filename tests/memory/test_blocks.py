@@ -1,6 +1,7 @@
 """Two variants of a block: which are planned, what they take, and that they compute the same."""
 
 import copy
+import dataclasses
 import itertools
 import random
 import types
@@ -14,7 +15,7 @@ from magi_train import Config, MagiError, lower
 from magi_train.core.hardware import Speed
 from magi_train.memory import blocks as memory_blocks
 from magi_train.memory import step as step_memory
-from magi_train.memory.blocks import Choices, Kind, Turn, in_turn
+from magi_train.memory.blocks import Choices, Turn, in_turn
 from magi_train.memory.peak import Timeline
 from magi_train.memory.remat import Row, SavedSet
 from magi_train.memory.step import GIB, Limit
@@ -30,7 +31,7 @@ def limit_of(blocks=BLOCKS, gradient_bytes=0, update_bytes=0):
     return Limit(
         budget_bytes=0, resident={"parameters": 1000}, gradient_bytes=gradient_bytes,
         update_bytes=update_bytes, device_type="cpu", speed=Speed(flops=1e8, bytes=1e12, host=0.0),
-        fused=False, blocks=blocks,
+        fused=False, blocks=blocks, two_variants=True,
     )  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def limits(seed):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_the_fastest_step_within_the_budget_is_chosen(seed, monkeypatch):
-    """Against all pairs of plans, all counts, and a peak that is added up block by block."""
+    """Against all pairs of plans that may be mixed, and all counts, block by block."""
     monkeypatch.setattr(memory_blocks, "WORTH", -1.0)
     row, limit = made_up(seed), limits(seed)
     n, choices = limit.blocks, Choices(row, limit)
@@ -86,6 +87,7 @@ def test_the_fastest_step_within_the_budget_is_chosen(seed, monkeypatch):
         [lean] * k + [fast] * (n - k)
         for fast, lean in itertools.combinations(usable, 2)
         for k in range(1, n)
+        if row.timeline(lean).peak <= row.timeline(fast).peak
     ]
     every = [(peak_of(row, limit, each), sum(p.seconds for p in each)) for each in steps]
     free = peak_of(row, limit, [row.default] * n)
@@ -198,26 +200,42 @@ def test_plans_of_a_captured_layer_are_monotonic(layer):
 
 
 def test_the_first_blocks_called_are_lean_and_stay_so():
-    turn, kind = Turn(), Kind(4)
+    turn = Turn()
     call = in_turn(["lean".__add__, "fast".__add__], [1, 3], turn)
     blocks = [object() for _ in range(4)]
     for order in ([2, 0, 1, 3], [3, 1, 0, 2, 2], [0]):
         told = []
         for i in order:
-            turn.place = kind.place(blocks[i])
+            turn.block = id(blocks[i])
             told.append(call("!"))
         assert told == ["lean!" if i == 2 else "fast!" for i in order]
 
 
-@pytest.mark.parametrize(("lean", "size", "want"), [(4, 4, 2), (1, 4, 1), (7, 2, 2), (4, 1, 1)])
-def test_each_kind_is_lean_in_proportion(lean, size, want):
-    turn, kind = Turn(), Kind(size)
-    call = in_turn([lambda: "lean", lambda: "fast"], [lean, 8 - lean], turn)
+def test_each_graph_takes_its_own_first_blocks_for_lean():
+    turn = Turn()
+    graphs = [in_turn([lambda: "lean", lambda: "fast"], [2, 4], turn) for _ in range(2)]
     told = []
-    for block in [object() for _ in range(size)]:
-        turn.place = kind.place(block)
-        told.append(call())
-    assert told == ["lean"] * want + ["fast"] * (size - want)
+    for i, block in enumerate([object() for _ in range(6)]):
+        turn.block = id(block)
+        told.append(graphs[i // 3]())
+    assert told == ["lean", "lean", "fast"] * 2
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_more_lean_blocks_never_take_more(seed):
+    row, limit = made_up(seed), limit_of(gradient_bytes=40 * (seed % 3))
+    choices = Choices(row, limit)
+    for choice in choices.frontier:
+        (_, lean), *others = choice.runs
+        assert choices.alike(lean).peak <= choice.peak
+        for _, fast in others:
+            assert row.timeline(lean).peak <= row.timeline(fast).peak
+
+
+def test_blocks_of_several_kinds_follow_one_plan():
+    row, limit = made_up(1), dataclasses.replace(limit_of(), two_variants=False)
+    assert all(len(choice.runs) == 1 for choice in Choices(row, limit).frontier)
+    assert any(len(choice.runs) == 2 for choice in Choices(row, limit_of()).frontier)
 
 
 # -- models ----------------------------------------------------------------------------------------
@@ -391,7 +409,7 @@ def test_ranks_make_the_same_blocks_lean(two_ranks):
 
 
 @pytest.mark.full
-def test_kinds_of_blocks_have_plans_of_their_own():
+def test_kinds_of_blocks_have_one_plan_each():
     torch.manual_seed(0)
     module = t5()
     module.config.use_cache = False
@@ -404,7 +422,7 @@ def test_kinds_of_blocks_have_plans_of_their_own():
     budget = between(largest, 0.7)
     rows, got_loss, got = run(module, budget)
     assert len(rows) == 4
-    assert sum(r.plan["lean_blocks"] > 0 for r in rows) >= 2
+    assert not any(r.plan["lean_blocks"] for r in rows)
     assert all(r.plan["planned_gib"] <= budget for r in rows)
     assert torch.equal(got_loss, loss)
     assert same(got, want)
