@@ -62,6 +62,11 @@ class Task:
         return self.gpus or 1
 
     @property
+    def needs(self) -> str:
+        """What it takes, for people."""
+        return f"{self.gpus} GPU(s)" if self.gpus else "the CPU"
+
+    @property
     def where(self) -> str:
         """End of its record's name."""
         return f"{self.gpus}gpu" if self.gpus else "cpu"
@@ -216,7 +221,7 @@ def run_all(
             threads.append(threading.Thread(target=one, args=(task, gpus)))
             threads[-1].start()
         else:
-            print(f"{task.name}: not started, needs {task.gpus} GPU(s) for {task.seconds} s")
+            print(f"{task.name}: not started, needs {task.needs} for {task.seconds} s")
     for thread in threads:
         thread.join()
     return ended
@@ -243,7 +248,7 @@ def main() -> None:
     tasks = [known[name] for name in options.tasks] or list(listed)
     if options.list:
         for task in tasks:
-            print(f"{task.name:28} {task.gpus} GPU(s) {task.seconds:4} s  python -m {task.command}")
+            print(f"{task.name:28} {task.needs} {task.seconds:4} s  python -m {task.command}")
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     gpus = [""] if options.cpu else records.gpus()
