@@ -262,7 +262,7 @@ def lower(
         The compiled graph, and one row per pass that ran, or that ran when the code was cached.
     """
     lowered = Lowered(collectives, limit, context, joint, backward, blocks, how == "inductor")
-    again = compat.with_inputs(gm, {}) if limit is not None and blocks > 1 else gm
+    again = compat.with_inputs(gm, {}) if limit is not None and limit.two_variants else gm
     compiled, rows = _lower(gm, inputs, how, lowered)
     plan = next((row.plan for row in rows if row.name == FitBudget.name), {})
     if turn is None or not plan.get("lean_blocks"):

@@ -71,7 +71,7 @@ class Choices:
     def choose(self, limit_bytes: int) -> Choice | None:
         """Return the fastest choice whose peak is within `limit_bytes`, None if none is."""
         alike = self._row.choose(lambda p: self.alike(p).peak, limit_bytes, self._at_least)
-        if self._limit.blocks == 1 or alike is self._row.default:
+        if not self._limit.two_variants or alike is self._row.default:
             return None if alike is None else self.alike(alike)
         return next((c for c in self.frontier if c.peak <= limit_bytes), None)
 
