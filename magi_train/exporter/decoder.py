@@ -153,7 +153,7 @@ def export_decoder(
         optimize(captured, config, target, report)
         if target == "pt2" and captured.contract.device != "cpu":
             found = spread(captured.graph)
-            report.note(f"{name}: attention of few queries written out, calls: {found}")
+            report.note(f"{name}: attention of few queries by the kernel, calls: {found}")
         check_numbers(captured, config, report)
         graphs[name] = captured
     settings = getattr(plain, "generation_config", None) or plain.config

@@ -11,7 +11,7 @@ import torch
 from magi_train import cli
 from magi_train.core import device_graphs
 from magi_train.core.errors import ExportError
-from magi_train.exporter import ExportConfig
+from magi_train.exporter import ExportConfig, generate
 from magi_train.exporter.decoder import export_decoder
 from magi_train.exporter.generate import Sampling, load_decoder
 from tests.exporter.test_loaded import Recorder
@@ -185,6 +185,15 @@ def test_sampling_keeps_what_it_is_told_to():
 
 
 @SLOW
+@pytest.mark.parametrize("width", [5, generate.PARTS**2, 50257])
+def test_the_likeliest_is_the_first_of_the_largest(width):
+    logits = torch.randn(6, width).round(decimals=1)
+    logits[1, width // 3 :] = torch.nan
+    logits[2] = float("-inf")
+    logits[3], logits[4, -1], logits[5, 0] = -5.0, 9.0, 9.0
+    assert torch.equal(generate.likeliest(logits), logits.argmax(-1))
+
+
 def test_a_compiled_decode_step_gives_the_same_tokens(one_layer, monkeypatch):
     _, path, _ = one_layer
     monkeypatch.setitem(device_graphs.makers, "cpu", Recorder)

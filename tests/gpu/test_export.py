@@ -11,7 +11,9 @@ from magi_train import ExportConfig
 from magi_train.core.errors import ExportError
 from magi_train.exporter.decoder import export_decoder
 from magi_train.exporter.generate import load_decoder
+from magi_train.exporter.few_queries import LEAST_KEYS
 from tests.exporter.nets import Block
+from tests.exporter.test_few_queries import check_numbers
 from tests.models import gpt2, images, llama, tokens
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -84,3 +86,30 @@ def test_decoding_equals_generate(tmp_path, make, graphs, machine_code):
         given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 20}
         wanted = model.generate(ids, do_sample=False, **given)
         assert torch.equal(decoder.generate(ids, **given), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["none", "boolean", "added", "mostly empty"])
+def test_attention_of_few_queries(kind, dtype):
+    check_numbers("cuda", 4, 2048, 64, 8, kind, dtype)
+    check_numbers("cuda", 1, 1111, 40, 3, kind, dtype)
+
+
+@pytest.mark.parametrize("target", ["program", "pt2"])
+def test_code_runs_the_kernel_for_few_queries(tmp_path, target, request):
+    if target == "pt2":
+        request.getfixturevalue("machine_code")
+    model = llama().cuda().eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    path = tmp_path / "decoder.pt2"
+    report = export_decoder(model, path, length=2 * LEAST_KEYS, batch=2, target=target)
+    if target == "pt2":
+        assert "decode: attention of few queries by the kernel, calls: 2" in report.notes
+    compile = {"compile": True} if target == "program" else {}
+    decoder = load_decoder(path, cuda_graphs=True, **compile)
+    ids = tokens(0)[:2].cuda()
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 20}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        got = decoder.generate(ids, **given)
+    assert torch.equal(got, model.generate(ids, do_sample=False, **given))
+    assert [e for e in profile.events() if e.name.startswith("_parts")]
