@@ -2,10 +2,10 @@
 
     scores = q k^T scale, masked      p = softmax(scores)      result = p v
 
-A decode step has one query for each head, so a kernel that gives its programs rows of queries leaves
-most multiprocessors idle. Here a program has one head and a run of its keys: it keeps the maximum m
-of its scores, the sum l of exp(scores - m) and the sum of those times the values, in float32, and a
-second launch puts the parts together:
+A decode step has one query for each head, so a kernel that gives its programs rows of queries
+leaves most multiprocessors idle. Here a program has one head and a run of its keys: it keeps the
+maximum m of its scores, the sum l of exp(scores - m) and the sum of those times the values, in
+float32, and a second launch puts the parts together:
 
     M = max m      result = sum(exp(m - M) part) / sum(exp(m - M) l)
 
@@ -120,6 +120,12 @@ def _together(
     tl.store(result + d, value.to(result.dtype.element_ty), mask=d < size)
 
 
+def _steps(mask: Tensor) -> list[int]:
+    """Return the strides of a mask that is broadcast to four dimensions."""
+    own = [0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True)]
+    return [0] * (4 - mask.dim()) + own
+
+
 @triton_op("magi_train::flash_decoding", mutates_args=())
 def flash_decoding(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
@@ -127,8 +133,8 @@ def flash_decoding(
     """Return the attention of a few queries; a query that sees no key gives zeros.
 
     Args:
-        query: `[batch, heads, queries, size]`, at most MOST_QUERIES, of at most MOST_SIZE; bfloat16,
-            float16 or float32, any strides.
+        query: `[batch, heads, queries, size]`, at most MOST_QUERIES, of at most MOST_SIZE elements;
+            bfloat16, float16 or float32, any strides.
         key: `[batch, heads, keys, size]`, the same dtype.
         value: As `key`.
         mask: Boolean, true where a key is seen, or added to the scores; broadcast to
@@ -146,25 +152,30 @@ def flash_decoding(
     result = torch.empty_like(query, memory_format=torch.contiguous_format)
     if not result.numel():
         return result
-    if mask is not None:
-        mask = mask.expand(batch, heads, queries, keys)
     hides = mask is not None and mask.dtype is torch.bool
     shape = (batch * heads, count, queries, size + 2)
     parts = torch.empty(shape, dtype=torch.float32, device=query.device)
     wide = max(16, triton.next_power_of_2(size))
     given = query if mask is None else mask
+    steps = [0] * 4 if mask is None else _steps(mask)
     if interpreted():
         sum_parts, put_together = _parts, _together
     else:  # Inductor then sees the kernels
         sum_parts, put_together = wrap_triton(_parts), wrap_triton(_together)
     sum_parts[batch * heads, count](
         query, key, value, given, parts, heads, queries, keys, size, run, scale,
-        *query.stride(), *key.stride(), *value.stride(), *given.stride(), HIDES=hides,
+        *query.stride(), *key.stride(), *value.stride(), *steps, HIDES=hides,
         ADDS=mask is not None and not hides, QUERIES=MOST_QUERIES, SIZE=wide, BLOCK=BLOCK,
         EXACT=query.dtype is torch.float32, WIDENED=interpreted(), num_warps=WARPS,
     )  # fmt: skip
     put_together[batch * heads, queries](
-        parts, result, queries, size, count, SIZE=wide, COUNT=triton.next_power_of_2(count),
+        parts,
+        result,
+        queries,
+        size,
+        count,
+        SIZE=wide,
+        COUNT=triton.next_power_of_2(count),
         num_warps=WARPS,
     )
     return result

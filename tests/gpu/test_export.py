@@ -10,8 +10,8 @@ import magi_train
 from magi_train import ExportConfig
 from magi_train.core.errors import ExportError
 from magi_train.exporter.decoder import export_decoder
-from magi_train.exporter.generate import load_decoder
 from magi_train.exporter.few_queries import LEAST_KEYS
+from magi_train.exporter.generate import load_decoder
 from tests.exporter.nets import Block
 from tests.exporter.test_few_queries import check_numbers
 from tests.models import gpt2, images, llama, tokens

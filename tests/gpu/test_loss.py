@@ -46,7 +46,7 @@ def test_a_step_with_the_kernel_equals_eager(name, chunked, monkeypatch):
     model = MODELS[name][0]().cuda().train()
     twin, exact = copy.deepcopy(model), copy.deepcopy(model).double()
     batch = {k: v.cuda() for k, v in MODELS[name][1](0).items()}
-    fusion = magi_train.FusionConfig(loss_chunk_mib=0.05 if chunked else 8192.0)
+    fusion = magi_train.FusionConfig(loss_chunk_mib=0.01 if chunked else 8192.0)
     ours = magi_train.prepare(twin, config=Config(tier="graph", fusion=fusion))
     step = magi_train.prepare_step(lambda batch: loss_of(ours(**batch)), ours)
     loss_of(exact(**batch)).backward()
