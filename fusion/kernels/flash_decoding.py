@@ -39,13 +39,16 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _parts(
-    query, key, value, mask, parts, heads, queries, keys, size, run, scale,
+    query, key, value, mask, parts, heads, queries, keys, size, run,
     query_batch, query_head, query_row, query_column, key_batch, key_head, key_row, key_column,
     value_batch, value_head, value_row, value_column, mask_batch, mask_head, mask_row, mask_column,
-    HIDES: tl.constexpr, ADDS: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr,
-    BLOCK: tl.constexpr, EXACT: tl.constexpr, WIDENED: tl.constexpr,
+    SCALE: tl.constexpr, HIDES: tl.constexpr, ADDS: tl.constexpr, QUERIES: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr, WIDENED: tl.constexpr,
 ):  # fmt: skip
-    """One head, one run of keys: its sums, then maxima and sums of factors, for each query."""
+    """One head, one run of keys: its sums, then maxima and sums of factors, for each query.
+
+    SCALE is a constant, as generated code may pass numbers in float64.
+    """
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
     index, part = tl.program_id(0), tl.program_id(1)
     batch, head = (index // heads).to(tl.int64), (index % heads).to(tl.int64)
@@ -77,7 +80,7 @@ def _parts(
             )
             if WIDENED:
                 q, k = q.to(tl.float32), k.to(tl.float32)
-            scores = tl.dot(q, tl.trans(k), input_precision=precision) * scale
+            scores = tl.dot(q, tl.trans(k), input_precision=precision) * SCALE
             if ADDS:
                 scores += added
             scores = tl.where(seen, scores, float("-inf"))
@@ -163,8 +166,8 @@ def flash_decoding(
     else:  # Inductor then sees the kernels
         sum_parts, put_together = wrap_triton(_parts), wrap_triton(_together)
     sum_parts[batch * heads, count](
-        query, key, value, given, parts, heads, queries, keys, size, run, scale,
-        *query.stride(), *key.stride(), *value.stride(), *steps, HIDES=hides,
+        query, key, value, given, parts, heads, queries, keys, size, run,
+        *query.stride(), *key.stride(), *value.stride(), *steps, SCALE=scale, HIDES=hides,
         ADDS=mask is not None and not hides, QUERIES=MOST_QUERIES, SIZE=wide, BLOCK=BLOCK,
         EXACT=query.dtype is torch.float32, WIDENED=interpreted(), num_warps=WARPS,
     )  # fmt: skip

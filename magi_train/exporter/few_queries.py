@@ -51,6 +51,8 @@ def _call(node: Node, most_queries: int, most_size: int) -> dict[str, Any] | Non
     call = attention_arguments(node)
     if call["dropout_p"] or call["is_causal"] or call["enable_gqa"]:
         return None
+    if isinstance(call["scale"], Node):
+        return None
     q, k, v = (example_value(call[name]) for name in ("query", "key", "value"))
     if any(t.dim() != 4 or t.dtype not in DTYPES for t in (q, k, v)):
         return None

@@ -109,7 +109,8 @@ def test_code_runs_the_kernel_for_few_queries(tmp_path, target, request):
     decoder = load_decoder(path, cuda_graphs=True, **compile)
     ids = tokens(0)[:2].cuda()
     given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 20}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    on_gpu = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=on_gpu, acc_events=True) as profile:
         got = decoder.generate(ids, **given)
     assert torch.equal(got, model.generate(ids, do_sample=False, **given))
-    assert [e for e in profile.events() if e.name.startswith("_parts")]
+    assert [e for e in profile.events() if "_parts" in e.name]
