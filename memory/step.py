@@ -152,6 +152,7 @@ class StepMemory:
         self._offload, self._speed, self._room = offload, speed_of(device_type), 0
         self._resident: dict[str, int] | None = None
         self._planned_bytes = 0
+        self._told = False
         self._bounded = False
         self._correction = 0
         self._plans, self._calls, self._done = 1, 0, False
@@ -270,6 +271,16 @@ class StepMemory:
         """Take note of a graph's predicted peak, and whether something is recomputed for it."""
         self._planned_bytes = max(self._planned_bytes, int(planned_gib * GIB))
         self._bounded |= bounded
+        if self._plans > 1 and self._planned_bytes > self.budget_bytes and not self._told:
+            self._told = True
+            warning = (
+                f"Config.memory_budget_gib is {self.budget_bytes / GIB:.6g}, and is not kept: with "
+                f"what the first plan could not know, {self._correction / GIB:.4g} GiB, a step "
+                f"takes at least {planned_gib:.6g} GiB. Training goes on; give a budget of as "
+                "much, or a smaller batch or sequence"
+            )
+            self._report.note(warning)
+            logger.warning("magi-train: %s", warning)
 
     def plan_anew(self) -> bool:
         """Return whether the step that begins has to be planned anew; call it in every forward."""

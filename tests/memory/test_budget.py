@@ -125,6 +125,22 @@ def test_a_peak_beyond_the_plan_is_planned_anew_once(unlimited, monkeypatch):
     plans = [r.plan for r in report.rows if r.name == "fit_budget"]
     assert len(plans) == 2
     assert plans[1]["saved_gib"] < plans[0]["saved_gib"]
+    assert not any("is not kept" in note for note in report.notes)
+
+
+def test_a_budget_that_cannot_be_kept_after_all_is_said(unlimited, monkeypatch, caplog):
+    model, free, _ = unlimited
+    budget = between(free, 1.02)
+    monkeypatch.setattr(step_memory, "measured_peak", lambda: int(3 * budget * GIB))
+    module, step = prepared(copy.deepcopy(model), budget)
+    for _ in range(4):
+        step(tokens(0, 16) % 32).backward()
+    (note,) = [n for n in magi_train.report(module).notes if "is not kept" in n]
+    least = [
+        r.plan["planned_gib"] for r in magi_train.report(module).rows if "planned_gib" in r.plan
+    ]
+    assert f"takes at least {least[-1]:.6g} GiB" in note
+    assert caplog.text.count("is not kept") == 1
 
 
 @pytest.mark.full
