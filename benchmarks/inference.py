@@ -9,7 +9,7 @@ one, and a Llama of 1.2 billion weights that generates greedily. Every variant i
 own with a time limit: one that fails or hangs is a row that says why, and what does not fit into
 `--budget` is not started and says so. Ours are files of magi_train.export: "program" runs op by op,
 "compiled" and "max-autotune" are the same file compiled when it is loaded, "pt2" is machine code;
-all run as CUDA graphs. Random weights, the same for all; nothing is downloaded.
+all run as CUDA graphs where that gains. Random weights, the same for all; nothing is downloaded.
 
 p50_ms, p99_ms: latency of a call (of a whole generation). to_eager, to_best_peer: p50 of that row
 over p50 of this one; above 1 is faster. peak_mib: memory of a call above the weights. The error is

@@ -164,7 +164,7 @@ def _ours(target: Any, compile: Any = False) -> Callable[[nn.Module, Inputs, Pat
         file = folder / "ours.pt2"
         first = next(iter(inputs.values()))
         export(module, inputs, file, target=target)
-        loaded = load(file, cuda_graphs=first.is_cuda, compile=compile)
+        loaded = load(file, cuda_graphs="auto" if first.is_cuda else False, compile=compile)
         return lambda: loaded(**inputs)
 
     return make

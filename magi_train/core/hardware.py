@@ -117,14 +117,15 @@ def speed_of(device_type: str) -> Speed:
     return next((speed for known, speed in SPEEDS.items() if known in name), OTHER_GPU)
 
 
-LINK_STEPS, LINK_PROBE_BYTES = 10, 2**26
+LINK_STEPS, LINK_PROBE_BYTES = 10, 2**29
+"""More than the caches of a host hold, from which a copy would be faster."""
 
 
 def measured_link(expected: float) -> float:
     """Return the bytes a second between the current CUDA device and its host, the slower way.
 
-    At most what is expected, and in tenths of that, as compiled code depends on it. Takes some ten
-    milliseconds.
+    At most what is expected, and in tenths of that, as compiled code depends on it. Takes some
+    hundred milliseconds, most of it to pin memory.
     """
     there = torch.empty(LINK_PROBE_BYTES, dtype=torch.uint8, device="cuda")
     here = torch.empty(LINK_PROBE_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)

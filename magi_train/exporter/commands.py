@@ -45,7 +45,8 @@ def add_parsers(commands: Commands) -> None:
     _model(measure, required=False)
     measure.add_argument("--size", action="append", default=[], metavar="NAME=N")
     measure.add_argument("--calls", type=int, default=100)
-    measure.add_argument("--cuda-graphs", action="store_true")
+    measure.add_argument("--cuda-graphs", nargs="?", const=True, default=False, choices=["auto"],
+                         help="replay each shape; with 'auto' only where it gains")  # fmt: skip
     measure.add_argument("--compile", action="store_true", help="compile the file's program")
     measure.add_argument("--no-compile", action="store_true", help="no row for torch.compile")
     measure.add_argument("--json", action="store_true", help="print JSON")

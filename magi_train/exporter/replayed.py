@@ -3,6 +3,9 @@
 At small batches a forward takes as long as its launches. A shape's second call records them, and
 later calls copy their inputs into the recorded memory and start the recording. Results are copied
 out, because the next call overwrites them. One lock: the memory is shared by all callers.
+
+Where the device has enough to do, a recording gains nothing and holds memory all the same. If asked
+to, a shape's second call therefore times both ways, and drops what does not pay.
 """
 
 import contextlib
@@ -17,6 +20,9 @@ from magi_train.core.device_graphs import DeviceGraphs
 MAX_SHAPES = 16
 """Further shapes run without a graph: each holds memory."""
 
+GAIN, TIMED = 0.05, 3
+"""What a replay must gain to be worth its memory; calls of each way that are timed."""
+
 Key = tuple[tuple[int, ...], ...]
 
 
@@ -27,6 +33,7 @@ class Replayed:
         run: Takes and returns tensors.
         graphs: The device.
         lock: Held during each call.
+        if_faster: Keep recordings only of shapes whose calls become shorter by GAIN.
     """
 
     def __init__(
@@ -34,9 +41,12 @@ class Replayed:
         run: Callable[..., Sequence[Tensor]],
         graphs: DeviceGraphs,
         lock: contextlib.AbstractContextManager[Any],
+        *,
+        if_faster: bool = False,
     ) -> None:
-        self._run, self._graphs, self._lock = run, graphs, lock
+        self._run, self._graphs, self._lock, self._if_faster = run, graphs, lock, if_faster
         self._seen: set[Key] = set()
+        self._dropped: set[Key] = set()
         self._recorded: dict[Key, tuple[list[Tensor], list[Any], Callable[[], None]]] = {}
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
@@ -45,18 +55,42 @@ class Replayed:
         with self._lock:
             if key not in self._recorded and not self._record(key, tensors):
                 return list(self._run(*tensors))
-            inputs, results, replay = self._recorded[key]
-            for inside, outside in zip(inputs, tensors, strict=True):
-                inside.copy_(outside, non_blocking=True)
-            replay()
-            return [r.clone() for r in results]
+            return self._replay(key, tensors)
+
+    def _replay(self, key: Key, tensors: Sequence[Tensor]) -> list[Tensor]:
+        inputs, results, replay = self._recorded[key]
+        for inside, outside in zip(inputs, tensors, strict=True):
+            inside.copy_(outside, non_blocking=True)
+        replay()
+        return [r.clone() for r in results]
 
     def _record(self, key: Key, tensors: Sequence[Tensor]) -> bool:
-        if key not in self._seen or len(self._recorded) >= MAX_SHAPES or self._graphs.busy():
+        full = len(self._recorded) >= MAX_SHAPES
+        if key not in self._seen or key in self._dropped or full or self._graphs.busy():
             self._seen.add(key)  # the first call sets up libraries, which may not be recorded
             return False
         inputs = [t.clone() for t in tensors]
+        if self._if_faster:
+            plain_ms = self._milliseconds(lambda: self._run(*tensors))
+            self._graphs.new_pool()  # what is dropped gives all of its memory back
         with torch.no_grad():
             results, replay = self._graphs.capture(lambda: list(self._run(*inputs)))
         self._recorded[key] = (inputs, results, replay)
+        if self._if_faster:
+            replayed_ms = self._milliseconds(lambda: self._replay(key, tensors))
+            if replayed_ms > plain_ms * (1 - GAIN):
+                del self._recorded[key]
+                self._dropped.add(key)
+                self._graphs.new_pool()
+                return False
         return True
+
+    def _milliseconds(self, call: Callable[[], Any]) -> float:
+        """Return what a call takes, from an idle device's start to its end: the shortest."""
+        found = []
+        for _ in range(TIMED):
+            marks = [self._graphs.mark()]
+            call()
+            marks.append(self._graphs.mark())
+            found += self._graphs.milliseconds(marks)  # waits
+        return min(found)

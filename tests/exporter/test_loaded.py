@@ -187,6 +187,52 @@ def test_replay_gives_results_of_their_own(file, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(again, got * 8, strict=True))
 
 
+class Timed(Recorder):
+    """Says that a call takes as long as it is told to; plain ones count as 10 ms."""
+
+    pools = replays = 0
+    replay_ms = 0.0
+
+    def capture(self, function):
+        results, replay = super().capture(function)
+
+        def counted():
+            self.replays += 1
+            replay()
+
+        return results, counted
+
+    def mark(self):
+        return self.replays
+
+    def milliseconds(self, marks):
+        return [self.replay_ms if marks[1] > marks[0] else 10.0]
+
+    def new_pool(self):
+        self.pools += 1
+
+
+@pytest.mark.parametrize(("replay_ms", "kept"), [(9.4, True), (9.6, False)])
+def test_a_graph_stays_where_it_gains(file, monkeypatch, replay_ms, kept):
+    monkeypatch.setitem(device_graphs.makers, "cpu", Timed)
+    monkeypatch.setattr(Timed, "replay_ms", replay_ms)
+    plain, run = magi_train.load(file), magi_train.load(file, cuda_graphs="auto")
+    graphs = run._run._graphs
+    for n in (2, 2, 2, 3, 2, 3, 3):
+        pair = torch.randn(n, 4), torch.arange(n)
+        torch.testing.assert_close(run(*pair), plain(*pair))
+    assert len(run._run._recorded) == (2 if kept else 0)
+    assert graphs.pools == (2 if kept else 4), "the memory of what is dropped is given back"
+    before = graphs.replays
+    run(*pair)
+    assert graphs.replays == before + kept, "dropped for good"
+
+
+def test_how_to_replay_is_true_false_or_auto(file):
+    with pytest.raises(ValueError, match="True, False or 'auto', got 'on'"):
+        magi_train.load(file, cuda_graphs="on")
+
+
 class Halved(nn.Module):
     """Adds up pairs of rows, so that their number must be even."""
 
