@@ -97,6 +97,26 @@ class SavedPlan(Plan):
     tensors: int
 
 
+HIDDEN_COPY = torch.ops.prims.clone.default
+"""What a copy that a model makes of an input is until the cut: Inductor takes out those it knows."""
+
+
+class _PreJoint(compat.CustomGraphPass):  # type: ignore[misc]
+    """Inductor's slot ahead of its own passes over the joint graph, or one without a backward."""
+
+    def __init__(self, lowered: Lowered) -> None:
+        self.lowered = lowered
+
+    def uuid(self) -> object:
+        return ("magi-pre-joint", *self.lowered.fingerprint())
+
+    def __call__(self, joint: Graph) -> None:
+        graph.spell_out(joint)
+        if graph.tangents(joint):
+            for node in graph.copies_of_inputs(joint):
+                node.target = HIDDEN_COPY
+
+
 class _PostGrad(compat.CustomGraphPass):  # type: ignore[misc]
     """Inductor's post-grad slot: sees the forward graph, then the backward graph."""
 
@@ -148,6 +168,7 @@ class _Joint(compat.CustomPartitionerFn):  # type: ignore[misc]
 
     def __call__(self, joint: GraphModule, inputs: Sequence[Any], **rest: Any) -> Any:
         lowered = self.lowered
+        _keep_copies(joint.graph)
         run_passes(lowered.joint, joint, lowered.context, lowered.report)
         progress.at_stage("cut")
         written = _keep_what_is_written_over(joint.graph)
@@ -163,6 +184,18 @@ class _Joint(compat.CustomPartitionerFn):  # type: ignore[misc]
         _check_what_is_written_over(written, cut[1].graph)
         _note_picture(lowered, cut, serves)
         return cut
+
+
+def _keep_copies(joint: Graph) -> None:
+    """Let the forward save the copies that a model makes of its inputs, if the backward reads them.
+
+    Else it would read the input, to which other code may have written: a queue of MoCo's, behind a
+    line that cannot be captured.
+    """
+    for node in joint.find_nodes(op="call_function", target=HIDDEN_COPY):
+        node.target = torch.ops.aten.clone.default
+    for node in graph.copies_of_inputs(joint):
+        node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
 
 
 def _keep_what_is_written_over(joint: Graph) -> set[str]:
@@ -281,6 +314,7 @@ def _lower(
         return _lower_without_code(gm, inputs, lowered, partition), lowered.report.rows
     memory = _memory_of(gm, inputs, lowered)
     patches: dict[str, Any] = {
+        "joint_custom_pre_pass": _PreJoint(lowered),
         "post_grad_custom_pre_pass": _PostGrad(lowered),
         "custom_partitioner_fn": partition,
     }
@@ -290,7 +324,10 @@ def _lower(
         fusing = compat.fusions_in_place()
     if limit is not None and limit.room_bytes:
         patches["post_grad_custom_post_pass"] = _Pin(lowered)
-    with compat.forced_backward_lowering(), fusing:
+    cached: Any = contextlib.nullcontext()
+    if graph.has_changing_floats(gm.graph):
+        cached = compat.without_joint_cache()
+    with compat.forced_backward_lowering(), fusing, cached:
         compiled = compat.compile_fx(gm, inputs, config_patches=patches)
     return compiled, _remember(memory, lowered.report.rows)
 

@@ -25,7 +25,7 @@ Every plan is judged by its predicted peak (memory/peak.py) and by the time of w
 
 Since the row is fixed, a smaller budget never takes a faster plan or a higher peak: both are
 monotonic by construction. Values that draw random numbers, and values computed from an input that
-the step writes to, are never recomputed.
+the step writes to, are never recomputed; nor are copies of inputs that the model itself makes.
 
 Differs from PyTorch's `activation_memory_budget`: bytes of the peak in place of a ratio of what is
 saved; attention is priced; a chain has checkpoints.
@@ -45,7 +45,7 @@ from itertools import accumulate
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from magi_train.core.graph import descendants, outputs, tangents, written_over
+from magi_train.core.graph import copies_of_inputs, descendants, outputs, tangents, written_over
 from magi_train.core.hardware import Speed, pinned_bytes
 from magi_train.memory import cost
 from magi_train.memory.offload import Trip, can_wait
@@ -113,6 +113,7 @@ class Joint:
             n for n in self.nodes
             if not cost.is_repeatable(n) or any(a in self._written for a in n.all_input_nodes)
         }  # fmt: skip
+        self.fixed.update(copies_of_inputs(graph))
 
     @cached_property
     def forward_seconds(self) -> float:

@@ -1,6 +1,7 @@
 """What user code does in and between steps trains as without us: the same loop, twice."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import magi_train
 from magi_train import Config
 from magi_train.core import compat, device_graphs
 from magi_train.core.errors import PassError, SecondDerivativeError
+from magi_train.memory import remat
 from tests.close import difference, tolerance
 from tests.fake_graphs import FakeGraphs
 
@@ -194,6 +196,67 @@ def test_a_backward_that_alone_reads_what_the_forward_has_written_to_is_refused(
     prepared = magi_train.prepare(OnlyTheBackwardReads(), config=Config(progress=False))
     with pytest.raises(PassError, match=r"written to .*ctx.saved_tensors\[0\].*tier='eager'"):
         squares(prepared, *batch(0)).backward()
+
+
+class Averages(nn.Module):
+    """Adds a factor times a matrix product: to a buffer, as codebooks do, and to its result."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(8, 4)
+        self.register_buffer("mean", torch.randn(4, 4))
+
+    def forward(self, x):
+        found = self.body(x)
+        self.mean.mul_(0.9).add_(found.detach().t() @ found.detach(), alpha=0.1)
+        return torch.add(x.sin() @ self.body.weight.t(), found @ self.mean.clone(), alpha=0.3)
+
+
+class Anneals(nn.Module):
+    """Keeps a float that changes in each step, and is an argument that only numbers can be."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.slope = mlp(), 1.0
+
+    def forward(self, x):
+        self.slope = self.slope * 0.9
+        return F.leaky_relu(self.body(x), self.slope) / self.slope
+
+
+class BreaksBehindACopy(nn.Module):
+    """Takes products with a copy of a buffer, and writes there behind what cannot be captured."""
+
+    def __init__(self, through_data):
+        super().__init__()
+        self.body, self.through_data = nn.Linear(8, 4), through_data
+        self.head = nn.Sequential(nn.Linear(4, 256), nn.Tanh(), nn.Linear(256, 4))
+        self.register_buffer("queue", torch.randn(4, 4))
+
+    def forward(self, x):
+        scores = self.head(self.body(x) @ self.queue.clone().detach())
+        torch._dynamo.graph_break()
+        queue = self.queue.data if self.through_data else self.queue
+        queue.mul_(0.5)
+        return scores
+
+
+@pytest.mark.parametrize("lowering", ["inductor", "aot_eager"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        Averages,
+        Anneals,
+        functools.partial(BreaksBehindACopy, False),
+        functools.partial(BreaksBehindACopy, True),
+    ],
+)
+@pytest.mark.parametrize("budget", [None, 1.0])
+def test_what_generated_code_reads_is_what_the_model_reads(make, lowering, budget, monkeypatch):
+    monkeypatch.setattr(remat.Row, "choose", lambda row, peak, *_: row.frontier(peak)[-1])
+    config = Config(lowering=lowering, memory_budget_gib=budget, progress=False)
+    error, _ = beside_plain(make, config)
+    assert error < LIMIT
 
 
 def test_settings_of_dynamo_hold_for_our_calls_only():

@@ -234,6 +234,15 @@ def forced_backward_lowering() -> Any:
     return functorch_config.patch(force_non_lazy_backward_lowering=True)
 
 
+def without_joint_cache() -> Any:
+    """Context in which AOTAutograd looks for no joint graph that it has compiled before.
+
+    Its key leaves out the values of Python floats, and so do the guards it keeps: where a float is
+    taken as a constant after all, a later value would get the code of an earlier one.
+    """
+    return functorch_config.patch(enable_autograd_cache=False)
+
+
 @contextlib.contextmanager
 def fusions_in_place() -> Iterator[None]:
     """Context in which Inductor fuses no two kernels if more is made early than the fusion saves.

@@ -379,6 +379,43 @@ def descendants(sources: Iterable[Node]) -> set[Node]:
     return seen
 
 
+def spell_out(graph: Graph) -> None:
+    """Write in another way what PyTorch's passes over AOTAutograd's graphs misread.
+
+    `add(a, b, alpha=k)` is taken for `add(a, b)` where `a` or `b` is a matrix product: patterns look
+    at arguments, not at keywords. It becomes `a + k * b`.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor):
+        factor, other = node.kwargs.get("alpha", 1), node.args[1]
+        if factor == 1 or not isinstance(other, Node):
+            continue
+        with graph.inserting_before(node):
+            product = call_with_metadata(graph, torch.ops.aten.mul.Tensor, (other, factor))
+        if product.meta["val"].dtype != example_value(other).dtype:  # an int times a float
+            graph.erase_node(product)
+            continue
+        product.stack_trace = node.stack_trace
+        node.args, node.kwargs = (node.args[0], product), {}
+
+
+def copies_of_inputs(graph: Graph) -> list[Node]:
+    """Return the nodes of AOTAutograd's graph that copy an input, or a view of one, as it is."""
+    seen = set(graph.find_nodes(op="placeholder"))
+    found = []
+    for node in graph.nodes:
+        if node.op == "call_function" and node.args and node.args[0] in seen:
+            if is_view(node):
+                seen.add(node)
+            elif node.target is torch.ops.aten.clone.default:
+                found.append(node)
+    return [n for n in found if _layout(example_value(n)) == _layout(example_value(n.args[0]))]  # type: ignore[arg-type]
+
+
+def has_changing_floats(graph: Graph) -> bool:
+    """Return whether Dynamo's graph computes with a float of Python's that is no constant."""
+    return any(isinstance(example_value(node), torch.SymFloat) for node in graph.nodes)
+
+
 def num_bytes(value: Any) -> int:
     """Return the bytes of a tensor with static sizes, 0 for anything else."""
     if not isinstance(value, torch.Tensor):
