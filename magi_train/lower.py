@@ -98,7 +98,7 @@ class SavedPlan(Plan):
 
 
 HIDDEN_COPY = torch.ops.prims.clone.default
-"""What a copy that a model makes of an input is until the cut: Inductor takes out those it knows."""
+"""What a model's copy of an input is until the cut: Inductor takes out the copies that it knows."""
 
 
 class _PreJoint(compat.CustomGraphPass):  # type: ignore[misc]

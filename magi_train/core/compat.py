@@ -11,7 +11,7 @@ is listed there, and capture then falls to the EAGER tier with a warning instead
 | torch._inductor.runtime.cache_dir_utils.cache_dir | where PyTorch keeps compiled code |
 | torch._functorch._aot_autograd.descriptors | what graph inputs and outputs are gradients of |
 | torch._functorch.partitioners.min_cut_rematerialization_partition | the partition to bound |
-| torch._functorch.config | eager backward lowering |
+| torch._functorch.config | eager backward lowering, no cache of joint graphs |
 | torch._dynamo.exc.TorchDynamoException, FailOnRecompileLimitHit | capture failed |
 | torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode | the same |
 | torch._dynamo.convert_frame._compile, its local recompile_reason | what changes in each step |

@@ -382,8 +382,8 @@ def descendants(sources: Iterable[Node]) -> set[Node]:
 def spell_out(graph: Graph) -> None:
     """Write in another way what PyTorch's passes over AOTAutograd's graphs misread.
 
-    `add(a, b, alpha=k)` is taken for `add(a, b)` where `a` or `b` is a matrix product: patterns look
-    at arguments, not at keywords. It becomes `a + k * b`.
+    `add(a, b, alpha=k)` is taken for `add(a, b)` where `a` or `b` is a matrix product: patterns
+    look at arguments, not at keywords. It becomes `a + k * b`.
     """
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor):
         factor, other = node.kwargs.get("alpha", 1), node.args[1]
