@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from magi_train.core.errors import ExportError
+from magi_train.core.graph import spell_out
+from magi_train.exporter.compare import allowed, check_same
 from magi_train.exporter.few_queries import spread
-from magi_train.exporter.write import relative_error
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Compiled:
     ) -> None:
         self._program, self._by_op = program, program.module()
         self._options, self._first = dict(options), tuple(first)
-        self._allowed = _coarsest(program) ** 0.5
+        self._allowed = allowed(program)
         self._lock = threading.Lock()
         self._code: dict[Shapes, Callable[..., Sequence[Tensor]]] = {}
 
@@ -79,6 +79,8 @@ class Compiled:
             wanted = self._by_op(*self._first, *kept)
             try:
                 graph: Any = self._program.module(check_guards=False)
+                spell_out(graph.graph)
+                graph.recompile()
                 if tensors[0].device.type != "cpu":
                     spread(graph)
                 code = torch.compile(
@@ -91,31 +93,10 @@ class Compiled:
                     f"the program cannot be compiled here ({type(error).__name__}: "
                     f"{str(error)[:500]}); load it without `compile`"
                 ) from error
-        _check([*got, *tensors], [*wanted, *kept], key, self._allowed)
+        check_same(
+            [*got, *tensors], [*wanted, *kept], self._allowed, f"compiled for {list(key)}",
+            "load it without `compile`, and report it; a model that draws random numbers cannot be "
+            "compiled so",
+        )  # fmt: skip
         self._code[key] = code
         return got
-
-
-def _coarsest(program: torch.export.ExportedProgram) -> float:
-    """Return the rounding error of the least precise dtype that the program computes in.
-
-    Results may be wider. Numbers of one byte are weights, which are widened where they are read.
-    """
-    values = [v for n in program.graph.nodes for v in pytree.tree_leaves(n.meta.get("val"))]
-    dtypes = {v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()}
-    wide = [torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize > 1]
-    return max(wide, default=torch.finfo(torch.float32).eps)
-
-
-def _check(got: Sequence[Tensor], wanted: Sequence[Tensor], key: Shapes, allowed: float) -> None:
-    """Make sure that code computed what the program does, written inputs included."""
-    for number, (result, right) in enumerate(zip(got, wanted, strict=True)):
-        if not right.is_floating_point():
-            continue  # the index of a largest value may be another one of two that are close
-        error = relative_error(result, right)
-        if not error <= allowed:
-            raise ExportError(
-                f"compiled for {list(key)}, result {number} is off by {error:.1e} (relative) from "
-                f"the program's, and {allowed:.1e} is allowed; load it without `compile`, and "
-                "report it; a model that draws random numbers cannot be compiled so"
-            )

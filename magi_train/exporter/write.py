@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from magi_train.core.errors import ExportError, PassError
-from magi_train.core.graph import drop_unread
+from magi_train.core.graph import drop_unread, spell_out
 from magi_train.core.passes import Pass, PassContext, Stage, registered_passes, run_passes
 from magi_train.core.report import Report
 from magi_train.core.versions import own
 from magi_train.exporter import artifact, shapes, sources
 from magi_train.exporter.capture import Captured, capture, evaluating
+from magi_train.exporter.compare import relative_error
 from magi_train.exporter.machine_code import compile_program
 from magi_train.exporter.settings import ExportConfig
 from magi_train.fusion.attention import CanonicalizeAttention
@@ -123,6 +124,7 @@ def optimize(captured: Captured, config: ExportConfig, target: str, report: Repo
         run_passes(inference_passes(config, device, target), captured.graph, context, report)
     except PassError as error:
         raise ExportError(f"{error}; turn the pass off in ExportConfig, and report it") from error
+    spell_out(captured.graph.graph)
     captured.graph.graph.eliminate_dead_code()
     drop_unread(captured.graph)
     captured.graph.recompile()
@@ -153,21 +155,6 @@ def check_numbers(captured: Captured, config: ExportConfig, report: Report) -> N
                 f"{spec.name} moved by {error:.1e} (relative), and {allowed:.1e} is allowed; set "
                 "ExportConfig.max_error, or turn passes off one by one to find the one that did it"
             )
-
-
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """Return the Euclidean norm of the difference, relative to that of `wanted`; inf for NaNs.
-
-    Elements that are not finite in `wanted` must be the same in `got`.
-    """
-    a, b = got.double().flatten(), wanted.double().flatten()
-    finite = b.isfinite()
-    if a.shape != b.shape or not bool(((a == b) | (a.isnan() & b.isnan()))[~finite].all()):
-        return float("inf")
-    off, size = float((a - b)[finite].norm()), float(b[finite].norm())
-    if off != off:
-        return float("inf")
-    return off / size if size else off
 
 
 def versions() -> dict[str, str]:
