@@ -9,7 +9,8 @@ Two callers start a bucket's all-reduce, and both end up in `launch`:
 Buckets leave strictly in plan order, so a compiled and an eager rank stay in step. What one
 backward does, in order:
 
-1. `begin` (at the forward) notes whether this backward synchronises, as DDP does.
+1. `begin` (at the forward) notes whether this backward synchronises, as DDP does, and takes rank
+   0's buffers.
 2. `launch` packs the gradients of a bucket, adds what earlier unsynchronised backwards left in
    `.grad`, and starts the all-reduce, or the exchange of the bucket's codec (`comm.codecs`): once a
    step, after local accumulation. Without sync it only packs.
@@ -159,6 +160,7 @@ class Reducer:
         self._engines = copy_engines(config, world, self._device(), timeout_seconds)
         self._autocast = (False, "")
         self._armed, self._counts = (True, False), True
+        self._buffers_due = True
         self._backward: _Backward | None = None
         self._proven = False
         self._flag_cache: dict[tuple[int, tuple[str, ...]], Tensor] = {}
@@ -320,6 +322,18 @@ class Reducer:
         self._autocast = (enabled, str(torch.get_autocast_dtype(device)) if enabled else "")
         if self._backward is not None:  # the last backward raised before its end
             self._backward = None
+        self._take_written_buffers()
+
+    def _take_written_buffers(self) -> None:
+        """Take rank 0's buffers at the first forward of a step: the program may have written them.
+
+        Only in training, so that one rank may run the model alone. Not before a second forward whose
+        backward is still to come: what the first one saved would be overwritten.
+        """
+        wanted = self.config.broadcast_buffers and self.outer is None  # an exchange takes them
+        if wanted and self._buffers_due and self._module.training:
+            self._buffers_due = False
+            broadcast(self.world, self._buffers())
 
     def launch(self, index: int, grads: list[Tensor], names: list[str]) -> Tensor:
         """Pack `grads` into bucket `index` and, on a synchronising backward, start its all-reduce.
@@ -647,6 +661,7 @@ class Reducer:
         """What a synchronised backward does when its gradients are there; collectives."""
         if self.config.broadcast_buffers:
             broadcast(self.world, self._buffers())
+            self._buffers_due = True  # until the next forward the program may write to them
         if self._meter is not None:
             self.report.measured |= self._meter.end()
         self._memory.end_round()
