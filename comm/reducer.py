@@ -327,8 +327,8 @@ class Reducer:
     def _take_written_buffers(self) -> None:
         """Take rank 0's buffers at the first forward of a step: the program may have written them.
 
-        Only in training, so that one rank may run the model alone. Not before a second forward whose
-        backward is still to come: what the first one saved would be overwritten.
+        Only in training, so that one rank may run the model alone. Not before a second forward
+        whose backward is still to come: what the first one saved would be overwritten.
         """
         wanted = self.config.broadcast_buffers and self.outer is None  # an exchange takes them
         if wanted and self._buffers_due and self._module.training:
