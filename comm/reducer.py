@@ -30,11 +30,12 @@ backward the ranks then agree to reduce everything from hooks from now on, and r
 averaging is linear and leaves averaged addends alone, so the result is right. Later it is an error.
 """
 
+import contextlib
 import itertools
 import logging
 import operator
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -160,7 +161,7 @@ class Reducer:
         self._engines = copy_engines(config, world, self._device(), timeout_seconds)
         self._autocast = (False, "")
         self._armed, self._counts = (True, False), True
-        self._buffers_due = True
+        self._buffers_due, self._buffers_wait = True, False
         self._backward: _Backward | None = None
         self._proven = False
         self._flag_cache: dict[tuple[int, tuple[str, ...]], Tensor] = {}
@@ -330,10 +331,29 @@ class Reducer:
         Only in training, so that one rank may run the model alone. Not before a second forward
         whose backward is still to come: what the first one saved would be overwritten.
         """
-        wanted = self.config.broadcast_buffers and self.outer is None  # an exchange takes them
-        if wanted and self._buffers_due and self._module.training:
+        if self._buffers_due and self._module.training and self.outer is None:  # it exchanges them
+            self.take_buffers()
             self._buffers_due = False
+
+    def take_buffers(self) -> None:
+        """Take rank 0's buffers, unless the settings say that they are each rank's own."""
+        if self.config.broadcast_buffers:
             broadcast(self.world, self._buffers())
+
+    @contextlib.contextmanager
+    def one_step(self) -> Iterator[None]:
+        """Count the backwards in this context as one step: buffers are taken behind the last one.
+
+        A forward before the first of them may have saved a buffer for a backward after it.
+        """
+        before, self._buffers_wait = self._synchronised, True
+        try:
+            yield
+        finally:
+            self._buffers_wait = False
+        if self._synchronised != before:
+            self.take_buffers()
+            self._buffers_due = True
 
     def launch(self, index: int, grads: list[Tensor], names: list[str]) -> Tensor:
         """Pack `grads` into bucket `index` and, on a synchronising backward, start its all-reduce.
@@ -659,8 +679,8 @@ class Reducer:
 
     def _end_step(self) -> None:
         """What a synchronised backward does when its gradients are there; collectives."""
-        if self.config.broadcast_buffers:
-            broadcast(self.world, self._buffers())
+        if not self._buffers_wait:
+            self.take_buffers()
             self._buffers_due = True  # until the next forward the program may write to them
         if self._meter is not None:
             self.report.measured |= self._meter.end()
