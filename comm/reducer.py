@@ -9,7 +9,8 @@ Two callers start a bucket's all-reduce, and both end up in `launch`:
 Buckets leave strictly in plan order, so a compiled and an eager rank stay in step. What one
 backward does, in order:
 
-1. `begin` (at the forward) notes whether this backward synchronises, as DDP does.
+1. `begin` (at the forward) notes whether this backward synchronises, as DDP does, and takes rank
+   0's buffers.
 2. `launch` packs the gradients of a bucket, adds what earlier unsynchronised backwards left in
    `.grad`, and starts the all-reduce, or the exchange of the bucket's codec (`comm.codecs`): once a
    step, after local accumulation. Without sync it only packs.
@@ -29,11 +30,12 @@ backward the ranks then agree to reduce everything from hooks from now on, and r
 averaging is linear and leaves averaged addends alone, so the result is right. Later it is an error.
 """
 
+import contextlib
 import itertools
 import logging
 import operator
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -159,6 +161,7 @@ class Reducer:
         self._engines = copy_engines(config, world, self._device(), timeout_seconds)
         self._autocast = (False, "")
         self._armed, self._counts = (True, False), True
+        self._buffers_due, self._buffers_wait = True, False
         self._backward: _Backward | None = None
         self._proven = False
         self._flag_cache: dict[tuple[int, tuple[str, ...]], Tensor] = {}
@@ -320,6 +323,37 @@ class Reducer:
         self._autocast = (enabled, str(torch.get_autocast_dtype(device)) if enabled else "")
         if self._backward is not None:  # the last backward raised before its end
             self._backward = None
+        self._take_written_buffers()
+
+    def _take_written_buffers(self) -> None:
+        """Take rank 0's buffers at the first forward of a step: the program may have written them.
+
+        Only in training, so that one rank may run the model alone. Not before a second forward
+        whose backward is still to come: what the first one saved would be overwritten.
+        """
+        if self._buffers_due and self._module.training and self.outer is None:  # it exchanges them
+            self.take_buffers()
+            self._buffers_due = False
+
+    def take_buffers(self) -> None:
+        """Take rank 0's buffers, unless the settings say that they are each rank's own."""
+        if self.config.broadcast_buffers:
+            broadcast(self.world, self._buffers())
+
+    @contextlib.contextmanager
+    def one_step(self) -> Iterator[None]:
+        """Count the backwards in this context as one step: buffers are taken behind the last one.
+
+        A forward before the first of them may have saved a buffer for a backward after it.
+        """
+        before, self._buffers_wait = self._synchronised, True
+        try:
+            yield
+        finally:
+            self._buffers_wait = False
+        if self._synchronised != before:
+            self.take_buffers()
+            self._buffers_due = True
 
     def launch(self, index: int, grads: list[Tensor], names: list[str]) -> Tensor:
         """Pack `grads` into bucket `index` and, on a synchronising backward, start its all-reduce.
@@ -645,8 +679,9 @@ class Reducer:
 
     def _end_step(self) -> None:
         """What a synchronised backward does when its gradients are there; collectives."""
-        if self.config.broadcast_buffers:
-            broadcast(self.world, self._buffers())
+        if not self._buffers_wait:
+            self.take_buffers()
+            self._buffers_due = True  # until the next forward the program may write to them
         if self._meter is not None:
             self.report.measured |= self._meter.end()
         self._memory.end_round()

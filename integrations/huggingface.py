@@ -17,6 +17,7 @@ be captured, less is compiled, as everywhere.
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import weakref
 from collections.abc import Callable
@@ -77,7 +78,7 @@ class _Attached:
 
     def __init__(self, accelerator: Any, config: Config, trainer: Any) -> None:
         _refuse(accelerator, trainer)
-        self.accelerator, self.config = accelerator, config
+        self.accelerator, self.config = accelerator, _as_under_ddp(config, accelerator)
         self.trainer = None if trainer is None else weakref.ref(trainer)
         self.runtime: Runtime | None = None
         self._loss: Region | None = None
@@ -175,6 +176,32 @@ class _NoSync:
 
 def _no_sync_of_a_copy() -> Any:
     return contextlib.nullcontext
+
+
+def _as_under_ddp(config: Config, accelerator: Any) -> Config:
+    """Return `config` with what the Accelerator would have told a DistributedDataParallel.
+
+    A Trainer's `ddp_broadcast_buffers` and `ddp_bucket_cap_mb` arrive so too.
+
+    Raises:
+        ValueError: A communication hook is asked for.
+    """
+    handler = getattr(accelerator, "ddp_handler", None)
+    if handler is None:
+        return config
+    hook = getattr(handler.comm_hook, "value", handler.comm_hook)
+    if hook != "no":
+        raise ValueError(
+            f"attach() takes no communication hook, but DistributedDataParallelKwargs.comm_hook is "
+            f"{hook!r}; leave it out and use Config(comm=CommConfig(compression='bfloat16')), or "
+            "'powersgd'"
+        )
+    asked, comm = handler.to_kwargs(), config.comm
+    if not asked.get("broadcast_buffers", True):
+        comm = dataclasses.replace(comm, broadcast_buffers=False)
+    if "bucket_cap_mb" in asked and comm.bucket_mib is None:
+        comm = dataclasses.replace(comm, bucket_mib=asked["bucket_cap_mb"])
+    return dataclasses.replace(config, comm=comm)
 
 
 def _refuse(accelerator: Any, trainer: Any) -> None:

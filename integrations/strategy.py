@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from magi_train.capture import Region
+from magi_train.comm.reducer import Reducer
 from magi_train.core.config import Config
 from magi_train.core.facts import recording
 from magi_train.core.report import Report
@@ -182,8 +183,11 @@ class MagiStrategyMixin:
             self._log_figures(self.lightning_module.trainer, self.runtime)  # type: ignore[attr-defined]
         with self.precision_plugin.train_step_context():  # type: ignore[attr-defined]
             if self._recorder is None:
-                self.runtime.reducer.begin(in_graph=False)
-                return self.lightning_module.training_step(*args, **kwargs)  # type: ignore[attr-defined]
+                reducer = self.runtime.reducer
+                assert isinstance(reducer, Reducer), "options.take_options refuses other engines"
+                reducer.begin(in_graph=False)
+                with reducer.one_step():
+                    return self.lightning_module.training_step(*args, **kwargs)  # type: ignore[attr-defined]
             with recorded(self.lightning_module, self._recorder):  # type: ignore[attr-defined]
                 return self._region(*args, **kwargs)
 
@@ -226,6 +230,12 @@ class MagiStrategyMixin:
             checkpoint: dict[str, Any] = super().load_checkpoint(*args, **kwargs)  # type: ignore[misc]
         self._compression_state = checkpoint.get(CHECKPOINT_KEY, {})  # configure_ddp comes later
         return checkpoint
+
+    def on_validation_start(self) -> None:
+        """Take rank 0's buffers, which steps without a backward (SWA's last epoch) have moved."""
+        super().on_validation_start()  # type: ignore[misc]
+        if self.runtime is not None and isinstance(self.runtime.reducer, Reducer):
+            self.runtime.reducer.take_buffers()
 
     def on_validation_end(self) -> None:
         """Cast the weights anew: averaging callbacks swap them through `.data` meanwhile."""

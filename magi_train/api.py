@@ -110,7 +110,7 @@ class DataParallel(nn.Module):
         device_ids: None, or the one device of the module.
         output_device: None, or the same device.
         dim: 0.
-        broadcast_buffers: Take rank 0's buffers after every synchronised backward.
+        broadcast_buffers: Take rank 0's buffers, see `CommConfig.broadcast_buffers`.
         init_sync: True: rank 0's weights are taken and the models compared.
         process_group: None: the default group.
         bucket_cap_mb: MiB of a bucket.

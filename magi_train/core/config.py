@@ -166,7 +166,8 @@ class CommConfig:
     False: gradient hooks start them in every tier."""
 
     broadcast_buffers: bool = True
-    """Take rank 0's buffers (BatchNorm statistics) after every synchronised backward."""
+    """Take rank 0's buffers (BatchNorm statistics) at the first forward in training mode of a step,
+    and after every synchronised backward."""
 
     def __post_init__(self) -> None:
         _check_positive("CommConfig", "bucket_mib", self.bucket_mib)

@@ -156,6 +156,46 @@ def test_buffers_that_the_forward_assigns_anew(tier, two_ranks):
     assert first.abs().sum() > 0
 
 
+class Written(Small):
+    """Its forward reads a buffer that the program writes between steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+
+    def hidden(self, x):
+        return super().hidden(x) * self.scale
+
+
+def buffers_written_between_steps(rank, world_size, tier, assign):
+    torch.manual_seed(0)
+    theirs, ours = pair(Written(), Config(tier=tier, lowering="aot_eager"))
+    found = []
+    for model in (theirs, ours):
+        plain, losses = getattr(model, "module", model), []
+        for step in range(3):
+            loss = model(tokens(10 * step + rank), tokens(1))
+            loss.backward()
+            losses.append(loss.item())
+            value = torch.tensor(2.0 + step + 3 * rank)
+            if assign:
+                plain.scale = value
+            else:
+                plain.scale.copy_(value)
+        found.append((losses, gradients(model)))
+    (want, theirs), (got, ours) = found
+    return max(abs(a - b) for a, b in zip(want, got, strict=True)), difference(ours, theirs)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("tier", ["auto", "region", "eager"])
+def test_buffers_that_the_program_writes_between_steps(tier, assign, two_ranks):
+    """The forward reads rank 0's, as DistributedDataParallel's does."""
+    for losses_apart, apart in values(two_ranks(buffers_written_between_steps, tier, assign)):
+        assert losses_apart <= LIMIT
+        assert apart <= LIMIT
+
+
 def gradient_of_inputs(rank, world_size):
     """torch.autograd.grad through the graph leaves what .grad holds."""
     torch.manual_seed(0)

@@ -150,6 +150,60 @@ def two_optimizers(f):
     return f.fit(Model())
 
 
+def trained(found, model):
+    """Leave buffers out: rank 1's own are its own under DDP."""
+    kept = dict(model.named_parameters())
+    found["weights"] = {n: w for n, w in found["weights"].items() if n in kept}
+    return found
+
+
+def generator_used_twice(f):
+    """The discriminator's backward lies between a generator's forward and backward."""
+
+    class Model(f.Model):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.a, self.norm, self.d = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)
+
+        def training_step(self, batch, batch_idx):
+            first, second = self.optimizers()
+            made = self.norm(self.a(batch[0]))
+            loss = F.softplus(self.d(made.detach())).mean() + F.softplus(-self.d(batch[0])).mean()
+            second.zero_grad()
+            self.manual_backward(loss)
+            second.step()
+            first.zero_grad()
+            self.manual_backward(F.softplus(-self.d(made)).mean())
+            first.step()
+            self.log("loss", loss, sync_dist=True)
+
+        def configure_optimizers(self):
+            parts = (self.a, self.norm), (self.d,)
+            return [torch.optim.SGD(nn.ModuleList(p).parameters(), lr=0.1) for p in parts], []
+
+        def validation_step(self, batch, batch_idx):
+            """Nothing: under DDP each rank's statistics are its own in manual optimization."""
+
+    model, options = Model(), {}
+    if f.strategy == "ddp":
+        options["strategy"] = f.pl.strategies.DDPStrategy(find_unused_parameters=True)
+    return trained(f.fit(model, **options), model)
+
+
+def statistics_in_swa(f):
+    """Its last epoch runs no backward; validation sees rank 0's statistics all the same."""
+
+    class Model(f.Model):
+        def __init__(self):
+            super().__init__()
+            self.b = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 4))
+
+    model = Model()
+    callback = f.pl.callbacks.StochasticWeightAveraging(0.01, swa_epoch_start=1)
+    return trained(f.fit(model, callbacks=[callback], max_epochs=4), model)
+
+
 def evaluation(f):
     model, trainer = f.Model(), f.trainer(num_sanity_val_steps=2)
     trainer.fit(model, loader(), loader())

@@ -112,6 +112,25 @@ def test_accelerate_alone():
     assert difference(found[True], found[False]) < FLOAT32
 
 
+def test_what_a_distributed_data_parallel_would_be_told(tmp_path):
+    from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
+
+    trainer = make(tmp_path, True, max_steps=1, ddp_broadcast_buffers=False, ddp_bucket_cap_mb=3)
+    trainer.train()
+    comm = report(trainer).settings["comm"]
+    assert (comm["broadcast_buffers"], comm["bucket_mib"]) == (False, 3)
+    own = make(tmp_path, False, max_steps=1, ddp_bucket_cap_mb=3)
+    attach(own, Config(comm=CommConfig(bucket_mib=2), lowering="aot_eager")).train()
+    comm = report(own).settings["comm"]
+    assert (comm["broadcast_buffers"], comm["bucket_mib"]) == (True, 2)
+    late = make(tmp_path, False)
+    late.accelerator.ddp_handler = DistributedDataParallelKwargs(
+        comm_hook=DDPCommunicationHookType.BF16
+    )
+    with pytest.raises(ValueError, match="comm_hook is 'bf16'; leave it out"):
+        attach(late)
+
+
 def test_refusals(tmp_path):
     with pytest.raises(TypeError, match="takes a Trainer or an Accelerator, got int"):
         attach(3)
