@@ -1,9 +1,22 @@
 """A loader of machine code that crashes must not take the user's process with it."""
 
 import pytest
+import torch
+from torch import nn
 
+import magi_train
 from magi_train.core.errors import ExportError
 from magi_train.exporter import machine_code
+
+INPUTS = (torch.randn(4, 8), torch.randn(4, 8))
+
+
+class Added(nn.Module):
+    """Adds a part of a product, which patterns of Inductor (2.13) take for the whole."""
+
+    def forward(self, x, y):
+        return torch.add(y, x @ x.new_ones(8, 8), alpha=0.1)
+
 
 CRASH = "import os, signal, sys; print(sys.argv[1]); os.kill(os.getpid(), signal.SIGSEGV)"
 
@@ -24,7 +37,29 @@ def test_old_versions_of_torch_are_checked(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(machine_code, "check_loader", asked.append)
     monkeypatch.setattr(machine_code.compat, "aoti_compile", lambda *args, **rest: None)
+    monkeypatch.setattr(machine_code, "check_code", lambda file, program: None)
+    program = torch.export.export(Added(), INPUTS)
     for old in (False, True):
         monkeypatch.setattr(machine_code.compat, "AOTI_LOADER_MAY_CRASH", old)
-        machine_code.compile_program(None, tmp_path / "model.pt2", {})
+        machine_code.compile_program(program, tmp_path / "model.pt2", {})
     assert asked == [tmp_path / "model.pt2"]
+
+
+@pytest.mark.parametrize("way", ["program", "compiled", "pt2"])
+def test_a_part_of_a_product_is_added(tmp_path, way):
+    path = tmp_path / "model.pt2"
+    magi_train.export(Added(), INPUTS, path, target="pt2" if way == "pt2" else "program")
+    run = magi_train.load(path, compile=way == "compiled")
+    torch.testing.assert_close(run(*INPUTS), Added()(*INPUTS))
+
+
+def test_machine_code_that_computes_something_else_is_refused(tmp_path, monkeypatch):
+    program = torch.export.export(Added(), INPUTS)
+    for wrong in (0.0, 0.1):
+        result = Added()(*INPUTS) + wrong
+        monkeypatch.setattr(machine_code.compat, "aoti_load", lambda _, r=result: lambda *_: [r])
+        if not wrong:
+            machine_code.check_code(tmp_path / "model.pt2", program)
+            continue
+        with pytest.raises(ExportError, match=r"as machine code, result 0 is off by .*'program'"):
+            machine_code.check_code(tmp_path / "model.pt2", program)
