@@ -41,6 +41,7 @@ class Compiled:
         program: From torch.export. Takes and returns tensors, and may write to its inputs.
         options: Of Inductor.
         first: What the program takes before the tensors of a call.
+        with_kernel: Further options where attention of few queries goes to a kernel.
     """
 
     def __init__(
@@ -48,9 +49,11 @@ class Compiled:
         program: torch.export.ExportedProgram,
         options: Mapping[str, Any],
         first: Sequence[Any] = (),
+        with_kernel: Mapping[str, Any] | None = None,
     ) -> None:
         self._program, self._by_op = program, program.module()
         self._options, self._first = dict(options), tuple(first)
+        self._with_kernel = dict(with_kernel or {})
         self._allowed = allowed(program)
         self._lock = threading.Lock()
         self._code: dict[Shapes, Callable[..., Sequence[Tensor]]] = {}
@@ -81,11 +84,12 @@ class Compiled:
                 graph: Any = self._program.module(check_guards=False)
                 spell_out(graph.graph)
                 graph.recompile()
-                if tensors[0].device.type != "cpu":
-                    spread(graph)
+                options = self._options
+                if tensors[0].device.type != "cpu" and spread(graph):
+                    options = {**options, **self._with_kernel}
                 code = torch.compile(
                     graph, fullgraph=True, dynamic=False,
-                    options={**self._options, "guard_filter_fn": _without_guards},
+                    options={**options, "guard_filter_fn": _without_guards},
                 )  # fmt: skip
                 got = code(*self._first, *tensors)
             except Exception as error:

