@@ -122,7 +122,7 @@ TASKS = (
         Task(f"gpu_tests_{name}", f"{TESTS} tests/gpu/test_{name}.py", gpus, seconds)
         for name, gpus, seconds in (
             ("loss", 1, 250), ("offload", 1, 120), ("memory_budget", 1, 250), ("fits", 1, 115),
-            ("export", 1, 120), ("cuda_graphs", 1, 90), ("bench", 1, 120), ("shadow", 1, 50),
+            ("export", 1, 240), ("cuda_graphs", 1, 90), ("bench", 1, 120), ("shadow", 1, 50),
             ("fp8", 1, 40), ("varlen", 1, 60), ("optimizer", 1, 25), ("padding", 1, 70),
             ("record", 1, 10), ("lightning", 2, 60), ("devices", 2, 250), ("copy_engines", 2, 80),
             ("sharded_optimizer", 2, 200), ("fully_shard", 2, 150),
