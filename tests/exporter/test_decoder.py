@@ -184,7 +184,6 @@ def test_sampling_keeps_what_it_is_told_to():
     assert Sampling().next(logits, None).unique().tolist() == [0]
 
 
-@SLOW
 @pytest.mark.parametrize("width", [5, generate.PARTS**2, 50257])
 def test_the_likeliest_is_the_first_of_the_largest(width):
     logits = torch.randn(6, width).round(decimals=1)
@@ -194,6 +193,7 @@ def test_the_likeliest_is_the_first_of_the_largest(width):
     assert torch.equal(generate.likeliest(logits), logits.argmax(-1))
 
 
+@SLOW
 def test_a_compiled_decode_step_gives_the_same_tokens(one_layer, monkeypatch):
     _, path, _ = one_layer
     monkeypatch.setitem(device_graphs.makers, "cpu", Recorder)

@@ -146,7 +146,7 @@ def test_compiled_programs_use_it_where_there_is_a_gpu(monkeypatch):
     run(*given)
     assert not calls, "on a CPU the fused kernel has blocks enough"
     monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
-    monkeypatch.setattr(compiled, "_check", lambda *_: None)
+    monkeypatch.setattr(compiled, "check_same", lambda *_: None)
     elsewhere = tuple(t.to("meta") for t in given)
     compiled.Compiled(torch.export.export(Attend(), elsewhere), {})(*elsewhere)
     assert calls == [1]
