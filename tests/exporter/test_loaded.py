@@ -228,7 +228,27 @@ def test_a_graph_stays_where_it_gains(file, monkeypatch, replay_ms, kept):
     assert graphs.replays == before + kept, "dropped for good"
 
 
+@pytest.mark.parametrize("how", [True, "auto"])
+def test_what_cannot_be_recorded(file, monkeypatch, caplog, how):
+    def capture(self, function):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setitem(device_graphs.makers, "cpu", Timed)
+    monkeypatch.setattr(Timed, "capture", capture)
+    plain, run = magi_train.load(file), magi_train.load(file, cuda_graphs=how)
+    pair = torch.randn(2, 4), torch.arange(2)
+    run(*pair)
+    if how is True:
+        with pytest.raises(RuntimeError, match="not permitted"):
+            run(*pair)
+        return
+    for _ in range(3):
+        torch.testing.assert_close(run(*pair), plain(*pair))
+    assert caplog.text.count("run without a CUDA graph: operation not permitted") == 1
+
+
 def test_how_to_replay_is_true_false_or_auto(file):
+    magi_train.load(file, cuda_graphs=0)
     with pytest.raises(ValueError, match="True, False or 'auto', got 'on'"):
         magi_train.load(file, cuda_graphs="on")
 
