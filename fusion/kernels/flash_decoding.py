@@ -157,14 +157,14 @@ def flash_decoding(
     """
     batch, heads, queries, size = query.shape
     keys = key.shape[2]
+    result = torch.empty_like(query, memory_format=torch.contiguous_format)
+    if not result.numel() or not keys:
+        return result.zero_()
     wide = max(16, triton.next_power_of_2(size))
     block = block_of(wide, query.dtype)
     blocks = triton.cdiv(keys, block)
-    run = triton.cdiv(blocks, min(blocks, max(1, PROGRAMS // max(batch * heads, 1)))) * block
+    run = triton.cdiv(blocks, min(blocks, max(1, PROGRAMS // (batch * heads)))) * block
     count = triton.cdiv(keys, run)
-    result = torch.empty_like(query, memory_format=torch.contiguous_format)
-    if not result.numel():
-        return result
     hides = mask is not None and mask.dtype is torch.bool
     shape = (batch * heads, count, queries, size + 2)
     parts = torch.empty(shape, dtype=torch.float32, device=query.device)

@@ -81,6 +81,12 @@ def test_keys_and_values_fit_into_the_shared_memory_of_small_gpus(size, dtype):
     assert 2 * tile + MOST_QUERIES * size * dtype.itemsize <= 96 * 2**10
 
 
+def test_no_rows_and_no_keys():
+    q, k, v = inputs(keys=5)
+    assert flash_decoding(q[:0], k[:0], v[:0], None, 0.25).shape == (0, *q.shape[1:])
+    assert torch.equal(flash_decoding(q, k[:, :, :0], v[:, :, :0], None, 0.25), torch.zeros_like(q))
+
+
 def test_keys_that_no_query_sees_are_not_read():
     q, k, v = inputs(few=2, keys=512)
     k[:, :, 128:], v[:, :, 128:] = torch.nan, torch.nan
