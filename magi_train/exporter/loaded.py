@@ -113,7 +113,7 @@ def load(
         cuda_graphs: Replay each shape as a CUDA graph after its first call. Pays for small batches,
             which are bound by launches; holds memory for each shape. "auto" times both ways in a
             shape's second call, and keeps a graph where it gains 5 %; what cannot be recorded runs
-            without, with a warning.
+            without, with a warning. Not for models that write to their buffers: timing counts.
         runners: Calls that compiled code may run at the same time; each has memory of its own.
         compile: Compile a "program" with Inductor, each shape at its first call (or in `warmup`),
             in place of running it op by op; or Inductor's options, {"max_autotune": True}. Takes

@@ -228,6 +228,23 @@ def test_a_graph_stays_where_it_gains(file, monkeypatch, replay_ms, kept):
     assert graphs.replays == before + kept, "dropped for good"
 
 
+class Writes(nn.Module):
+    """Writes to its input."""
+
+    def forward(self, x):
+        return x.add_(1) * 2
+
+
+def test_calls_that_are_timed_do_not_write_to_what_is_given(tmp_path, monkeypatch):
+    magi_train.export(Writes(), (torch.zeros(2),), tmp_path / "model.pt2")
+    monkeypatch.setitem(device_graphs.makers, "cpu", Timed)
+    monkeypatch.setattr(Timed, "replay_ms", 11.0)
+    run, x = magi_train.load(tmp_path / "model.pt2", cuda_graphs="auto"), torch.zeros(2)
+    for call in (1, 2, 3):
+        assert torch.equal(run(x), torch.full((2,), 2.0 * call))
+        assert torch.equal(x, torch.full((2,), 1.0 * call))
+
+
 @pytest.mark.parametrize("how", [True, "auto"])
 def test_what_cannot_be_recorded(file, monkeypatch, caplog, how):
     def capture(self, function):
