@@ -99,7 +99,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--buckets", type=int, nargs="*", default=[])
     parser.add_argument("--compile", action="store_true", help="a program, with Inductor")
-    parser.add_argument("--cuda-graphs", nargs="?", const=True, default=False, choices=["auto"])
+    parser.add_argument("--cuda-graphs", action="store_true", help="for every shape")
+    parser.add_argument("--auto-cuda-graphs", action="store_const", const="auto",
+                        dest="cuda_graphs", help="for shapes that gain")  # fmt: skip
     options = parser.parse_args()
     loaded = magi_train.load(options.path, buckets=options.buckets, compile=options.compile,
                              cuda_graphs=options.cuda_graphs)  # fmt: skip

@@ -104,6 +104,7 @@ class _Attached:
             return result
         if not any(p.requires_grad for p in result.parameters()):
             return result
+        self.config = _as_under_ddp(self.config, self.accelerator)  # a Trainer may say it this late
         refuse_outer_steps(self.config, "the Trainer's, or Accelerate's saving,")
         self.runtime = runtime = Runtime(result, self.config)
         self._loss = None

@@ -234,7 +234,9 @@ class MagiStrategyMixin:
     def on_validation_start(self) -> None:
         """Take rank 0's buffers, which steps without a backward (SWA's last epoch) have moved."""
         super().on_validation_start()  # type: ignore[misc]
-        if self.runtime is not None and isinstance(self.runtime.reducer, Reducer):
+        if self.runtime is None or self._region is None:
+            return  # not in `fit`: the model that was trained may be on the host, and not be asked
+        if isinstance(self.runtime.reducer, Reducer):
             self.runtime.reducer.take_buffers()
 
     def on_validation_end(self) -> None:

@@ -31,6 +31,9 @@ MOST_QUERIES = 16
 """Rows of a tile: tensor cores take no fewer, so fewer cost as much."""
 MOST_SIZE = 256
 BLOCK = 64
+ROW_BYTES = 512
+"""Of a key, or a value: wider ones come in half blocks. Both lie in shared memory, where many GPUs
+have room for 99 KiB."""
 PROGRAMS = 264
 """Two for each multiprocessor of an H200."""
 WARPS = 4
@@ -129,6 +132,11 @@ def _steps(mask: Tensor) -> list[int]:
     return [0] * (4 - mask.dim()) + own
 
 
+def block_of(size: int, dtype: torch.dtype) -> int:
+    """Return how many keys of `size` elements a program reads at a time."""
+    return BLOCK if size * dtype.itemsize <= ROW_BYTES else BLOCK // 2
+
+
 @triton_op("magi_train::flash_decoding", mutates_args=())
 def flash_decoding(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
@@ -149,16 +157,17 @@ def flash_decoding(
     """
     batch, heads, queries, size = query.shape
     keys = key.shape[2]
-    blocks = triton.cdiv(keys, BLOCK)
-    run = triton.cdiv(blocks, min(blocks, max(1, PROGRAMS // max(batch * heads, 1)))) * BLOCK
-    count = triton.cdiv(keys, run)
     result = torch.empty_like(query, memory_format=torch.contiguous_format)
-    if not result.numel():
-        return result
+    if not result.numel() or not keys:
+        return result.zero_()
+    wide = max(16, triton.next_power_of_2(size))
+    block = block_of(wide, query.dtype)
+    blocks = triton.cdiv(keys, block)
+    run = triton.cdiv(blocks, min(blocks, max(1, PROGRAMS // (batch * heads)))) * block
+    count = triton.cdiv(keys, run)
     hides = mask is not None and mask.dtype is torch.bool
     shape = (batch * heads, count, queries, size + 2)
     parts = torch.empty(shape, dtype=torch.float32, device=query.device)
-    wide = max(16, triton.next_power_of_2(size))
     given = query if mask is None else mask
     steps = [0] * 4 if mask is None else _steps(mask)
     if interpreted():
@@ -168,7 +177,7 @@ def flash_decoding(
     sum_parts[batch * heads, count](
         query, key, value, given, parts, heads, queries, keys, size, run,
         *query.stride(), *key.stride(), *value.stride(), *steps, SCALE=scale, HIDES=hides,
-        ADDS=mask is not None and not hides, QUERIES=MOST_QUERIES, SIZE=wide, BLOCK=BLOCK,
+        ADDS=mask is not None and not hides, QUERIES=MOST_QUERIES, SIZE=wide, BLOCK=block,
         EXACT=query.dtype is torch.float32, WIDENED=interpreted(), num_warps=WARPS,
     )  # fmt: skip
     put_together[batch * heads, queries](

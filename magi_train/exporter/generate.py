@@ -86,9 +86,10 @@ def likeliest(logits: Tensor) -> Tensor:
     if vocabulary < PARTS**2:
         return logits.argmax(-1)
     padded = F.pad(logits, (0, -vocabulary % PARTS), value=float("-inf"))
-    values, inside = padded.view(batch, PARTS, -1).max(-1)
+    width = padded.shape[1] // PARTS
+    values, inside = padded.view(batch, PARTS, width).max(-1)
     part = values.argmax(-1, keepdim=True)
-    return (part * (padded.shape[1] // PARTS) + inside.gather(1, part))[:, 0]
+    return (part * width + inside.gather(1, part))[:, 0]
 
 
 class Decoder:

@@ -112,7 +112,8 @@ def load(
             with a dynamic batch whose results all have the batch first.
         cuda_graphs: Replay each shape as a CUDA graph after its first call. Pays for small batches,
             which are bound by launches; holds memory for each shape. "auto" times both ways in a
-            shape's second call, and keeps a graph where it gains 5 %.
+            shape's second call, and keeps a graph where it gains 5 %; what cannot be recorded runs
+            without, with a warning. Not for models that write to their buffers: timing counts.
         runners: Calls that compiled code may run at the same time; each has memory of its own.
         compile: Compile a "program" with Inductor, each shape at its first call (or in `warmup`),
             in place of running it op by op; or Inductor's options, {"max_autotune": True}. Takes
@@ -134,9 +135,7 @@ def load(
         if compile is not False:
             run: Runner = compiled(torch.export.load(path), compile)
         else:
-            run = _runner(
-                path, manifest["target"], contract, runners, recorded=cuda_graphs is not False
-            )
+            run = _runner(path, manifest["target"], contract, runners, recorded=bool(cuda_graphs))
     except ExportError:
         raise
     except Exception as error:
@@ -145,7 +144,7 @@ def load(
             f"{manifest['versions']['torch']} ({type(error).__name__}: {str(error)[:500]}); export "
             "again"
         ) from error
-    if cuda_graphs is not False:
+    if cuda_graphs:
         graphs = device_graphs(torch.device(contract.device))
         if graphs is None or manifest["target"] not in ("program", "pt2"):
             raise ExportError(

@@ -5,10 +5,12 @@ later calls copy their inputs into the recorded memory and start the recording. 
 out, because the next call overwrites them. One lock: the memory is shared by all callers.
 
 Where the device has enough to do, a recording gains nothing and holds memory all the same. If asked
-to, a shape's second call therefore times both ways, and drops what does not pay.
+to, a shape's second call therefore times both ways, and drops what does not pay, or cannot be
+recorded.
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor
 
 from magi_train.core.device_graphs import DeviceGraphs
+
+logger = logging.getLogger(__name__)
 
 MAX_SHAPES = 16
 """Further shapes run without a graph: each holds memory."""
@@ -71,10 +75,17 @@ class Replayed:
             return False
         inputs = [t.clone() for t in tensors]
         if self._if_faster:
-            plain_ms = self._milliseconds(lambda: self._run(*tensors))
+            plain_ms = self._milliseconds(lambda: self._run(*inputs))  # may write to them
             self._graphs.new_pool()  # what is dropped gives all of its memory back
-        with torch.no_grad():
-            results, replay = self._graphs.capture(lambda: list(self._run(*inputs)))
+        try:
+            with torch.no_grad():
+                results, replay = self._graphs.capture(lambda: list(self._run(*inputs)))
+        except Exception as error:
+            if not self._if_faster:
+                raise
+            logger.warning("inputs of %s run without a CUDA graph: %s", list(key), error)
+            self._dropped.add(key)
+            return False
         self._recorded[key] = (inputs, results, replay)
         if self._if_faster:
             replayed_ms = self._milliseconds(lambda: self._replay(key, tensors))

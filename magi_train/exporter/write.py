@@ -124,7 +124,8 @@ def optimize(captured: Captured, config: ExportConfig, target: str, report: Repo
         run_passes(inference_passes(config, device, target), captured.graph, context, report)
     except PassError as error:
         raise ExportError(f"{error}; turn the pass off in ExportConfig, and report it") from error
-    spell_out(captured.graph.graph)
+    if target == "pt2":  # Inductor reads it; a program that is compiled later is spelled out then
+        spell_out(captured.graph.graph)
     captured.graph.graph.eliminate_dead_code()
     drop_unread(captured.graph)
     captured.graph.recompile()

@@ -10,6 +10,7 @@ from magi_train.exporter.few_queries import spread
 from magi_train.fusion.kernels.flash_decoding import (
     MOST_QUERIES,
     MOST_SIZE,
+    block_of,
     flash_decoding,
     flash_decoding_reference,
 )
@@ -47,7 +48,8 @@ def masks(few, keys):
 @pytest.mark.parametrize("kind", ["none", "boolean", "added", "mostly empty"])
 @pytest.mark.parametrize(
     ("few", "keys", "size", "heads"),
-    [(4, 300, 16, 2), (1, 256, 40, 2), (16, 1111, 8, 1), (3, 65, 128, 9), (2, 1, 16, 2)],
+    [(4, 300, 16, 2), (1, 256, 40, 2), (16, 1111, 8, 1), (3, 65, 128, 9), (2, 1, 16, 2)]
+    + [(2, 100, 256, 1)],
 )
 def test_the_kernel_equals_float64(few, keys, size, heads, kind, dtype):
     check_numbers("cpu", few, keys, size, heads, kind, dtype)
@@ -69,6 +71,20 @@ def check_numbers(device, few, keys, size, heads, kind, dtype):
         got = result(q, k, v, mask, 0.3)
         assert got.dtype is dtype
         assert (got.double() - wanted).abs().max() <= limit * v.double().abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_keys_and_values_fit_into_the_shared_memory_of_small_gpus(size, dtype):
+    """Two tiles, and the queries: 99 KiB of an RTX 4090 or an A10, and the compiler takes some."""
+    tile = block_of(size, dtype) * size * dtype.itemsize
+    assert 2 * tile + MOST_QUERIES * size * dtype.itemsize <= 96 * 2**10
+
+
+def test_no_rows_and_no_keys():
+    q, k, v = inputs(keys=5)
+    assert flash_decoding(q[:0], k[:0], v[:0], None, 0.25).shape == (0, *q.shape[1:])
+    assert torch.equal(flash_decoding(q, k[:, :, :0], v[:, :, :0], None, 0.25), torch.zeros_like(q))
 
 
 def test_keys_that_no_query_sees_are_not_read():

@@ -228,7 +228,44 @@ def test_a_graph_stays_where_it_gains(file, monkeypatch, replay_ms, kept):
     assert graphs.replays == before + kept, "dropped for good"
 
 
+class Writes(nn.Module):
+    """Writes to its input."""
+
+    def forward(self, x):
+        return x.add_(1) * 2
+
+
+def test_calls_that_are_timed_do_not_write_to_what_is_given(tmp_path, monkeypatch):
+    magi_train.export(Writes(), (torch.zeros(2),), tmp_path / "model.pt2")
+    monkeypatch.setitem(device_graphs.makers, "cpu", Timed)
+    monkeypatch.setattr(Timed, "replay_ms", 11.0)
+    run, x = magi_train.load(tmp_path / "model.pt2", cuda_graphs="auto"), torch.zeros(2)
+    for call in (1, 2, 3):
+        assert torch.equal(run(x), torch.full((2,), 2.0 * call))
+        assert torch.equal(x, torch.full((2,), 1.0 * call))
+
+
+@pytest.mark.parametrize("how", [True, "auto"])
+def test_what_cannot_be_recorded(file, monkeypatch, caplog, how):
+    def capture(self, function):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setitem(device_graphs.makers, "cpu", Timed)
+    monkeypatch.setattr(Timed, "capture", capture)
+    plain, run = magi_train.load(file), magi_train.load(file, cuda_graphs=how)
+    pair = torch.randn(2, 4), torch.arange(2)
+    run(*pair)
+    if how is True:
+        with pytest.raises(RuntimeError, match="not permitted"):
+            run(*pair)
+        return
+    for _ in range(3):
+        torch.testing.assert_close(run(*pair), plain(*pair))
+    assert caplog.text.count("run without a CUDA graph: operation not permitted") == 1
+
+
 def test_how_to_replay_is_true_false_or_auto(file):
+    magi_train.load(file, cuda_graphs=0)
     with pytest.raises(ValueError, match="True, False or 'auto', got 'on'"):
         magi_train.load(file, cuda_graphs="on")
 

@@ -51,6 +51,8 @@ def test_a_part_of_a_product_is_added(tmp_path, way):
     magi_train.export(Added(), INPUTS, path, target="pt2" if way == "pt2" else "program")
     run = magi_train.load(path, compile=way == "compiled")
     torch.testing.assert_close(run(*INPUTS), Added()(*INPUTS))
+    if way == "program":  # one operation, which rounds once
+        assert not [n for n in run._run.graph.nodes if n.target is torch.ops.aten.mul.Tensor]
 
 
 def test_machine_code_that_computes_something_else_is_refused(tmp_path, monkeypatch):
@@ -63,3 +65,42 @@ def test_machine_code_that_computes_something_else_is_refused(tmp_path, monkeypa
             continue
         with pytest.raises(ExportError, match=r"as machine code, result 0 is off by .*'program'"):
             machine_code.check_code(tmp_path / "model.pt2", program)
+
+
+class Counts(nn.Module):
+    """Writes to its second input."""
+
+    def forward(self, weight, count):
+        count.view(1)[0:].add_(1)
+        return weight * count
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_only_inputs_that_are_written_to_are_copied_for_the_check(
+    tmp_path, monkeypatch, functional
+):
+    weight, count = torch.randn(8), torch.zeros(())
+    program = torch.export.export(Counts(), (weight, count))
+    program = program.run_decompositions() if functional else program
+    given = []
+
+    def run(*tensors):
+        given.extend(tensors)
+        return [Counts()(*tensors)]
+
+    monkeypatch.setattr(machine_code.compat, "aoti_load", lambda _: run)
+    machine_code.check_code(tmp_path / "model.pt2", program)
+    assert given[0].data_ptr() == weight.data_ptr(), "a decoder's weights are inputs"
+    assert float(count) == 0.0
+    monkeypatch.setattr(machine_code.compat, "aoti_load", lambda _: lambda w, c: [w * (c + 1)])
+    with pytest.raises(ExportError, match="result 1 is off"):
+        machine_code.check_code(tmp_path / "model.pt2", program)
+
+
+def test_code_that_does_not_fit_beside_its_program_is_not_run(tmp_path, monkeypatch, caplog):
+    def full(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(machine_code.compat, "aoti_load", full)
+    machine_code.check_code(tmp_path / "model.pt2", torch.export.export(Added(), INPUTS))
+    assert "the device has no room" in caplog.text

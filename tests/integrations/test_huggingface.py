@@ -123,6 +123,10 @@ def test_what_a_distributed_data_parallel_would_be_told(tmp_path):
     attach(own, Config(comm=CommConfig(bucket_mib=2), lowering="aot_eager")).train()
     comm = report(own).settings["comm"]
     assert (comm["broadcast_buffers"], comm["bucket_mib"]) == (True, 2)
+    early = make(tmp_path, True, max_steps=1)  # of transformers 4, which tells Accelerate later
+    early.accelerator.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=False)
+    early.train()
+    assert not report(early).settings["comm"]["broadcast_buffers"]
     late = make(tmp_path, False)
     late.accelerator.ddp_handler = DistributedDataParallelKwargs(
         comm_hook=DDPCommunicationHookType.BF16

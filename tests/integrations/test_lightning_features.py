@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from magi_train.comm.reducer import Reducer
 from tests.close import difference, tolerance
 from tests.integrations import lightning_features as features
 
@@ -99,6 +100,17 @@ def test_one_process_makes_no_group_and_takes_up_two_ranks_work(two_ranks, tmp_p
         plain.loss(batch).backward()
         optimizer.step()
     assert difference(model.state_dict(), plain.state_dict()) < tolerance(torch.float32, 64)
+
+
+def test_validation_behind_training_sends_no_buffers(tmp_path, monkeypatch):
+    """It may be of another model, while the trained one is back on the host, as under DDP."""
+    feature = features.Feature("magi", tmp_path, devices=1)
+    trainer, taken = feature.trainer(max_epochs=1, num_sanity_val_steps=0), []
+    monkeypatch.setattr(Reducer, "take_buffers", lambda _: taken.append(1))
+    trainer.fit(feature.Model(), features.loader(), features.loader())
+    assert len(taken) == 1
+    trainer.validate(feature.Model(), features.loader(), verbose=False)
+    assert len(taken) == 1
 
 
 def _one_epoch(rank, world_size, path):
