@@ -113,7 +113,8 @@ def load(
         cuda_graphs: Replay each shape as a CUDA graph after its first call. Pays for small batches,
             which are bound by launches; holds memory for each shape. "auto" times both ways in a
             shape's second call, and keeps a graph where it gains 5 %; what cannot be recorded runs
-            without, with a warning. Not for models that write to their buffers: timing counts.
+            without, with a warning. Not for models that write to their inputs; "auto" not for those
+            that write to their buffers, as the timed calls would.
         runners: Calls that compiled code may run at the same time; each has memory of its own.
         compile: Compile a "program" with Inductor, each shape at its first call (or in `warmup`),
             in place of running it op by op; or Inductor's options, {"max_autotune": True}. Takes
@@ -121,7 +122,7 @@ def load(
 
     Raises:
         ExportError: The file is missing, cut short, no artifact, or for another torch or machine;
-            or it is compiled already.
+            or it is compiled already; or its model writes to what a replay must leave alone.
         ValueError: `cuda_graphs` is something else.
     """
     if cuda_graphs not in (True, False, "auto"):
@@ -151,8 +152,24 @@ def load(
                 f"{path} is for {contract.device!r} as {manifest['target']!r}, which cannot be "
                 "replayed as CUDA graphs; load it without cuda_graphs"
             )
+        _check_replay(path, manifest.get("writes", {}), cuda_graphs)
         run = Replayed(run, graphs, threading.Lock(), if_faster=cuda_graphs == "auto")
     return Loaded(run, manifest, contract, buckets)
+
+
+def _check_replay(path: Path, writes: Mapping[str, Any], cuda_graphs: bool | str) -> None:
+    """Make sure that calls may be replayed, and timed, as if nothing had happened between them."""
+    if writes.get("inputs"):
+        raise ExportError(
+            f"{path} is of a model that writes to its input {', '.join(writes['inputs'])}; a "
+            "replay works on copies, so the caller's would stay as it is. Load it without "
+            "cuda_graphs"
+        )
+    if writes.get("buffers") and cuda_graphs == "auto":
+        raise ExportError(
+            f"{path} is of a model that writes to its buffers, which the calls that 'auto' times "
+            "would do, too; load it with cuda_graphs=True or without"
+        )
 
 
 def check_compile(path: Path, target: str, compile: bool | Mapping[str, Any]) -> None:

@@ -75,7 +75,7 @@ class Replayed:
             return False
         inputs = [t.clone() for t in tensors]
         if self._if_faster:
-            plain_ms = self._milliseconds(lambda: self._run(*inputs))  # may write to them
+            plain_ms = self._milliseconds(lambda: self._run(*inputs))
             self._graphs.new_pool()  # what is dropped gives all of its memory back
         try:
             with torch.no_grad():

@@ -228,23 +228,6 @@ def test_a_graph_stays_where_it_gains(file, monkeypatch, replay_ms, kept):
     assert graphs.replays == before + kept, "dropped for good"
 
 
-class Writes(nn.Module):
-    """Writes to its input."""
-
-    def forward(self, x):
-        return x.add_(1) * 2
-
-
-def test_calls_that_are_timed_do_not_write_to_what_is_given(tmp_path, monkeypatch):
-    magi_train.export(Writes(), (torch.zeros(2),), tmp_path / "model.pt2")
-    monkeypatch.setitem(device_graphs.makers, "cpu", Timed)
-    monkeypatch.setattr(Timed, "replay_ms", 11.0)
-    run, x = magi_train.load(tmp_path / "model.pt2", cuda_graphs="auto"), torch.zeros(2)
-    for call in (1, 2, 3):
-        assert torch.equal(run(x), torch.full((2,), 2.0 * call))
-        assert torch.equal(x, torch.full((2,), 1.0 * call))
-
-
 @pytest.mark.parametrize("how", [True, "auto"])
 def test_what_cannot_be_recorded(file, monkeypatch, caplog, how):
     def capture(self, function):
@@ -262,6 +245,34 @@ def test_what_cannot_be_recorded(file, monkeypatch, caplog, how):
     for _ in range(3):
         torch.testing.assert_close(run(*pair), plain(*pair))
     assert caplog.text.count("run without a CUDA graph: operation not permitted") == 1
+
+
+class Counting(nn.Module):
+    """Counts its calls, in a buffer or in an input."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, calls):
+        (self.calls if self.inside else calls).add_(1)
+        return x + self.calls + calls
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_a_replay_would_not_write_is_refused(tmp_path, monkeypatch, inside):
+    monkeypatch.setitem(device_graphs.makers, "cpu", Recorder)
+    path, inputs = tmp_path / "model.pt2", (torch.zeros(3), torch.zeros(()))
+    magi_train.export(Counting(inside), inputs, path)
+    magi_train.load(path)
+    with pytest.raises(
+        ExportError, match="'auto' times" if inside else "writes to its input calls"
+    ):
+        magi_train.load(path, cuda_graphs="auto")
+    if not inside:
+        with pytest.raises(ExportError, match="writes to its input calls"):
+            magi_train.load(path, cuda_graphs=True)
 
 
 def test_how_to_replay_is_true_false_or_auto(file):
