@@ -10,7 +10,7 @@ import magi_train
 from magi_train import ExportConfig
 from magi_train.core import device_graphs
 from magi_train.core.errors import ExportError
-from magi_train.exporter import compiled, loaded
+from magi_train.exporter import compare, compiled, loaded
 from magi_train.exporter.compiled import Compiled
 from tests.close import tolerance
 from tests.exporter.nets import Block
@@ -120,6 +120,20 @@ def test_what_is_allowed_is_of_the_dtype_inside(tmp_path, monkeypatch):
         else:
             with pytest.raises(ExportError, match=r"off by 2\.0e-01"):
                 run(images(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "eps"),
+    [
+        (torch.float32, "cpu", 2.0**-23),
+        (torch.float32, "meta", 2.0**-10),  # an accelerator, which may round to TF32
+        (torch.float64, "meta", 2.0**-52),
+        (torch.bfloat16, "meta", 2.0**-7),
+    ],
+)
+def test_what_is_allowed_is_of_the_device(dtype, device, eps):
+    inputs = (torch.ones(3, dtype=dtype, device=device),)
+    assert compare.allowed(torch.export.export(torch.nn.ReLU(), inputs)) == eps**0.5
 
 
 def test_what_cannot_be_compiled_says_so(file, monkeypatch):
