@@ -73,6 +73,23 @@ def test_bfloat16_on_the_device(tmp_path, target, graphs, request):
     assert report.measured["error_output"] < 0.05
 
 
+def test_graphs_stay_where_they_gain(tmp_path):
+    wide = torch.nn.Sequential(*(torch.nn.Linear(4096, 4096) for _ in range(20))).cuda()
+    path = tmp_path / "model.pt2"
+    x = torch.randn(8, 4096, device="cuda")
+    magi_train.export(wide, (x,), path, dynamic={"batch": (1, 2**15)})
+    run = magi_train.load(path, cuda_graphs="auto")
+    for rows in (1, 2**15):
+        x = torch.randn(rows, 4096, device="cuda")
+        before = torch.cuda.memory_reserved()
+        for _ in range(4):
+            torch.testing.assert_close(run(x), wide(x))
+        recorded = {key[0][0] for key in run._run._recorded}
+        assert recorded == {1}, "bound by launches at one row only"
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() - before < 2**30, "what was dropped is given back"
+
+
 @pytest.mark.parametrize("make", [llama, gpt2])
 @pytest.mark.parametrize("graphs", [False, True])
 def test_decoding_equals_generate(tmp_path, make, graphs, machine_code):
