@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 import magi_train
 from magi_train import Config
 from magi_train.core import compat, device_graphs
-from magi_train.core.errors import PassError, SecondDerivativeError
+from magi_train.core.errors import CaptureError, PassError, SecondDerivativeError
 from magi_train.memory import remat
 from tests.close import difference, tolerance
 from tests.fake_graphs import FakeGraphs
@@ -388,6 +388,45 @@ def test_a_size_that_depends_on_data_is_no_crash():
     assert error < LIMIT
     assert report.tier == "region"
     assert "if rows.numel()" in report.reason
+
+
+class Unmarked(torch.autograd.Function):
+    """Trips an assertion in Dynamo (2.13): it marks none of its results."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_non_differentiable()
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0].cos()
+
+
+class Marks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.l = nn.Linear(4, 4)
+        self.wrong = False
+
+    def forward(self, x):
+        assert not self.wrong, "mine"
+        return Unmarked.apply(self.l(x))
+
+
+def test_an_assertion_of_dynamos_falls_to_a_lower_tier():
+    model, x = Marks(), torch.randn(2, 4)
+    twin = copy.deepcopy(model)
+    ours = magi_train.prepare(twin)
+    for each in (model, ours):
+        each(x).sum().backward()
+    assert torch.equal(twin.l.weight.grad, model.l.weight.grad)
+    with pytest.raises(CaptureError, match="'region', but Marks cannot be captured"):
+        magi_train.prepare(Marks(), config=Config(tier="region"))(x)
+    twin.wrong = True
+    with pytest.raises(AssertionError, match="mine"):
+        ours(x)
 
 
 class Heads(nn.Module):

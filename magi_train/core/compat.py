@@ -308,8 +308,22 @@ def call_captured(
         except DynamoError as error:
             if "logging.Logger" not in str(error):
                 raise
+        except AssertionError as error:
+            if not _raised_while_compiling(error):
+                raise
+            raise DynamoError(str(error)) from error
         with capture_settings():
             return function(*args, **kwargs)
+
+
+def _raised_while_compiling(error: BaseException) -> bool:
+    """Return whether Dynamo raised an error of Python's own: an assertion (seen on 2.13)."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__") == "torch._dynamo.convert_frame":
+            return True
+        trace = trace.tb_next
+    return False
 
 
 WHILE_COMPILING = {
