@@ -149,7 +149,7 @@ class Storages:
             found = self._facts[node] = Facts(
                 tuple(node.all_input_nodes),
                 self.of(node),
-                value.numel() if isinstance(value, torch.Tensor) else None,
+                compat.size_hint(value.numel()) if isinstance(value, torch.Tensor) else None,
                 is_view(node),
                 is_pointwise(node),
                 _is_generated(node),

@@ -390,6 +390,22 @@ def test_a_size_that_depends_on_data_is_no_crash():
     assert "if rows.numel()" in report.reason
 
 
+def test_sizes_that_happen_to_equal_another_are_not_taken_for_it():
+    """4 rows of 16 are as many as the weights of 16 by 4; three forwards before a backward."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 4))
+    twin = copy.deepcopy(model)
+    torch._dynamo.reset()
+    ours = magi_train.prepare(twin, config=Config(progress=False))
+    before = graphs()
+    inputs = [torch.randn(n, 8) for n in (6, 4, 5, 8)]
+    for each in (model, ours):
+        sum(each(x).square().sum() for x in inputs).backward()
+    assert graphs() - before == 2, "one for 6 rows, and one for any number"
+    got, want = ({n: p.grad for n, p in m.named_parameters()} for m in (twin, model))
+    assert difference(got, want) < tolerance(torch.float32)
+    assert not magi_train.report(ours).notes
+
+
 class Unmarked(torch.autograd.Function):
     """Trips an assertion in Dynamo (2.13): it marks none of its results."""
 
