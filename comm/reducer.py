@@ -337,7 +337,7 @@ class Reducer:
 
     def take_buffers(self) -> None:
         """Take rank 0's buffers, unless the settings say that they are each rank's own."""
-        if self.config.broadcast_buffers:
+        if self.config.broadcast_buffers and self.world.size > 1:  # to look for them takes time
             broadcast(self.world, self._buffers())
 
     @contextlib.contextmanager
@@ -352,8 +352,12 @@ class Reducer:
         finally:
             self._buffers_wait = False
         if self._synchronised != before:
-            self.take_buffers()
-            self._buffers_due = True
+            self._share_buffers()
+
+    def _share_buffers(self) -> None:
+        """Take rank 0's buffers behind a backward; until the next forward they may be written."""
+        self.take_buffers()
+        self._buffers_due = True
 
     def launch(self, index: int, grads: list[Tensor], names: list[str]) -> Tensor:
         """Pack `grads` into bucket `index` and, on a synchronising backward, start its all-reduce.
@@ -680,8 +684,7 @@ class Reducer:
     def _end_step(self) -> None:
         """What a synchronised backward does when its gradients are there; collectives."""
         if not self._buffers_wait:
-            self.take_buffers()
-            self._buffers_due = True  # until the next forward the program may write to them
+            self._share_buffers()
         if self._meter is not None:
             self.report.measured |= self._meter.end()
         self._memory.end_round()

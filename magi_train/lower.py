@@ -101,14 +101,22 @@ HIDDEN_COPY = torch.ops.prims.clone.default
 """What a model's copy of an input is until the cut: Inductor takes out the copies that it knows."""
 
 
-class _PreJoint(compat.CustomGraphPass):  # type: ignore[misc]
-    """Inductor's slot ahead of its own passes over the joint graph, or one without a backward."""
+class _Slot(compat.CustomGraphPass):  # type: ignore[misc]
+    """A slot of Inductor's for a pass over graphs; `name` tells it from others in cache keys."""
+
+    name: str
 
     def __init__(self, lowered: Lowered) -> None:
         self.lowered = lowered
 
     def uuid(self) -> object:
-        return ("magi-pre-joint", *self.lowered.fingerprint())
+        return (self.name, *self.lowered.fingerprint())
+
+
+class _PreJoint(_Slot):
+    """Inductor's slot ahead of its own passes over the joint graph, or one without a backward."""
+
+    name = "magi-pre-joint"
 
     def __call__(self, joint: Graph) -> None:
         graph.spell_out(joint)
@@ -117,14 +125,10 @@ class _PreJoint(compat.CustomGraphPass):  # type: ignore[misc]
                 node.target = HIDDEN_COPY
 
 
-class _PostGrad(compat.CustomGraphPass):  # type: ignore[misc]
+class _PostGrad(_Slot):
     """Inductor's post-grad slot: sees the forward graph, then the backward graph."""
 
-    def __init__(self, lowered: Lowered) -> None:
-        self.lowered = lowered
-
-    def uuid(self) -> object:
-        return ("magi-post-grad", *self.lowered.fingerprint())
+    name = "magi-post-grad"
 
     def __call__(self, graph: Graph) -> None:
         _note_saved(self.lowered, graph)
@@ -140,14 +144,10 @@ class _PostGrad(compat.CustomGraphPass):  # type: ignore[misc]
                 dump(owner, "collectives_after")
 
 
-class _Pin(compat.CustomGraphPass):  # type: ignore[misc]
+class _Pin(_Slot):
     """Inductor's slot behind its own post-grad passes, which know no node that is pinned."""
 
-    def __init__(self, lowered: Lowered) -> None:
-        self.lowered = lowered
-
-    def uuid(self) -> object:
-        return ("magi-pin", *self.lowered.fingerprint())
+    name = "magi-pin"
 
     def __call__(self, graph: Graph) -> None:
         offload.pin(graph)

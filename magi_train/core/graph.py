@@ -153,6 +153,11 @@ def aliased(node: Node) -> set[Node]:
     return {n for n in ancestors(node) if not memory or not _memory(n) or memory & _memory(n)}
 
 
+def written(graph: Graph) -> set[Node]:
+    """Return the nodes whose memory, or a view's of it, the graph writes to."""
+    return {a for n in graph.nodes for m in mutated(n) for a in aliased(m)}
+
+
 def aliasing(nodes: Iterable[Node], found: set[Node]) -> set[Node]:
     """Return those of `nodes`, a whole graph in its order, for which `aliased` meets `found`."""
     behind: dict[Node, int] = {}  # which of `found` a node is computed from, a bit for each

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from magi_train.core import compat
 from magi_train.core.errors import ExportError
-from magi_train.core.graph import aliased, mutated
+from magi_train.core.graph import written
 from magi_train.exporter.compare import allowed, check_same
 from magi_train.memory.cost import is_repeatable
 
@@ -53,8 +53,8 @@ def check_code(file: Path, program: torch.export.ExportedProgram) -> None:
         ExportError: They differ.
     """
     signature = program.graph_signature
-    written = set(signature.user_inputs_to_mutate.values())  # of a graph that writes at its end
-    written |= {a.name for n in program.graph.nodes for m in mutated(n) for a in aliased(m)}
+    changed = set(signature.user_inputs_to_mutate.values())  # of a graph that writes at its end
+    changed |= {node.name for node in written(program.graph)}
     given, structure = pytree.tree_flatten(program.example_inputs)
 
     def results_of(run: Callable[..., Any]) -> list[Tensor]:
@@ -62,7 +62,7 @@ def check_code(file: Path, program: torch.export.ExportedProgram) -> None:
 
         Only those are copied, as a decoder's weights are inputs.
         """
-        mine = [x.clone() if name in written else x
+        mine = [x.clone() if name in changed else x
                 for name, x in zip(signature.user_inputs, given, strict=True)]  # fmt: skip
         args, options = pytree.tree_unflatten(mine, structure)
         got = pytree.tree_leaves(run(*args, **options))

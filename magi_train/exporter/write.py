@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from magi_train.core.errors import ExportError, PassError
-from magi_train.core.graph import aliased, drop_unread, mutated, spell_out
+from magi_train.core.graph import drop_unread, spell_out, written
 from magi_train.core.passes import Pass, PassContext, Stage, registered_passes, run_passes
 from magi_train.core.report import Report
 from magi_train.core.versions import own
@@ -105,10 +105,10 @@ def export(
 def _writes(captured: Captured) -> dict[str, Any]:
     """Return the inputs that the graph writes to, by name, and whether it writes to its buffers."""
     graph = captured.graph.graph
-    written = {a for n in graph.nodes for m in mutated(n) for a in aliased(m)}
+    changed = written(graph)
     given = zip(graph.find_nodes(op="placeholder"), captured.contract.inputs, strict=True)
-    inputs = [spec.name for node, spec in given if node in written]
-    return {"inputs": inputs, "buffers": any(n.op == "get_attr" for n in written)}
+    inputs = [spec.name for node, spec in given if node in changed]
+    return {"inputs": inputs, "buffers": any(n.op == "get_attr" for n in changed)}
 
 
 def inference_passes(config: ExportConfig, device: str, target: str) -> list[Pass[Any]]:
