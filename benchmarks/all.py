@@ -126,6 +126,7 @@ TASKS = (
             ("fp8", 1, 40), ("varlen", 1, 60), ("optimizer", 1, 25), ("padding", 1, 70),
             ("record", 1, 10), ("lightning", 2, 60), ("devices", 2, 250), ("copy_engines", 2, 80),
             ("sharded_optimizer", 2, 200), ("fully_shard", 2, 150),
+            ("smoke", 2, 300),
         )
     ),
 )  # fmt: skip

@@ -20,8 +20,8 @@ def examples():
     return [{"input_ids": i, "labels": i} for i in torch.randint(0, 64, (16, 12), generator=g)]
 
 
-def make(folder, ours, kind=None, **options):
-    """Return a Trainer; `ours` adds the one line."""
+def make(folder, ours, kind=None, config=None, **options):
+    """Return a Trainer; `ours` adds the one line, by default without generated code."""
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
     torch.manual_seed(0)
@@ -35,7 +35,7 @@ def make(folder, ours, kind=None, **options):
         from magi_train import Config
         from magi_train.integrations.huggingface import attach
 
-        attach(trainer, Config(lowering="aot_eager"))
+        attach(trainer, config or Config(lowering="aot_eager"))
     return trainer
 
 
