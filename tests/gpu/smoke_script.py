@@ -26,7 +26,7 @@ def llama():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256}
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads)).train()
 
