@@ -45,7 +45,7 @@ def agree(got, want, dtype):
     assert len(got) == len(want) > 2
     limit = tolerance(dtype) if dtype == torch.float32 else tolerance(dtype, 1)
     assert got == pytest.approx(want, rel=limit)
-    assert got[-1] < 0.95 * got[0], "it learns little"
+    assert got[-1] < 0.97 * got[0], "it learns little"
 
 
 def test_lightning_in_each_precision(tmp_path, gpus):
