@@ -36,9 +36,14 @@ def example_value(node: Node) -> Any:
 
 
 def call_with_metadata(graph: Graph, target: Callable[..., Any], args: tuple[Any, ...]) -> Node:
-    """Insert a call with "val" and "tensor_meta", which Inductor's own passes rely on."""
+    """Insert a call with "val" and "tensor_meta", which Inductor's own passes rely on.
+
+    Custom ops get their arguments in the strides that these have in the graph: what is computed for
+    nobody else would come in any, and so would what the op returns.
+    """
     node = graph.call_function(target, args)
     values = map_arg(args, lambda n: n.meta["val"])
+    node.meta[compat.STRIDES_OF_ARGUMENTS] = (values, {})
     fakes = [v for v in pytree.tree_leaves(values) if isinstance(v, compat.FakeTensor)]
     mode = fakes[0].fake_mode if fakes else _fake_mode(graph)
     with mode:

@@ -361,6 +361,7 @@ class Recorded(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.order, self.made = [], []
+        self.fetched = set()  # addresses on the host
 
     @classmethod
     def is_infra_mode(cls):
@@ -371,6 +372,8 @@ class Recorded(TorchDispatchMode):
         if func in copies.OPS:
             self.order.append(func)
             self.made.append(weakref.ref(result.untyped_storage()))
+            if func is FETCH:
+                self.fetched.add(args[0].untyped_storage().data_ptr())
         elif func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
             self.order.append("product")
         return result
@@ -600,6 +603,27 @@ def test_library_models(name):
         assert simulate(*cut, fused=False).peak == pytest.approx(peak, rel=TOLERANCE)
         assert row.timeline(plan).peak == pytest.approx(peak, rel=2 * GUESS)  # little is left
         assert same(gradients, want)
+
+
+def test_what_comes_back_is_the_memory_that_the_copy_left_in(engine):
+    """Generated code that copied it on the host would read it before it has arrived."""
+    torch.manual_seed(0)
+    module, step = prepared(llama(vocab_size=32), 0.0009, lowering="inductor")
+    batch = tokens(0, 16) % 32
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        step(batch).backward()
+    with Recorded() as recorded:
+        loss = step(batch)
+        left = {ref().data_ptr() for ref in recorded.made if ref() is not None}
+        recorded.made.clear()
+        loss.backward()
+    plan = plan_of(module)
+    assert any("attention" in kind for kind in plan["offloaded"]), "whose strides are not in order"
+    assert len(left) == sum(plan["offloaded"].values())
+    assert recorded.fetched == left
 
 
 @pytest.mark.full
