@@ -65,9 +65,10 @@ def lightning(folder):
             self.model, self.losses = llama(), []
 
         def training_step(self, batch, batch_idx):
-            loss = self.model(input_ids=batch, labels=batch, use_cache=False).loss
-            self.losses.append(float(loss.detach()))
-            return loss
+            return self.model(input_ids=batch, labels=batch, use_cache=False).loss
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.losses.append(float(outputs["loss"]))
 
         def configure_optimizers(self):
             return optimizer_of(self)
