@@ -307,6 +307,20 @@ def test_the_peak_may_be_at_the_first_node():
     assert [(t.node, t.size_bytes) for t in course.largest] == [("sin", ONE)]
 
 
+def test_without_nodes_there_is_no_peak():
+    course, left = walked(lambda x: x, torch.ones(64, 64), start=(0,))
+    assert (course.at, course.peak, course.live, left) == ("", 0, (), ONE)
+
+
+def test_a_workspace_counts_while_its_kernel_runs():
+    _, forward, backward = attention(8, torch.bfloat16)
+    order = [forward, backward]
+    cuda, cpu = (walk(order, Storages(fused=False, device_type=d))[0].live for d in ("cuda", "cpu"))
+    workspace = Storages(fused=False, device_type="cuda").facts(backward).workspace
+    assert [a - b for a, b in zip(cuda, cpu, strict=True)] == [0, workspace]
+    assert workspace > 0
+
+
 @pytest.mark.parametrize(
     ("heads", "device", "want"),
     [
@@ -321,5 +335,10 @@ def test_the_workspace_of_attentions_backward(heads, device, want):
     storages = Storages(fused=False, device_type=device)
     assert storages.facts(backward).workspace == want
     assert storages.facts(forward).workspace == 0
+    query, key = backward.args[1:3]
+    for gone in (query, key):
+        value = gone.meta.pop("val")
+        assert Storages(fused=False, device_type=device).facts(backward).workspace == 0
+        gone.meta["val"] = value
     nodes[1].meta["val"] = nodes[1].meta["val"][0]
     assert Storages(fused=False, device_type=device).facts(backward).workspace == 0
