@@ -139,11 +139,16 @@ class _Shared:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._failed or not torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return original(*args, **kwargs)
+            failures: list[Exception] = []
             try:
-                return compat.call_captured(self._compiled, (block, *args), kwargs)
+                output = compat.call_captured(
+                    self._compiled, (block, *args), kwargs, failures=failures
+                )
             except compat.CAPTURE_ERRORS as error:
-                self._give_up(compat.inner_backend_error(error))
-            return original(*args, **kwargs)
+                raise compat.inner_backend_error(error) from error
+            if failures:
+                self._give_up(compat.inner_backend_error(failures[0]))
+            return output
 
         return forward
 

@@ -445,6 +445,57 @@ def test_an_assertion_of_dynamos_falls_to_a_lower_tier():
         ours(x)
 
 
+class Part(nn.Module):
+    """Writes to buffers, draws random numbers and counts; may trip Dynamo after that."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+        self.wrong, self.calls = False, 0
+
+    def forward(self, x):
+        x = self.body(x)
+        self.calls += 1
+        torch._dynamo.graph_break()
+        return Unmarked.apply(x) if self.wrong else x.sin()
+
+
+class InTurn(nn.Module):
+    """Holds its parts in no container, so that they are not taken for repeated blocks."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.first, self.second = parts
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, InTurn])
+@pytest.mark.parametrize("since", [0, 2])
+def test_what_ran_before_a_failure_to_compile_does_not_run_again(kind, since):
+    torch._dynamo.reset()  # of a class that is compiled often, no more is compiled
+    models = []
+
+    def between(model, step):
+        torch.manual_seed(step)
+        models.append(model)
+        list(model.children())[1].wrong = step >= since
+
+    error, report = beside_plain(
+        lambda: kind(Part(), Part()),
+        no_code(),
+        loss=lambda model, x, y: model(x).square().mean(),
+        between=between,
+    )
+    assert error < LIMIT
+    assert {part.calls for model in models for part in model.children()} == {STEPS}
+    assert report.tier == ("region" if since else "eager")
+    notes = [note.split(":")[0] for note in report.notes if "Expected fwd_out" in note]
+    once, then = f"some code of {kind.__name__} ran uncompiled", "runs uncompiled from now on"
+    assert notes == ([once, f"{kind.__name__} {then}"] if since else [])
+
+
 class Heads(nn.Module):
     """Returns two heads; a loss may use one."""
 

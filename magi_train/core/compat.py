@@ -21,6 +21,8 @@ is listed there, and capture then falls to the EAGER tier with a warning instead
 | torch._dynamo.config.trace_autograd_ops (2.13) | torch.autograd.grad in a captured function |
 | torch._dynamo.variables.tensor.TensorVariable.call_method (2.13) | not so Tensor.backward |
 | torch._dynamo.callback.callback_handler | settings that hold while Dynamo compiles |
+| torch._dynamo.convert_frame.ConvertFrame | run uncompiled what Dynamo fails at |
+| torch._dynamo.types.ConvertFrameReturn, FrameExecStrategy, FrameAction | likewise |
 | torch._dynamo.backends.common.aot_autograd | the aot_eager lowering |
 | torch._inductor.fx_passes.control_dependencies | pinning the order of collectives |
 | torch.utils._python_dispatch.TorchDispatchMode | watching the ops of a mask |
@@ -80,6 +82,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from magi_train.core.errors import MagiError
+
 logger = logging.getLogger(__name__)
 
 OLDEST_TORCH = (2, 11)
@@ -127,6 +131,10 @@ GradAOTOutput: Any = _lookup("torch._functorch._aot_autograd.descriptors", "Grad
 PlainAOTInput: Any = _lookup("torch._functorch._aot_autograd.descriptors", "PlainAOTInput")
 PlainAOTOutput: Any = _lookup("torch._functorch._aot_autograd.descriptors", "PlainAOTOutput")
 TangentAOTInput: Any = _lookup("torch._functorch._aot_autograd.descriptors", "TangentAOTInput")
+_ConvertFrame: Any = _lookup("torch._dynamo.convert_frame", "ConvertFrame")
+_ConvertFrameReturn: Any = _lookup("torch._dynamo.types", "ConvertFrameReturn")
+_FrameExecStrategy: Any = _lookup("torch._dynamo.types", "FrameExecStrategy")
+_FrameAction: Any = _lookup("torch._dynamo.types", "FrameAction")
 DynamoError: Any = _lookup("torch._dynamo.exc", "TorchDynamoException") or ()
 RecompileLimitHit: Any = _lookup("torch._dynamo.exc", "FailOnRecompileLimitHit") or ()
 _DATA_DEPENDENT: Any = _lookup(
@@ -284,12 +292,18 @@ def fusions_in_place() -> Iterator[None]:
 
 
 def call_captured(
-    function: Callable[..., Any], args: Sequence[Any], kwargs: Any, *, guards_hooks: bool = True
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Any,
+    *,
+    guards_hooks: bool = True,
+    failures: list[Exception] | None = None,
 ) -> Any:
     """Call what torch.compile made; if a logging call breaks its graph, capture without that call.
 
-    Nothing of the function has run when Dynamo raises, so calling again is safe. The settings are
-    not in force from the start because switching them costs time on every call.
+    Nothing of the function has run when Dynamo raises, so calling again is safe: it is captured
+    whole, or `failures` is given. The settings are not in force from the start because switching
+    them costs time on every call.
 
     In what is compiled meanwhile an integer attribute of a module that has changed once is a
     variable, and torch.autograd.grad is captured.
@@ -300,9 +314,14 @@ def call_captured(
         kwargs: For it.
         guards_hooks: Compile again once hooks on modules were added or removed. Without it Dynamo
             takes no notice; its guards take some 2 us a module in every call.
+        failures: Of a function that is captured in pieces: takes why a piece could not be compiled.
+            From there on the call compiles nothing more, and goes on without: what has run already
+            must not run again.
     """
+    if failures is not None:
+        _go_on_where_dynamo_fails()
     _while_compiling.guards_hooks = guards_hooks
-    with _while_compiling:
+    with _while_compiling, _while_compiling.noting(failures):
         try:
             return function(*args, **kwargs)
         except DynamoError as error:
@@ -344,6 +363,7 @@ class _WhileCompiling:
         self._depth = 0
         self._patch: Any = None
         self.guards_hooks = False
+        self.failures: list[Exception] | None = None
 
     def __enter__(self) -> None:
         self._depth += 1
@@ -353,6 +373,15 @@ class _WhileCompiling:
 
     def __exit__(self, *_: object) -> None:
         self._depth -= 1
+
+    @contextlib.contextmanager
+    def noting(self, failures: list[Exception] | None) -> Iterator[None]:
+        """Context in which what Dynamo fails at runs uncompiled, and why goes to `failures`."""
+        before, self.failures = self.failures, failures
+        try:
+            yield
+        finally:
+            self.failures = before
 
     @property
     def in_force(self) -> bool:
@@ -395,6 +424,33 @@ def _trace_no_backward() -> None:
             return traced(self, tx, name, *args, **kwargs)
 
     _TensorVariable.call_method = call_method
+
+
+@functools.cache
+def _go_on_where_dynamo_fails() -> None:
+    """Let a frame run uncompiled whose compilation raises, where a call of ours takes the reason.
+
+    Dynamo does so for what it knows that it does not support, and raises other errors, by when
+    earlier frames of the call have run. `suppress_errors` would hide ours, too.
+    """
+    converted = _ConvertFrame.__call__
+
+    @functools.wraps(converted)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        failures = _while_compiling.failures
+        if failures is None:
+            return converted(self, *args, **kwargs)
+        if not failures:
+            try:
+                return converted(self, *args, **kwargs)
+            except Exception as error:
+                if isinstance(inner_backend_error(error), MagiError):
+                    raise
+                failures.append(error)
+        skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)  # and what it calls
+        return _ConvertFrameReturn(frame_exec_strategy=skip, apply_to_code=False)
+
+    _ConvertFrame.__call__ = call
 
 
 def _compiles(_: object) -> None:
