@@ -366,7 +366,9 @@ def _memory_of(gm: GraphModule, inputs: Sequence[Any], lowered: Lowered) -> Path
         else str(x)
         for x in inputs
     ]
-    key = repr((gm.code, shapes, lowered.fingerprint(), torch.__version__))
+    bodies = {name: m.code for name, m in gm.named_modules() if isinstance(m, GraphModule)}
+    autocast = compat.autocast_dtype(gm, lowered.context.device_type)
+    key = repr((bodies, shapes, autocast, lowered.fingerprint(), torch.__version__))
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     return Path(compat.cache_dir()) / "magi_train" / f"{name}.json"
 
