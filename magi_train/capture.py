@@ -37,7 +37,7 @@ from magi_train.comm.in_graph import PlaceCollectives
 from magi_train.comm.reducer import Reducer
 from magi_train.core import compat
 from magi_train.core.config import Config
-from magi_train.core.errors import CaptureError, MagiError
+from magi_train.core.errors import CaptureError, EagerOnlyError, MagiError
 from magi_train.core.facts import Assumptions, Facts, Inputs, Paths
 from magi_train.core.outputs import FindUnused, Outputs
 from magi_train.core.passes import (
@@ -212,9 +212,9 @@ class Region:
             if compat.enters_a_lock(reason) and not self._ran_once and runtime.memory is None:
                 return self._run_once(args, kwargs)
             self._must_not_be_forced("graph", reason=reason)
-        between = compat.breaks_at_a_gradient(reason)
+        never = compat.breaks_at_a_gradient(reason) or EagerOnlyError.ADVICE in reason
         ran: list[Any] = []
-        if wanted in ("auto", "region") and not compat.problems() and not between:
+        if wanted in ("auto", "region") and not compat.problems() and not never:
             output, why = self._try_region(args, kwargs)
             if not why:
                 return self._take("region", reason, output)
@@ -412,11 +412,12 @@ class Region:
             return output
         except compat.CAPTURE_ERRORS as error:
             inner = compat.inner_backend_error(error)
-            if isinstance(inner, MagiError):
+            if isinstance(inner, MagiError) and not isinstance(inner, EagerOnlyError):
                 raise inner from error
-            why = compat.capture_failure_text(error)
-            changing = isinstance(error, compat.RecompileLimitHit or ())
-        self._count(f"some steps of {self.name} ran uncompiled", why, changing)
+            why = compat.capture_failure_text(inner)
+            again = isinstance(error, compat.RecompileLimitHit or ())
+            again = again or isinstance(inner, EagerOnlyError)
+        self._count(f"some steps of {self.name} ran uncompiled", why, again)
         return self._uncompiled(args, kwargs)
 
     def _count(self, what: str, why: str | None, again: bool) -> None:
@@ -616,7 +617,7 @@ class Region:
 
     def vote_compile(self, error: Exception | None) -> None:
         """Tell the others how compilation ended; raise if it failed anywhere."""
-        fatal = isinstance(error, MagiError)
+        fatal = isinstance(error, MagiError) and not isinstance(error, EagerOnlyError)
         objection = None if error is None else f"compilation failed: {error}"
         why = self._vote("compile", objection, fatal)
         if fatal and error is not None:

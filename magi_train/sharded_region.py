@@ -26,7 +26,7 @@ from magi_train.capture import Region, RegionBackend, own_code
 from magi_train.comm.fully_shard import FullyShard
 from magi_train.comm.zero import Zero
 from magi_train.core import compat
-from magi_train.core.errors import CaptureError, MagiError
+from magi_train.core.errors import CaptureError
 from magi_train.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -154,8 +154,6 @@ class _Shared:
 
     def _give_up(self, error: BaseException) -> None:
         """Leave these blocks uncompiled on this rank, unless that must not be."""
-        if isinstance(error, MagiError):
-            raise error
         why = compat.capture_failure_text(error)
         if self._runtime.config.tier == "region":
             raise CaptureError(

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import magi_train
 from magi_train import Config
 from magi_train.core import compat, device_graphs
-from magi_train.core.errors import CaptureError, PassError, SecondDerivativeError
+from magi_train.core.errors import CaptureError, SecondDerivativeError
 from magi_train.memory import remat
 from tests.close import difference, tolerance
 from tests.fake_graphs import FakeGraphs
@@ -192,10 +193,29 @@ class OnlyTheBackwardReads(nn.Module):
         return found
 
 
-def test_a_backward_that_alone_reads_what_the_forward_has_written_to_is_refused():
-    prepared = magi_train.prepare(OnlyTheBackwardReads(), config=Config(progress=False))
-    with pytest.raises(PassError, match=r"written to .*self\.rows\.clone.*tier='eager'"):
-        squares(prepared, *batch(0)).backward()
+class Checkpoints(nn.Module):
+    """BatchNorm in a checkpointed function, which PyTorch runs, and counts, twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))
+
+    def forward(self, x):
+        return checkpoint(self.body, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("kind", [OnlyTheBackwardReads, Checkpoints])
+def test_a_backward_that_alone_reads_what_the_forward_has_written_to_is_not_compiled(kind):
+    error, report = beside_plain(kind, no_code())
+    assert error < LIMIT
+    assert report.tier == "eager"
+    assert "the backward would read a buffer after the forward has written to it" in report.reason
+    for forced in ("graph", "region"):
+        prepared = magi_train.prepare(kind(), config=no_code(forced))
+        with pytest.raises(CaptureError, match=r"written to .*only Config\(tier='eager'\)"):
+            squares(prepared, *batch(0))
+    with pytest.raises(CaptureError, match="memory_budget_gib needs a captured graph"):
+        squares(magi_train.prepare(kind(), config=no_code(memory_budget_gib=1)), *batch(0))
 
 
 class Averages(nn.Module):

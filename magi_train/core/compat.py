@@ -82,7 +82,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from magi_train.core.errors import MagiError
+from magi_train.core.errors import EagerOnlyError, MagiError
 
 logger = logging.getLogger(__name__)
 
@@ -444,7 +444,8 @@ def _go_on_where_dynamo_fails() -> None:
             try:
                 return converted(self, *args, **kwargs)
             except Exception as error:
-                if isinstance(inner_backend_error(error), MagiError):
+                inner = inner_backend_error(error)
+                if isinstance(inner, MagiError) and not isinstance(inner, EagerOnlyError):
                     raise
                 failures.append(error)
         skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)  # and what it calls
