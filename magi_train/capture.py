@@ -491,6 +491,7 @@ class Region:
             shares: How many blocks the graph serves.
         """
         runtime = self.runtime
+        _refuse_other_kinds(gm)
         self._hooks = compat.hooks_of_modules(runtime.module)  # modules may have been added
         names = parameter_positions(gm, runtime.module)
         stable = {*names, *_buffer_positions(gm, runtime.module)}
@@ -713,6 +714,22 @@ def _examples(gm: GraphModule) -> list[tuple[int, Any]]:
     """Return (position, what Dynamo traced with) for each input of the graph."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     return [(i, compat.live_example(node)) for i, node in enumerate(placeholders)]
+
+
+def _refuse_other_kinds(gm: GraphModule) -> None:
+    """Make sure that compiled code, which makes plain tensors only, is given no other kind.
+
+    Raises:
+        EagerOnlyError: An input is of a subclass of Tensor that has methods of its own only.
+    """
+    for i, x in _examples(gm):
+        own = isinstance(x, torch.Tensor) and type(x) not in (torch.Tensor, compat.FakeTensor)
+        if own and not isinstance(x, nn.Parameter) and not compat.is_made_of_tensors(x):
+            name = compat.source_name(gm.graph.find_nodes(op="placeholder")[i]) or f"input {i}"
+            raise EagerOnlyError(
+                f"{name} is a {type(x).__name__}, a kind of tensor that compiled code does not "
+                f"make (as_subclass(torch.Tensor) gives a plain one); {EagerOnlyError.ADVICE}"
+            )
 
 
 def _mask_places(gm: GraphModule, places: dict[str, str]) -> list[Paths]:

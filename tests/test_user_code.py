@@ -465,6 +465,28 @@ def test_an_assertion_of_dynamos_falls_to_a_lower_tier():
         ours(x)
 
 
+class Picture(torch.Tensor):
+    """A kind of tensor with methods of its own."""
+
+    def mirrored(self):
+        return self.flip(-1)
+
+
+@pytest.mark.parametrize("tier", ["auto", "region"])
+def test_another_kind_of_tensor_stays_one(tier):
+    model, x = mlp(), torch.randn(2, 8).as_subclass(Picture)
+    twin = copy.deepcopy(model)
+    ours = magi_train.prepare(twin, config=no_code(tier))
+    if tier == "region":
+        with pytest.raises(CaptureError, match=r"is a Picture, .*as_subclass\(torch.Tensor\)"):
+            ours(x)
+        return
+    for each in (model, ours):
+        each(x).mirrored()[0].sum().backward()
+    assert torch.equal(twin[0].weight.grad, model[0].weight.grad)
+    assert magi_train.report(ours).tier == "eager"
+
+
 class Part(nn.Module):
     """Writes to buffers, draws random numbers and counts; may trip Dynamo after that."""
 

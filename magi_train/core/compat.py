@@ -26,6 +26,7 @@ is listed there, and capture then falls to the EAGER tier with a warning instead
 | torch._dynamo.backends.common.aot_autograd | the aot_eager lowering |
 | torch._inductor.fx_passes.control_dependencies | pinning the order of collectives |
 | torch.utils._python_dispatch.TorchDispatchMode | watching the ops of a mask |
+| torch.utils._python_dispatch.is_traceable_wrapper_subclass | kinds of tensors to compile for |
 | torch._subclasses.fake_tensor.unset_fake_temporarily | real tensors inside a backend |
 | torch.autograd.Variable._execution_engine.queue_callback | the end of a backward |
 | torch.distributed.distributed_c10d._get_default_store | messages between ranks |
@@ -142,6 +143,9 @@ _DATA_DEPENDENT: Any = _lookup(
 )
 CAPTURE_ERRORS: Any = tuple(filter(None, (DynamoError, RecompileLimitHit, _DATA_DEPENDENT)))
 """What a captured function raises only while it is compiled: nothing of it has run."""
+is_made_of_tensors: Callable[[Any], bool] = _lookup(
+    "torch.utils._python_dispatch", "is_traceable_wrapper_subclass"
+)
 aot_autograd: Callable[..., Any] = _lookup("torch._dynamo.backends.common", "aot_autograd")
 preserve_node_ordering: Callable[..., Any] = _lookup(
     "torch._inductor.fx_passes.control_dependencies", "preserve_node_ordering"
