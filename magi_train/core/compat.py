@@ -42,7 +42,7 @@ is listed there, and capture then falls to the EAGER tier with a warning instead
 | torch.aten._fused_sdp_choice | which attention kernel a call would take |
 | torch.aten._flash_attention_forward, _backward | attention with offsets and windows |
 | torch._functorch.partitioners.choose_saved_values_set | saving a set that was planned |
-| UntypedStorage._cdata | which fake tensors share memory |
+| UntypedStorage._cdata, torch._C._has_storage | which fake tensors share memory |
 | torch.fx.proxy.GraphAppendingTracer | inserting what a function computes into a graph |
 | torch._C._storage_Use_Count | whether anybody else holds a tensor's memory |
 | torch._C._autograd._get_current_graph_task_keep_graph | backward(retain_graph=True) |
@@ -550,13 +550,21 @@ def _widened(value: Any) -> Any:
     return value.float() if half else value
 
 
+_has_storage: Callable[[torch.Tensor], bool] = _lookup("torch._C", "_has_storage")
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """Return a number that tensors have in common which share memory, fake ones included."""
-    return int(tensor.untyped_storage()._cdata)
+    return int(tensor.untyped_storage()._cdata) if _has_storage(tensor) else id(tensor)
 
 
 def storage_bytes(tensor: torch.Tensor) -> int:
-    """Return the bytes of the memory that a tensor lies in, as they are while compiling."""
+    """Return the bytes of the memory that a tensor lies in, as they are while compiling.
+
+    A sparse tensor has none of its own, but lies in others that nobody here is told of.
+    """
+    if not _has_storage(tensor):
+        return 0
     size = tensor.untyped_storage().nbytes()
     return (size_hint(size) or 0) if isinstance(size, torch.SymInt) else int(size)
 
