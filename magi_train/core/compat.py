@@ -325,7 +325,8 @@ def call_captured(
     if failures is not None:
         _go_on_where_dynamo_fails()
     _while_compiling.guards_hooks = guards_hooks
-    with _while_compiling, _while_compiling.noting(failures):
+    outer, _while_compiling.failures = _while_compiling.failures, failures
+    with _while_compiling:
         try:
             return function(*args, **kwargs)
         except DynamoError as error:
@@ -335,6 +336,8 @@ def call_captured(
             if not _raised_while_compiling(error):
                 raise
             raise DynamoError(str(error)) from error
+        finally:
+            _while_compiling.failures = outer
         with capture_settings():
             return function(*args, **kwargs)
 
@@ -367,7 +370,7 @@ class _WhileCompiling:
         self._depth = 0
         self._patch: Any = None
         self.guards_hooks = False
-        self.failures: list[Exception] | None = None
+        self.failures: list[Exception] | None = None  # what takes them, see call_captured
 
     def __enter__(self) -> None:
         self._depth += 1
@@ -377,15 +380,6 @@ class _WhileCompiling:
 
     def __exit__(self, *_: object) -> None:
         self._depth -= 1
-
-    @contextlib.contextmanager
-    def noting(self, failures: list[Exception] | None) -> Iterator[None]:
-        """Context in which what Dynamo fails at runs uncompiled, and why goes to `failures`."""
-        before, self.failures = self.failures, failures
-        try:
-            yield
-        finally:
-            self.failures = before
 
     @property
     def in_force(self) -> bool:
