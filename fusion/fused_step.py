@@ -297,7 +297,9 @@ class FusedStep:
                 launches[key] = Launch([None] * len(parameters))
             launch = launches[key]
             shadow = self._shadow(p, launch)
-            states, first = self.algorithm.row(p, group, optimizer.state[p])
+            held = bool(self.algorithm.states(group))  # else torch makes no entry either
+            state = optimizer.state[p] if held else {}
+            states, first = self.algorithm.row(p, group, state)
             tensors = [p, g, shadow, *states]
             addresses = [0 if t is None else t.data_ptr() for t in tensors]
             launch.rows[i] = (*addresses, *[0] * (7 - len(addresses)), int(first))

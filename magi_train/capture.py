@@ -37,7 +37,7 @@ from magi_train.comm.in_graph import PlaceCollectives
 from magi_train.comm.reducer import Reducer
 from magi_train.core import compat
 from magi_train.core.config import Config
-from magi_train.core.errors import CaptureError, MagiError
+from magi_train.core.errors import CaptureError, EagerOnlyError, MagiError
 from magi_train.core.facts import Assumptions, Facts, Inputs, Paths
 from magi_train.core.outputs import FindUnused, Outputs
 from magi_train.core.passes import (
@@ -67,7 +67,8 @@ logger = logging.getLogger(__name__)
 
 MIB = 2**20
 MISSES = 3
-"""Calls in a row that would compile again beyond Dynamo's limit before nobody tries any more."""
+"""Calls in a row that fail to compile regions, or would compile again beyond Dynamo's limit, before
+nobody tries any more."""
 _region_ordinals = itertools.count()
 
 
@@ -181,12 +182,15 @@ class Region:
 
     def close(self) -> None:
         """Undo what compiling regions left on the module."""
-        for block in self._blocks:
-            compat.set_compiled_call(block, None)
-        self._blocks = []
+        self._uncompile_blocks()
         for replayer in self._replayers:
             replayer.close()
         self._replayers = []
+
+    def _uncompile_blocks(self) -> None:
+        for block in self._blocks:
+            compat.set_compiled_call(block, None)
+        self._blocks = []
 
     # -- the first call --------------------------------------------------------------------------
 
@@ -208,12 +212,13 @@ class Region:
             if compat.enters_a_lock(reason) and not self._ran_once and runtime.memory is None:
                 return self._run_once(args, kwargs)
             self._must_not_be_forced("graph", reason=reason)
-        between = compat.breaks_at_a_gradient(reason)
-        if wanted in ("auto", "region") and not compat.problems() and not between:
-            done, result = self._try_region(args, kwargs)
-            if done:
-                return self._take("region", reason, result)
-            reason = f"{reason + '; then ' if reason else ''}{result}"
+        never = compat.breaks_at_a_gradient(reason) or EagerOnlyError.ADVICE in reason
+        ran: list[Any] = []
+        if wanted in ("auto", "region") and not compat.problems() and not never:
+            output, why = self._try_region(args, kwargs)
+            if not why:
+                return self._take("region", reason, output)
+            reason, ran = f"{reason + '; then ' if reason else ''}{why}", [output]
             self._must_not_be_forced("region", reason=reason)
         if self.runtime.memory is not None:
             raise CaptureError(
@@ -223,9 +228,8 @@ class Region:
         if self.runtime.fp8:
             self.runtime.report.note(f"{self.name} runs in tier EAGER, without fp8")
         self._compiled = self._function
-        self.runtime.reducer.begin(in_graph=False)
-        with self.runtime.entered():
-            return self._take("eager", reason, self._function(*args, **kwargs))
+        output = ran[0] if ran else self._uncompiled(args, kwargs)
+        return self._take("eager", reason, output)
 
     def _run_once(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run the first step eagerly: what code does under a lock it does only once."""
@@ -321,29 +325,36 @@ class Region:
         finally:
             self._inputs, self._assumed = Inputs(), Facts()
 
-    def _try_region(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[bool, Any]:
-        """Return (True, output), or (False, why some rank cannot compile its regions)."""
+    def _try_region(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, str]:
+        """Return the output, and why some rank cannot compile its regions, "" if all can.
+
+        The output stands either way: a failure shows when other code of the function has run.
+        """
         blocks = self._blocks = repeated_blocks(self.runtime.module)
         self._compile_regions()
         self.runtime.reducer.begin(in_graph=False)
-        try:
-            with self.runtime.entered():
-                output = compat.call_captured(self._compiled, args, kwargs)
-            objection = None
-        except compat.CAPTURE_ERRORS as error:
-            inner = compat.inner_backend_error(error)
-            if isinstance(inner, MagiError):
-                raise inner from error
-            objection = compat.capture_failure_text(inner)
+        output, objection = self._in_regions(args, kwargs)
         why = self._vote("compile regions", objection)
         if why:
-            self.close()
-            return False, why
-        if blocks:
+            self._uncompile_blocks()
+        elif blocks:
             self.runtime.report.note(
                 f"{len(blocks)} repeated blocks are compiled, the rest is eager"
             )
-        return True, output
+        return output, why
+
+    def _in_regions(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, str | None]:
+        """Return the output of the compiled regions, and why some of them ran uncompiled."""
+        failures: list[Exception] = []
+        try:
+            with self.runtime.entered():
+                output = compat.call_captured(self._compiled, args, kwargs, failures=failures)
+        except compat.CAPTURE_ERRORS as error:
+            inner = compat.inner_backend_error(error)
+            raise (inner if isinstance(inner, MagiError) else error) from None
+        if not failures:
+            return output, None
+        return output, compat.capture_failure_text(compat.inner_backend_error(failures[0]))
 
     def _compile_regions(self) -> None:
         self._compile_blocks(self._blocks)
@@ -380,37 +391,51 @@ class Region:
             self._plan_anew()
         if self._misses >= MISSES:
             return self._uncompiled(args, kwargs)
-        reducer.begin(in_graph=self.tier == "graph" and self.runtime.config.comm.in_graph)
-        compiled, inputs, assumed = self._compiled, Inputs(), Facts()
-        if self.tier == "graph":
-            inputs = self._facts.look(args, kwargs)
-            assumed = self._facts.key(inputs)
-            form = _Form(assumed, self._form(), self._plan_key(), self._hooks_now())
-            if form not in self._variants:
-                self._variants[form] = self._whole(_GraphBackend(self, voted=True))
-            compiled = self._variants[form]
+        if self.tier == "eager":
+            return self._uncompiled(args, kwargs)
+        if self.tier == "region":
+            reducer.begin(in_graph=False)
+            output, why_not = self._in_regions(args, kwargs)
+            self._count(f"some code of {self.name} ran uncompiled", why_not, why_not is not None)
+            return output
+        reducer.begin(in_graph=self.runtime.config.comm.in_graph)
+        inputs = self._facts.look(args, kwargs)
+        assumed = self._facts.key(inputs)
+        form = _Form(assumed, self._form(), self._plan_key(), self._hooks_now())
+        if form not in self._variants:
+            self._variants[form] = self._whole(_GraphBackend(self, voted=True))
+        compiled = self._variants[form]
         try:
             with self.runtime.entered(), self._assuming(inputs, assumed):
-                guards = self.tier != "graph"
-                output = compat.call_captured(compiled, args, kwargs, guards_hooks=guards)
-            self._misses = 0
+                output = compat.call_captured(compiled, args, kwargs, guards_hooks=False)
+            self._count("", None, False)
             return output
         except compat.CAPTURE_ERRORS as error:
             inner = compat.inner_backend_error(error)
-            if isinstance(inner, MagiError):
+            if isinstance(inner, MagiError) and not isinstance(inner, EagerOnlyError):
                 raise inner from error
-            why = compat.capture_failure_text(error)
-            changing = isinstance(error, compat.RecompileLimitHit or ())
-        self._misses = self._misses + 1 if changing else 0
-        note = f"some steps of {self.name} ran uncompiled: {why}"
-        if self._misses == MISSES:
-            note = f"{self.name} runs uncompiled from now on: {why}"
-        if changing and 1 < self._misses < MISSES:
-            note = ""  # the same again
-        if note:
-            self.runtime.report.note(note)
-            logger.warning("magi-train: %s", note)
+            why = compat.capture_failure_text(inner)
+            again = isinstance(error, compat.RecompileLimitHit or ())
+            again = again or isinstance(inner, EagerOnlyError)
+        self._count(f"some steps of {self.name} ran uncompiled", why, again)
         return self._uncompiled(args, kwargs)
+
+    def _count(self, what: str, why: str | None, again: bool) -> None:
+        """Say what ran uncompiled and why, if anything; compile nothing any more once it repeats.
+
+        Args:
+            what: Ran uncompiled.
+            why: None if all that should be compiled was.
+            again: Whether the next call is likely to end like this one.
+        """
+        self._misses = self._misses + 1 if again else 0
+        if why is None or 1 < self._misses < MISSES:
+            return
+        if self._misses == MISSES:
+            what = f"{self.name} runs uncompiled from now on"
+            self._uncompile_blocks()
+        self.runtime.report.note(f"{what}: {why}")
+        logger.warning("magi-train: %s: %s", what, why)
 
     def _uncompiled(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         self.runtime.reducer.begin(in_graph=False)
@@ -466,6 +491,7 @@ class Region:
             shares: How many blocks the graph serves.
         """
         runtime = self.runtime
+        _refuse_other_kinds(gm)
         self._hooks = compat.hooks_of_modules(runtime.module)  # modules may have been added
         names = parameter_positions(gm, runtime.module)
         stable = {*names, *_buffer_positions(gm, runtime.module)}
@@ -592,7 +618,7 @@ class Region:
 
     def vote_compile(self, error: Exception | None) -> None:
         """Tell the others how compilation ended; raise if it failed anywhere."""
-        fatal = isinstance(error, MagiError)
+        fatal = isinstance(error, MagiError) and not isinstance(error, EagerOnlyError)
         objection = None if error is None else f"compilation failed: {error}"
         why = self._vote("compile", objection, fatal)
         if fatal and error is not None:
@@ -688,6 +714,22 @@ def _examples(gm: GraphModule) -> list[tuple[int, Any]]:
     """Return (position, what Dynamo traced with) for each input of the graph."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     return [(i, compat.live_example(node)) for i, node in enumerate(placeholders)]
+
+
+def _refuse_other_kinds(gm: GraphModule) -> None:
+    """Make sure that compiled code, which makes plain tensors only, is given no other kind.
+
+    Raises:
+        EagerOnlyError: An input is of a subclass of Tensor that has methods of its own only.
+    """
+    for i, x in _examples(gm):
+        own = isinstance(x, torch.Tensor) and type(x) not in (torch.Tensor, compat.FakeTensor)
+        if own and not isinstance(x, nn.Parameter) and not compat.is_made_of_tensors(x):
+            name = compat.source_name(gm.graph.find_nodes(op="placeholder")[i]) or f"input {i}"
+            raise EagerOnlyError(
+                f"{name} is a {type(x).__name__}, a kind of tensor that compiled code does not "
+                f"make (as_subclass(torch.Tensor) gives a plain one); {EagerOnlyError.ADVICE}"
+            )
 
 
 def _mask_places(gm: GraphModule, places: dict[str, str]) -> list[Paths]:

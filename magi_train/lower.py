@@ -25,7 +25,7 @@ from magi_train.comm import in_graph
 from magi_train.comm.in_graph import PlaceCollectives, place
 from magi_train.core import compat, graph, progress
 from magi_train.core.config import Lowering
-from magi_train.core.errors import PassError
+from magi_train.core.errors import EagerOnlyError
 from magi_train.core.graph import (
     copy_where_no_view_is,
     is_backward,
@@ -229,13 +229,13 @@ def _check_what_is_written_over(written: Collection[str], backward: Graph) -> No
     """Make sure that a backward reads no input that its forward has written to.
 
     Raises:
-        PassError: It does; names the line.
+        EagerOnlyError: It does; names the line.
     """
     inputs = {n for n in backward.find_nodes(op="placeholder") if n.name in written}
     for node, _ in graph.reads_of(backward, inputs):
-        raise PassError(
+        raise EagerOnlyError(
             "the backward would read a buffer after the forward has written to it "
-            f"({graph.user_line(node) or node}); use Config(tier='eager') for this model"
+            f"({graph.user_line(node) or node}); {EagerOnlyError.ADVICE}"
         )
 
 
@@ -366,7 +366,9 @@ def _memory_of(gm: GraphModule, inputs: Sequence[Any], lowered: Lowered) -> Path
         else str(x)
         for x in inputs
     ]
-    key = repr((gm.code, shapes, lowered.fingerprint(), torch.__version__))
+    bodies = {name: m.code for name, m in gm.named_modules() if isinstance(m, GraphModule)}
+    autocast = compat.autocast_dtype(gm, lowered.context.device_type)
+    key = repr((bodies, shapes, autocast, lowered.fingerprint(), torch.__version__))
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     return Path(compat.cache_dir()) / "magi_train" / f"{name}.json"
 

@@ -26,7 +26,7 @@ from magi_train.capture import Region, RegionBackend, own_code
 from magi_train.comm.fully_shard import FullyShard
 from magi_train.comm.zero import Zero
 from magi_train.core import compat
-from magi_train.core.errors import CaptureError, MagiError
+from magi_train.core.errors import CaptureError
 from magi_train.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -139,18 +139,21 @@ class _Shared:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._failed or not torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return original(*args, **kwargs)
+            failures: list[Exception] = []
             try:
-                return compat.call_captured(self._compiled, (block, *args), kwargs)
+                output = compat.call_captured(
+                    self._compiled, (block, *args), kwargs, failures=failures
+                )
             except compat.CAPTURE_ERRORS as error:
-                self._give_up(compat.inner_backend_error(error))
-            return original(*args, **kwargs)
+                raise compat.inner_backend_error(error) from error
+            if failures:
+                self._give_up(compat.inner_backend_error(failures[0]))
+            return output
 
         return forward
 
     def _give_up(self, error: BaseException) -> None:
         """Leave these blocks uncompiled on this rank, unless that must not be."""
-        if isinstance(error, MagiError):
-            raise error
         why = compat.capture_failure_text(error)
         if self._runtime.config.tier == "region":
             raise CaptureError(

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import magi_train
 from magi_train import Config
@@ -37,3 +38,32 @@ def test_views_of_what_lies_otherwise_than_traced(lowering, tier):
     magi_train.prepare_step(model, model)(x).backward()
     gradients = [{n: p.grad for n, p in m.named_parameters()} for m in (got, want)]
     assert difference(*gradients) <= tolerance(torch.float32, 64)
+
+
+class Checkpointed(nn.Module):
+    """Two outputs of a checkpointed function, whose code is no part of the graph around it."""
+
+    def __init__(self, both):
+        super().__init__()
+        self.first, self.second, self.both = nn.Linear(4, 4), nn.Linear(4, 4), both
+
+    def body(self, x):
+        a, b = self.first(x), self.second(x)
+        return (a + b if self.both else a.sin()), b * 3
+
+    def forward(self, x):
+        return checkpoint(self.body, x, use_reentrant=False)
+
+
+def test_notes_of_cached_code_are_those_of_the_same_checkpointed_function(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    hits = torch._dynamo.utils.counters["aot_autograd"]
+    before = hits["autograd_cache_hit"]
+    for both in (True, False, True):
+        torch._dynamo.reset()
+        model = Checkpointed(both)
+        magi_train.prepare(model, config=Config(progress=False))(torch.ones(2, 4))[
+            0
+        ].sum().backward()
+        assert (model.second.weight.grad is not None) == both
+    assert hits["autograd_cache_hit"] == before + 1

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import magi_train
 from magi_train import Config
 from magi_train.core import compat, device_graphs
-from magi_train.core.errors import CaptureError, PassError, SecondDerivativeError
+from magi_train.core.errors import CaptureError, SecondDerivativeError
 from magi_train.memory import remat
 from tests.close import difference, tolerance
 from tests.fake_graphs import FakeGraphs
@@ -192,10 +193,29 @@ class OnlyTheBackwardReads(nn.Module):
         return found
 
 
-def test_a_backward_that_alone_reads_what_the_forward_has_written_to_is_refused():
-    prepared = magi_train.prepare(OnlyTheBackwardReads(), config=Config(progress=False))
-    with pytest.raises(PassError, match=r"written to .*self\.rows\.clone.*tier='eager'"):
-        squares(prepared, *batch(0)).backward()
+class Checkpoints(nn.Module):
+    """BatchNorm in a checkpointed function, which PyTorch runs, and counts, twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))
+
+    def forward(self, x):
+        return checkpoint(self.body, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("kind", [OnlyTheBackwardReads, Checkpoints])
+def test_a_backward_that_alone_reads_what_the_forward_has_written_to_is_not_compiled(kind):
+    error, report = beside_plain(kind, no_code())
+    assert error < LIMIT
+    assert report.tier == "eager"
+    assert "the backward would read a buffer after the forward has written to it" in report.reason
+    for forced in ("graph", "region"):
+        prepared = magi_train.prepare(kind(), config=no_code(forced))
+        with pytest.raises(CaptureError, match=r"written to .*only Config\(tier='eager'\)"):
+            squares(prepared, *batch(0))
+    with pytest.raises(CaptureError, match="memory_budget_gib needs a captured graph"):
+        squares(magi_train.prepare(kind(), config=no_code(memory_budget_gib=1)), *batch(0))
 
 
 class Averages(nn.Module):
@@ -443,6 +463,79 @@ def test_an_assertion_of_dynamos_falls_to_a_lower_tier():
     twin.wrong = True
     with pytest.raises(AssertionError, match="mine"):
         ours(x)
+
+
+class Picture(torch.Tensor):
+    """A kind of tensor with methods of its own."""
+
+    def mirrored(self):
+        return self.flip(-1)
+
+
+@pytest.mark.parametrize("tier", ["auto", "region"])
+def test_another_kind_of_tensor_stays_one(tier):
+    model, x = mlp(), torch.randn(2, 8).as_subclass(Picture)
+    twin = copy.deepcopy(model)
+    ours = magi_train.prepare(twin, config=no_code(tier))
+    if tier == "region":
+        with pytest.raises(CaptureError, match=r"is a Picture, .*as_subclass\(torch.Tensor\)"):
+            ours(x)
+        return
+    for each in (model, ours):
+        each(x).mirrored()[0].sum().backward()
+    assert torch.equal(twin[0].weight.grad, model[0].weight.grad)
+    assert magi_train.report(ours).tier == "eager"
+
+
+class Part(nn.Module):
+    """Writes to buffers, draws random numbers and counts; may trip Dynamo after that."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+        self.wrong, self.calls = False, 0
+
+    def forward(self, x):
+        x = self.body(x)
+        self.calls += 1
+        torch._dynamo.graph_break()
+        return Unmarked.apply(x) if self.wrong else x.sin()
+
+
+class InTurn(nn.Module):
+    """Holds its parts in no container, so that they are not taken for repeated blocks."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.first, self.second = parts
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, InTurn])
+@pytest.mark.parametrize("since", [0, 2])
+def test_what_ran_before_a_failure_to_compile_does_not_run_again(kind, since):
+    torch._dynamo.reset()  # of a class that is compiled often, no more is compiled
+    models = []
+
+    def between(model, step):
+        torch.manual_seed(step)
+        models.append(model)
+        list(model.children())[1].wrong = step >= since
+
+    error, report = beside_plain(
+        lambda: kind(Part(), Part()),
+        no_code(),
+        loss=lambda model, x, y: model(x).square().mean(),
+        between=between,
+    )
+    assert error < LIMIT
+    assert {part.calls for model in models for part in model.children()} == {STEPS}
+    assert report.tier == ("region" if since else "eager")
+    notes = [note.split(":")[0] for note in report.notes if "Expected fwd_out" in note]
+    once, then = f"some code of {kind.__name__} ran uncompiled", "runs uncompiled from now on"
+    assert notes == ([once, f"{kind.__name__} {then}"] if since else [])
 
 
 class Heads(nn.Module):

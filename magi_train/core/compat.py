@@ -21,9 +21,12 @@ is listed there, and capture then falls to the EAGER tier with a warning instead
 | torch._dynamo.config.trace_autograd_ops (2.13) | torch.autograd.grad in a captured function |
 | torch._dynamo.variables.tensor.TensorVariable.call_method (2.13) | not so Tensor.backward |
 | torch._dynamo.callback.callback_handler | settings that hold while Dynamo compiles |
+| torch._dynamo.convert_frame.ConvertFrame | run uncompiled what Dynamo fails at |
+| torch._dynamo.types.ConvertFrameReturn, FrameExecStrategy, FrameAction | likewise |
 | torch._dynamo.backends.common.aot_autograd | the aot_eager lowering |
 | torch._inductor.fx_passes.control_dependencies | pinning the order of collectives |
 | torch.utils._python_dispatch.TorchDispatchMode | watching the ops of a mask |
+| torch.utils._python_dispatch.is_traceable_wrapper_subclass | kinds of tensors to compile for |
 | torch._subclasses.fake_tensor.unset_fake_temporarily | real tensors inside a backend |
 | torch.autograd.Variable._execution_engine.queue_callback | the end of a backward |
 | torch.distributed.distributed_c10d._get_default_store | messages between ranks |
@@ -39,7 +42,7 @@ is listed there, and capture then falls to the EAGER tier with a warning instead
 | torch.aten._fused_sdp_choice | which attention kernel a call would take |
 | torch.aten._flash_attention_forward, _backward | attention with offsets and windows |
 | torch._functorch.partitioners.choose_saved_values_set | saving a set that was planned |
-| UntypedStorage._cdata | which fake tensors share memory |
+| UntypedStorage._cdata, torch._C._has_storage | which fake tensors share memory |
 | torch.fx.proxy.GraphAppendingTracer | inserting what a function computes into a graph |
 | torch._C._storage_Use_Count | whether anybody else holds a tensor's memory |
 | torch._C._autograd._get_current_graph_task_keep_graph | backward(retain_graph=True) |
@@ -80,6 +83,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, TypeVar
 
 import torch
+
+from magi_train.core.errors import EagerOnlyError, MagiError
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +137,10 @@ GradAOTOutput: Any = _lookup("torch._functorch._aot_autograd.descriptors", "Grad
 PlainAOTInput: Any = _lookup("torch._functorch._aot_autograd.descriptors", "PlainAOTInput")
 PlainAOTOutput: Any = _lookup("torch._functorch._aot_autograd.descriptors", "PlainAOTOutput")
 TangentAOTInput: Any = _lookup("torch._functorch._aot_autograd.descriptors", "TangentAOTInput")
+_ConvertFrame: Any = _lookup("torch._dynamo.convert_frame", "ConvertFrame")
+_ConvertFrameReturn: Any = _lookup("torch._dynamo.types", "ConvertFrameReturn")
+_FrameExecStrategy: Any = _lookup("torch._dynamo.types", "FrameExecStrategy")
+_FrameAction: Any = _lookup("torch._dynamo.types", "FrameAction")
 DynamoError: Any = _lookup("torch._dynamo.exc", "TorchDynamoException") or ()
 RecompileLimitHit: Any = _lookup("torch._dynamo.exc", "FailOnRecompileLimitHit") or ()
 _DATA_DEPENDENT: Any = _lookup(
@@ -139,6 +148,9 @@ _DATA_DEPENDENT: Any = _lookup(
 )
 CAPTURE_ERRORS: Any = tuple(filter(None, (DynamoError, RecompileLimitHit, _DATA_DEPENDENT)))
 """What a captured function raises only while it is compiled: nothing of it has run."""
+is_made_of_tensors: Callable[[Any], bool] = _lookup(
+    "torch.utils._python_dispatch", "is_traceable_wrapper_subclass"
+)
 aot_autograd: Callable[..., Any] = _lookup("torch._dynamo.backends.common", "aot_autograd")
 preserve_node_ordering: Callable[..., Any] = _lookup(
     "torch._inductor.fx_passes.control_dependencies", "preserve_node_ordering"
@@ -289,12 +301,18 @@ def fusions_in_place() -> Iterator[None]:
 
 
 def call_captured(
-    function: Callable[..., Any], args: Sequence[Any], kwargs: Any, *, guards_hooks: bool = True
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Any,
+    *,
+    guards_hooks: bool = True,
+    failures: list[Exception] | None = None,
 ) -> Any:
     """Call what torch.compile made; if a logging call breaks its graph, capture without that call.
 
-    Nothing of the function has run when Dynamo raises, so calling again is safe. The settings are
-    not in force from the start because switching them costs time on every call.
+    Nothing of the function has run when Dynamo raises, so calling again is safe: it is captured
+    whole, or `failures` is given. The settings are not in force from the start because switching
+    them costs time on every call.
 
     In what is compiled meanwhile an integer attribute of a module that has changed once is a
     variable, and torch.autograd.grad is captured.
@@ -305,8 +323,14 @@ def call_captured(
         kwargs: For it.
         guards_hooks: Compile again once hooks on modules were added or removed. Without it Dynamo
             takes no notice; its guards take some 2 us a module in every call.
+        failures: Of a function that is captured in pieces: takes why a piece could not be compiled.
+            From there on the call compiles nothing more, and goes on without: what has run already
+            must not run again.
     """
+    if failures is not None:
+        _go_on_where_dynamo_fails()
     _while_compiling.guards_hooks = guards_hooks
+    outer, _while_compiling.failures = _while_compiling.failures, failures
     with _while_compiling:
         try:
             return function(*args, **kwargs)
@@ -317,6 +341,8 @@ def call_captured(
             if not _raised_while_compiling(error):
                 raise
             raise DynamoError(str(error)) from error
+        finally:
+            _while_compiling.failures = outer
         with capture_settings():
             return function(*args, **kwargs)
 
@@ -349,6 +375,7 @@ class _WhileCompiling:
         self._depth = 0
         self._patch: Any = None
         self.guards_hooks = False
+        self.failures: list[Exception] | None = None  # what takes them, see call_captured
 
     def __enter__(self) -> None:
         self._depth += 1
@@ -400,6 +427,34 @@ def _trace_no_backward() -> None:
             return traced(self, tx, name, *args, **kwargs)
 
     _TensorVariable.call_method = call_method
+
+
+@functools.cache
+def _go_on_where_dynamo_fails() -> None:
+    """Let a frame run uncompiled whose compilation raises, where a call of ours takes the reason.
+
+    Dynamo does so for what it knows that it does not support, and raises other errors, by when
+    earlier frames of the call have run. `suppress_errors` would hide ours, too.
+    """
+    converted = _ConvertFrame.__call__
+
+    @functools.wraps(converted)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        failures = _while_compiling.failures
+        if failures is None:
+            return converted(self, *args, **kwargs)
+        if not failures:
+            try:
+                return converted(self, *args, **kwargs)
+            except Exception as error:
+                inner = inner_backend_error(error)
+                if isinstance(inner, MagiError) and not isinstance(inner, EagerOnlyError):
+                    raise
+                failures.append(error)
+        skip = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)  # and what it calls
+        return _ConvertFrameReturn(frame_exec_strategy=skip, apply_to_code=False)
+
+    _ConvertFrame.__call__ = call
 
 
 def _compiles(_: object) -> None:
@@ -494,13 +549,21 @@ def _widened(value: Any) -> Any:
     return value.float() if half else value
 
 
+_has_storage: Callable[[torch.Tensor], bool] = _lookup("torch._C", "_has_storage")
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """Return a number that tensors have in common which share memory, fake ones included."""
-    return int(tensor.untyped_storage()._cdata)
+    return int(tensor.untyped_storage()._cdata) if _has_storage(tensor) else id(tensor)
 
 
 def storage_bytes(tensor: torch.Tensor) -> int:
-    """Return the bytes of the memory that a tensor lies in, as they are while compiling."""
+    """Return the bytes of the memory that a tensor lies in, as they are while compiling.
+
+    A sparse tensor has none of its own, but lies in others that nobody here is told of.
+    """
+    if not _has_storage(tensor):
+        return 0
     size = tensor.untyped_storage().nbytes()
     return (size_hint(size) or 0) if isinstance(size, torch.SymInt) else int(size)
 

@@ -25,6 +25,12 @@ class PassError(MagiError):
     """A pass cannot do what its Config asks for, for example a budget below the possible."""
 
 
+class EagerOnlyError(PassError):
+    """A graph would not train as the code that it was captured from; uncompiled, that trains."""
+
+    ADVICE = "only Config(tier='eager') trains it as it is"
+
+
 class PlanMismatchError(MagiError):
     """Ranks hold different models, settings or plans; going on would hang or train nonsense."""
 

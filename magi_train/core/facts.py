@@ -38,6 +38,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from magi_train.core import compat
 from magi_train.core.graph import written_inputs
 
+MASK_DTYPES = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+    torch.float16, torch.bfloat16, torch.float32, torch.float64,
+)  # fmt: skip
 MAX_ELEMENTS = 2**20
 """Larger tensors are not looked at: half a millisecond of the host's time."""
 MAX_DEPTH, MAX_ITEMS = 4, 64
@@ -96,7 +100,8 @@ def _may_be_mask(tensor: Tensor) -> bool:
         and not tensor.requires_grad
         and not tensor.is_inference()  # it counts no versions
         and tensor.layout is torch.strided
-        and not tensor.is_complex()
+        and not tensor.is_nested
+        and tensor.dtype in MASK_DTYPES
     )
 
 

@@ -36,6 +36,11 @@ def test_a_mask_on_the_host_is_looked_at(dtype):
     assert known(torch.ones(3, 2, dtype=dtype).t()) == ONES
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_not_looked_at():
+    assert known(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])) == NOTHING
+
+
 @pytest.mark.parametrize(
     "tensor",
     [
@@ -47,6 +52,7 @@ def test_a_mask_on_the_host_is_looked_at(dtype):
         torch.ones(2, 3, requires_grad=True),
         torch.nn.Parameter(torch.ones(2, 3), requires_grad=False),
         torch.ones(2, 3).to_sparse(),
+        torch.ones(2, 4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
         torch.ones(2, 3, dtype=torch.complex64),
         torch.ones(1, facts.MAX_ELEMENTS + 1, dtype=torch.bool),
     ],

@@ -185,3 +185,12 @@ def test_an_energy_counter_that_fails_ends_the_count_and_not_the_training():
     recorder.close()
     assert steps.joules is None
     assert steps.count == 3
+
+
+def test_sparse_buffers_do_not_stop_the_report():
+    model = nn.Linear(4, 1)
+    model.register_buffer("neighbours", torch.eye(4).to_sparse())
+    prepared = magi_train.prepare(model, config=Config(tier="eager", progress=False))
+    for _ in range(3):
+        prepared(torch.ones(2, 4)).sum().backward()
+    assert magi_train.report(prepared).steps.resident_mib["parameters"] > 0

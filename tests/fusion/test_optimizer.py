@@ -167,6 +167,14 @@ def test_a_parameter_without_gradient_gets_no_state():
     assert torch.equal(params[0], before)
 
 
+def test_without_momentum_there_is_no_state():
+    ours, theirs = (SGD([nn.Parameter(torch.ones(3))], lr=0.1) for _ in range(2))
+    for optimizer in (taken(ours), theirs):
+        give_gradients(optimizer.param_groups[0]["params"], 0)
+        optimizer.step()
+    assert ours.state_dict() == theirs.state_dict()
+
+
 def test_empty_and_scalar_tensors():
     mine = [nn.Parameter(torch.randn(s)) for s in ((0, 4), (), (1, 1))]
     theirs = copy.deepcopy(mine)
