@@ -6,8 +6,12 @@ what the module returned. Arguments that are no tensors (a flag, None) are part 
 and may not change. `bind` names whatever does not fit before any kernel runs.
 """
 
+import ast
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import CodeType
 from typing import Any
 
 import torch
@@ -64,6 +68,8 @@ class Contract:
         device: The type of device that all tensors lie on.
         outputs: What the graph returns.
         skeleton: How these lie in what a call returns.
+        conditions: What the sizes must fulfil for the module to take the branches that were
+            captured, as Python expressions over their names.
     """
 
     order: tuple[str, ...]
@@ -72,6 +78,7 @@ class Contract:
     device: str
     outputs: tuple[TensorSpec, ...]
     skeleton: Skeleton
+    conditions: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -83,7 +90,7 @@ class Contract:
         inputs, outputs = (tuple(map(_spec, data[key])) for key in ("inputs", "outputs"))
         return Contract(
             tuple(data["order"]), inputs, dict(data["constants"]), data["device"], outputs,
-            data["skeleton"],
+            data["skeleton"], tuple(data.get("conditions", ())),
         )  # fmt: skip
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -112,6 +119,13 @@ class Contract:
         sizes: dict[str, tuple[int, str]] = {}
         for each in self.inputs:
             self._check(each, given[each.name], sizes)
+        values = {name: have for name, (have, _) in sizes.items()}
+        for condition in self.conditions:
+            if not holds(condition, values):
+                raise ExportError(
+                    f"the sizes must fulfil {condition}, as those of the example inputs did, since "
+                    f"the model's code asks for it; got {values}; export again with such sizes"
+                )
         # compiled code reads its inputs as dense rows and does not look at their strides
         return [given[each.name].contiguous() for each in self.inputs]
 
@@ -167,6 +181,41 @@ class Contract:
             make = torch.randn if dtype.is_floating_point else torch.zeros
             made.append(make(shape, dtype=dtype, device=self.device))  # type: ignore[operator]
         return made
+
+
+_FUNCTIONS = {"float": float, "max": max, "min": min, "abs": abs, "round": round, "math": math}
+_SYNTAX = (
+    ast.Expression, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Compare, ast.Call, ast.Constant,
+    ast.Name, ast.Attribute, ast.expr_context, ast.boolop, ast.operator, ast.unaryop, ast.cmpop,
+)  # fmt: skip
+
+
+def holds(condition: str, sizes: Mapping[str, int]) -> bool:
+    """Return whether sizes fulfil a condition: arithmetic and comparisons over their names.
+
+    Raises:
+        ExportError: It is something else: a file's text is not run as code.
+    """
+    try:
+        return bool(eval(_arithmetic(condition), {"__builtins__": {}, **_FUNCTIONS, **sizes}))
+    except Exception as error:
+        raise ExportError(
+            f"the file's condition {condition!r} for its sizes cannot be computed "
+            f"({type(error).__name__}: {error}); export again"
+        ) from error
+
+
+@functools.lru_cache(1024)
+def _arithmetic(text: str) -> CodeType:
+    tree = ast.parse(text, mode="eval")
+    for part in ast.walk(tree):
+        known = isinstance(part, _SYNTAX)
+        if isinstance(part, ast.Attribute):
+            known = isinstance(part.value, ast.Name) and part.value.id == "math"
+            known = known and not part.attr.startswith("_")
+        if not known:
+            raise ValueError(f"{ast.unparse(part)!r} is no arithmetic")
+    return compile(tree, "condition", "eval")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -7,6 +7,7 @@ from torch import nn
 import magi_train
 from magi_train import ExportConfig
 from magi_train.core.errors import ExportError
+from magi_train.exporter.contract import holds
 
 
 class Function(nn.Module):
@@ -79,6 +80,74 @@ def test_a_size_of_one_that_the_code_tells_apart_is_not_promised(tmp_path):
     with pytest.raises(ExportError, match="2"):
         run(x[:1])
     assert torch.allclose(run(x[:2]), module(x[:2]), atol=1e-6)
+
+
+BRANCHES = {  # what the code asks, a batch that is captured, one that takes the other branch
+    "a remainder": (lambda x: x.shape[0] % 2 == 1, (5, 4), (6, 4)),
+    "one size": (lambda x: x.shape[0] != 7, (5, 4), (7, 4)),
+    "a product": (lambda x: x.shape[0] * x.shape[1] > 20, (5, 6), (5, 3)),
+    "fractions": (lambda x: 1.5 * x.shape[0] + x.shape[1] > 10, (5, 4), (3, 4)),
+    "a bound of a declared size": (lambda x: x.shape[1] > 4, (5, 6), (5, 4)),
+    "a declared size of one": (lambda x: x.shape[1] > 1, (5, 6), (5, 1)),
+}
+
+
+class Branching(nn.Module):
+    def __init__(self, asks):
+        super().__init__()
+        self.asks = asks
+
+    def forward(self, x):
+        return x * 2 if self.asks(x) else x * 3
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_no_size_takes_a_branch_that_was_not_captured(name, tmp_path):
+    asks, shape, other = BRANCHES[name]
+    path, sizes = tmp_path / "m.pt2", {"x": {1: torch.export.Dim.AUTO(min=1, max=64)}}
+    module, x = Branching(asks), torch.randn(shape)
+    report = magi_train.export(module, (x,), path, dynamic="batch", dynamic_shapes=sizes)
+    assert any("must" in note for note in report.notes)
+    run = magi_train.load(path)
+    assert torch.equal(run(x), module(x))
+    with pytest.raises(ExportError, match="must"):
+        run(torch.randn(other))
+
+
+class Pairs(nn.Module):
+    def forward(self, x, y):
+        return x.repeat_interleave(2, 0) + y if y.shape[0] == 2 * x.shape[0] else x
+
+
+def test_sizes_that_depend_on_each_other_are_checked(tmp_path):
+    path, auto = tmp_path / "m.pt2", {0: torch.export.Dim.AUTO}
+    x, y = torch.randn(3, 4), torch.randn(6, 4)
+    magi_train.export(Pairs(), (x, y), path, dynamic_shapes={"x": auto, "y": auto})
+    run = magi_train.load(path)
+    assert torch.equal(run(x[:2], y[:4]), Pairs()(x[:2], y[:4]))
+    with pytest.raises(ExportError, match=r"y_0 == 2\*x_0.*got {'x_0': 2, 'y_0': 6}"):
+        run(x[:2], y)
+
+
+@pytest.mark.parametrize("text", ["().__class__", "__import__('os')", "[x for x in (1,)]", "n ="])
+def test_a_condition_of_a_file_is_arithmetic(text):
+    assert holds("(n % 2) == 1 and math.floor(n / 2) < max(n, 3)", {"n": 5})
+    with pytest.raises(ExportError, match="cannot be computed"):
+        holds(text, {"n": 5})
+
+
+def test_a_size_of_one_is_compared_closely(tmp_path):
+    module = Function(lambda y: y * 1.05 if y.shape[0] == 1 else y)
+    path, x = tmp_path / "m.pt2", torch.randn(4, 8)
+    magi_train.export(module, (x,), path, dynamic="batch")
+    with pytest.raises(ExportError, match=r"batch in 2\.\."):
+        magi_train.load(path)(x[:1])
+
+
+def test_a_module_that_counts_its_calls_takes_a_size_of_one(tmp_path):
+    path, x = tmp_path / "m.pt2", torch.randn(4, 8)
+    magi_train.export(Merging(), (x,), path, dynamic="batch")
+    assert magi_train.load(path)(x[:1]).shape == (1, 8)
 
 
 class ThroughAView(nn.Module):
