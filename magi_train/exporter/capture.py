@@ -28,6 +28,7 @@ from magi_train.exporter.contract import (
     TensorSpec,
     dtype_name,
     flatten,
+    holds,
     names_in,
 )
 from magi_train.exporter.quantized import with_narrow_weights
@@ -148,6 +149,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     """
     training = [m for m in module.modules() if m.training]
     kept = [(b, b.clone()) for b in module.buffers()]
+    places = [(m._buffers, dict(m._buffers)) for m in module.modules()]
     for each in training:
         each.training = False
     try:
@@ -156,6 +158,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for each in training:
             each.training = True
+        for now, old in places:  # a forward may put another tensor into a buffer's place
+            now.update(old)
         with torch.no_grad():
             for buffer, before in kept:
                 if not torch.equal(buffer, before):
@@ -226,6 +230,12 @@ def capture(
             notes.append(sentence)
             limits[size] = (low, high)
     found_shapes, symbols, conditions = shapes.captured_sizes(fakes, where, limits)
+    sizes = {size: examples[at[0][0]].shape[at[0][1]] for size, at in where.items()}
+    for size in [size for size in where if limits[size][0] == 1]:
+        if not all(holds(each, {**sizes, size: 1}) for each in conditions):
+            limits[size] = (2, limits[size][1])
+            notes.append(f"{size} must lie in 2..{limits[size][1] or ''}: {conditions} ask for it")
+            found_shapes, symbols, _ = shapes.captured_sizes(fakes, where, limits)
     if conditions:
         more = f" and {len(conditions) - 3} more" if len(conditions) > 3 else ""
         notes.append(
@@ -311,6 +321,7 @@ def _reference(
     module: nn.Module, call: Call, examples: Mapping[str, Tensor], keep: Sequence[str] | None
 ) -> tuple[list[Tensor], Skeleton, list[str]]:
     args, kwargs = call.fill([t.clone() for t in examples.values()])
+    buffers = dict(module.named_buffers())
     try:
         value = module(*args, **kwargs)
     except Exception as error:
@@ -318,6 +329,13 @@ def _reference(
             f"{type(module).__name__} itself fails on example_inputs: {type(error).__name__}: "
             f"{error}"
         ) from error
+    for key, now in module.named_buffers():
+        before = buffers.get(key, now)
+        if now is not before and now.shape == before.shape and not torch.equal(now, before):
+            raise ExportError(
+                f"{type(module).__name__} replaces its buffer {key} by another tensor while it is "
+                "evaluated, which a file would not do; write into it, as by copy_() or add_()"
+            )
     tensors, skeleton, dropped = flatten(value, keep)
     missing = [name for name in keep or () if not isinstance(value, Mapping) or name not in value]
     if missing or not tensors:

@@ -94,7 +94,7 @@ class Contract:
         )  # fmt: skip
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """Return the graph's inputs for a call.
+        """Return the graph's inputs for a call, as they were given.
 
         Raises:
             ExportError: An argument is missing, unknown, or not what the contract says.
@@ -126,8 +126,7 @@ class Contract:
                     f"the sizes must fulfil {condition}, as those of the example inputs did, since "
                     f"the model's code asks for it; got {values}; export again with such sizes"
                 )
-        # compiled code reads its inputs as dense rows and does not look at their strides
-        return [given[each.name].contiguous() for each in self.inputs]
+        return [given[each.name] for each in self.inputs]
 
     def _check(self, wanted: TensorSpec, got: Any, sizes: dict[str, tuple[int, str]]) -> None:
         problem = ""

@@ -85,6 +85,8 @@ def export(
     for sentence in captured.notes:
         report.note(sentence)
     optimize(captured, config, target, report)
+    writes = _writes(captured)
+    _check_writes(writes, type(plain).__name__, target)
     check_numbers(captured, config, report)
     manifest = {
         "format": artifact.FORMAT,
@@ -95,7 +97,7 @@ def export(
         "passes": [asdict(row) for row in report.rows],
         "measured": report.measured,
         "notes": report.notes,
-        "writes": _writes(captured),
+        "writes": writes,
         "settings": report.settings,
     }
     write(captured, Path(path), target, manifest, config)
@@ -109,6 +111,18 @@ def _writes(captured: Captured) -> dict[str, Any]:
     given = zip(graph.find_nodes(op="placeholder"), captured.contract.inputs, strict=True)
     inputs = [spec.name for node, spec in given if node in changed]
     return {"inputs": inputs, "buffers": any(n.op == "get_attr" for n in changed)}
+
+
+def _check_writes(writes: Mapping[str, Any], name: str, target: str) -> None:
+    """Make sure that what a model writes is written by a file of this target, too."""
+    lost = [f"its input {each}" for each in writes["inputs"] if target in ("onnx", "executorch")]
+    if writes["buffers"] and target != "program":
+        lost.append("its buffers")
+    if lost:
+        raise ExportError(
+            f"{name} writes to {', '.join(lost)} while it is evaluated, which a file of target "
+            f"{target!r} would not do; export with target='program', or return the new values"
+        )
 
 
 def inference_passes(config: ExportConfig, device: str, target: str) -> list[Pass[Any]]:

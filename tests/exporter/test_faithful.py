@@ -1,5 +1,7 @@
 """An exported file computes what the module does, and the module stays as it was."""
 
+import operator
+
 import pytest
 import torch
 from torch import nn
@@ -148,6 +150,111 @@ def test_a_module_that_counts_its_calls_takes_a_size_of_one(tmp_path):
     path, x = tmp_path / "m.pt2", torch.randn(4, 8)
     magi_train.export(Merging(), (x,), path, dynamic="batch")
     assert magi_train.load(path)(x[:1]).shape == (1, 8)
+
+
+class Shifted(nn.Module):
+    """Scores of relative positions, moved as attention does it; torch guards on 2n - 1 and n."""
+
+    def forward(self, x):
+        batch, n = x.shape
+        scores = x[..., None] * torch.arange(2.0 * n - 1)
+        scores = scores.reshape(batch, 2 * n - 1, n)[:, 1:].reshape(batch, n, 2 * n - 2)
+        return scores[..., :n] + x.sum()
+
+
+def test_no_size_of_one_is_promised_that_a_guard_forbids(tmp_path):
+    path, module = tmp_path / "m.pt2", Shifted()
+    sizes = {"x": {1: torch.export.Dim.AUTO(max=64)}}
+    magi_train.export(module, (torch.randn(2, 5),), path, dynamic="batch", dynamic_shapes=sizes)
+    run = magi_train.load(path)
+    assert torch.equal(run(torch.ones(1, 4)), module(torch.ones(1, 4)))
+    with pytest.raises(ExportError, match=r"x must be float32 \[batch in 1\.\., x_1 in 2\.\.64"):
+        run(torch.ones(3, 1))
+
+
+class Drifting(nn.Module):
+    """Writes to a buffer that its BatchNorm, linears or convolution read, a little in each call."""
+
+    def __init__(self, owner, name):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(32, 32, 1), nn.BatchNorm2d(32)
+        self.a, self.b = nn.Linear(32, 8), nn.Linear(32, 8)
+        self.written = operator.attrgetter(f"{owner}.{name}")
+        value = self.written(self).detach()
+        delattr(self.get_submodule(owner), name)
+        self.get_submodule(owner).register_buffer(name, value)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x)).mean((2, 3))
+        y = self.a(y) * self.b(y)
+        self.written(self).add_(1e-2)
+        return y
+
+
+WRITTEN = [("norm", "running_var"), ("norm", "weight"), ("conv", "weight"), ("b", "bias")]
+
+
+@pytest.mark.parametrize(("owner", "name"), WRITTEN)
+def test_weights_that_change_in_each_call_are_not_folded(owner, name, tmp_path):
+    module, x, path = Drifting(owner, name).eval(), torch.randn(2, 32, 4, 4), tmp_path / "m.pt2"
+    config = ExportConfig(merge_linears=True, channels_last=True)
+    magi_train.export(module, (x,), path, dynamic="batch", config=config)
+    run = magi_train.load(path)
+    with torch.no_grad():
+        pairs = [(run(x), module(x)) for _ in range(20)]
+    assert not torch.allclose(pairs[0][1], pairs[-1][1], rtol=1e-2), "the module itself drifts"
+    assert torch.allclose(*pairs[-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["pt2", "onnx", "executorch"])
+def test_a_target_that_keeps_nothing_refuses_what_is_written(target, tmp_path):
+    with pytest.raises(ExportError, match=r"Merging writes to its buffers .*'program'"):
+        magi_train.export(Merging(), (torch.ones(2, 8),), tmp_path / "m.pt2", target=target)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_each_shape_would_write_to_buffers_of_its_own(tmp_path):
+    magi_train.export(Merging(), (torch.ones(2, 8),), tmp_path / "m.pt2")
+    with pytest.raises(ExportError, match=r"writes to its buffers.*without `compile`"):
+        magi_train.load(tmp_path / "m.pt2", compile=True)
+
+
+class Replacing(nn.Module):
+    """Puts another tensor into a buffer's place, grown (a table) or changed (a count)."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.arange(2.0))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x, count=False):
+        self.table = torch.arange(float(x.shape[1]))
+        if count:
+            self.count = self.count + 1
+        return x * self.table + self.count
+
+
+def test_buffers_that_are_replaced(tmp_path):
+    module, x, path = Replacing(), torch.randn(2, 5), tmp_path / "m.pt2"
+    magi_train.export(module, (x,), path)
+    assert torch.equal(magi_train.load(path)(x), module(x))
+    with pytest.raises(ExportError, match=r"replaces its buffer count .*add_\(\)"):
+        magi_train.export(module, (x, True), path)
+    assert float(module.count) == 0.0
+
+
+class Adding(nn.Module):
+    def forward(self, x):
+        return x.add_(1) * 2
+
+
+def test_an_input_that_is_written_to_is_the_callers(tmp_path):
+    path = tmp_path / "m.pt2"
+    magi_train.export(Adding(), (torch.ones(2, 3),), path, dynamic="batch")
+    for run in (magi_train.load(path), magi_train.load(path, buckets=(8,))):
+        for x in (torch.ones(4, 3), torch.ones(3, 4).t()):
+            assert torch.equal(run(x), torch.full((4, 3), 4.0))
+            assert torch.equal(x, torch.full((4, 3), 2.0))
 
 
 class ThroughAView(nn.Module):
