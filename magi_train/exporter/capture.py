@@ -68,6 +68,11 @@ def sort_arguments(module: nn.Module, example_inputs: Sequence[Any] | Mapping[st
     """
     if isinstance(example_inputs, Tensor):
         raise ExportError("example_inputs must be a tuple or a mapping of arguments, got a tensor")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ExportError(
+            f"{type(module).__name__} is a TorchScript module, whose code cannot be captured; "
+            "export the module that it was made of"
+        )
     by_name = isinstance(example_inputs, Mapping)
     args = () if by_name else tuple(example_inputs)
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
@@ -149,7 +154,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     """
     training = [m for m in module.modules() if m.training]
     kept = [(b, b.clone()) for b in module.buffers()]
-    places = [(m._buffers, dict(m._buffers)) for m in module.modules()]
+    of_modules = (m._buffers for m in module.modules())
+    places = [(own, dict(own)) for own in of_modules if isinstance(own, dict)]  # not TorchScript's
     for each in training:
         each.training = False
     try:
@@ -337,10 +343,16 @@ def _reference(
                 "evaluated, which a file would not do; write into it, as by copy_() or add_()"
             )
     tensors, skeleton, dropped = flatten(value, keep)
-    missing = [name for name in keep or () if not isinstance(value, Mapping) or name not in value]
-    if missing or not tensors:
-        have = list(value) if isinstance(value, Mapping) else type(value).__name__
-        raise ExportError(f"outputs {missing or ''} not found: the module returns {have}")
+    names = list(skeleton[1]) if isinstance(skeleton, list) and skeleton[0] == "dict" else []
+    missing = [name for name in keep or () if name not in [*names, *dropped]]
+    have = [*names, *dropped] if isinstance(value, Mapping) else f"a {type(value).__name__}"
+    if missing:
+        raise ExportError(f"outputs {missing} not found: the module returns {have}")
+    if not tensors:
+        raise ExportError(
+            f"{type(module).__name__} returns {have}, and no tensor: results must be tensors, or "
+            "tuples, lists, mappings and dataclasses of them"
+        )
     return [t.detach() for t in tensors], skeleton, dropped
 
 

@@ -10,7 +10,7 @@ import ast
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from types import CodeType
 from typing import Any
 
@@ -226,8 +226,8 @@ def flatten(value: Any, keep: Sequence[str] | None = None) -> tuple[list[Tensor]
     """Return the tensors in `value`, how they lie in it, and the names of what is left out.
 
     Args:
-        value: A tensor, or tuples, lists and mappings (a model's output is one) of tensors. What is
-            neither (a cache of keys) is left out.
+        value: A tensor, or tuples, lists, mappings (a model's output is one) and dataclasses of
+            tensors. What is neither (a cache of keys) is left out.
         keep: Only these entries of the outermost mapping.
     """
     tensors: list[Tensor] = []
@@ -237,6 +237,8 @@ def flatten(value: Any, keep: Sequence[str] | None = None) -> tuple[list[Tensor]
         if isinstance(part, Tensor):
             tensors.append(part)
             return len(tensors) - 1
+        if is_dataclass(part) and not isinstance(part, Mapping | type):
+            part = {each.name: getattr(part, each.name) for each in fields(part)}
         if isinstance(part, Mapping):
             chosen = {k: v for k, v in part.items() if name or keep is None or k in keep}
             dropped.extend(str(k) for k in part if k not in chosen)

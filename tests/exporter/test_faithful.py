@@ -1,6 +1,7 @@
 """An exported file computes what the module does, and the module stays as it was."""
 
 import operator
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -255,6 +256,57 @@ def test_an_input_that_is_written_to_is_the_callers(tmp_path):
         for x in (torch.ones(4, 3), torch.ones(3, 4).t()):
             assert torch.equal(run(x), torch.full((4, 3), 4.0))
             assert torch.equal(x, torch.full((4, 3), 2.0))
+
+
+@dataclass
+class Found:
+    """What a module may return."""
+
+    scores: torch.Tensor
+    parts: tuple[torch.Tensor, ...]
+
+
+def test_dataclasses_are_results_by_name(tmp_path):
+    module = Function(lambda y: Found(y, (y + 1, y + 2)))
+    x, path = torch.randn(2, 8), tmp_path / "m.pt2"
+    magi_train.export(module, (x,), path)
+    got, wanted = magi_train.load(path)(x), module(x)
+    assert torch.equal(got.scores, wanted.scores)
+    assert torch.equal(got.parts[1], wanted.parts[1])
+    magi_train.export(module, (x,), path, outputs=["scores"])
+    assert [*magi_train.load(path)(x)] == ["scores"]
+    with pytest.raises(ExportError, match=r"outputs \['other'\] not found: .*Found"):
+        magi_train.export(module, (x,), path, outputs=["other"])
+    with pytest.raises(ExportError, match="returns a str, and no tensor: results must be"):
+        magi_train.export(Function(lambda y: "text"), (x,), path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_torchscript_is_refused(tmp_path):
+    x = torch.ones(2, 8)
+    with pytest.raises(ExportError, match="TorchScript module, whose code cannot be captured"):
+        magi_train.export(torch.jit.trace(nn.Linear(8, 8), x), (x,), tmp_path / "m.pt2")
+
+
+class Padded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1)
+
+    def forward(self, x, padding):
+        return self.encoder(x, src_key_padding_mask=padding)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_no_pass_is_blamed_for_what_tracing_changes(tmp_path):
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    inputs, path = (torch.randn(2, 5, 8), padding), tmp_path / "m.pt2"
+    with pytest.raises(ExportError, match=r"captured, before any pass.*moved.*nested_tensor"):
+        magi_train.export(Padded(), inputs, path)
+    random = Function(lambda y: torch.dropout(y, 0.5, train=True))
+    with pytest.raises(ExportError, match="captured, before any pass"):
+        magi_train.export(random, (torch.randn(2, 8),), path)
 
 
 class ThroughAView(nn.Module):
