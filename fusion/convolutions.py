@@ -23,6 +23,7 @@ from magi_train.core.graph import (
     insert_attribute,
     op_name,
     restrided,
+    written_attributes,
 )
 from magi_train.core.passes import PassContext, Plan, Stage
 from magi_train.fusion.constants import NamesPlan
@@ -54,9 +55,10 @@ class FoldBatchNorm:
     def plan(self, gm: GraphModule, context: PassContext) -> FoldPlan | None:
         """Return which BatchNorms stand alone behind a convolution or linear."""
         folded, left = [], []
+        changed = written_attributes(gm)
         for node in gm.graph.nodes:
             if op_name(node) == "batch_norm" and not context.training:
-                reason = _unfoldable(gm, node)
+                reason = _unfoldable(gm, node, changed)
                 if reason:
                     left.append((node.name, reason))
                 else:
@@ -92,8 +94,13 @@ class ChannelsLast:
     def plan(self, gm: GraphModule, context: PassContext) -> NamesPlan | None:
         """Return the convolutions whose weights change their layout."""
         nodes = [n for n in gm.graph.nodes if op_name(n) == "conv2d"]
+        changed = written_attributes(gm)
         nodes = [
-            n for n in nodes if attribute(gm, n.args[1]) is not None and example_value(n).dim() == 4
+            n
+            for n in nodes
+            if attribute(gm, n.args[1]) is not None
+            and n.args[1] not in changed
+            and example_value(n).dim() == 4
         ]
         if not nodes or context.training:
             return None
@@ -114,7 +121,7 @@ class ChannelsLast:
             node.args = (node.args[0], new, *node.args[2:])
 
 
-def _unfoldable(gm: GraphModule, norm: Node) -> str:
+def _unfoldable(gm: GraphModule, norm: Node, changed: set[Node]) -> str:
     """Return why a BatchNorm stays, "" if it can go."""
     source = norm.args[0]
     if norm.args[5] is not False:
@@ -129,6 +136,8 @@ def _unfoldable(gm: GraphModule, norm: Node) -> str:
     for each in (*norm.args[1:5], source.args[1], bias):
         if each is not None and attribute(gm, each) is None:
             return f"{each} is not a constant"
+        if each in changed:
+            return f"{each} is changed in place"
     if norm.args[3] is None or norm.args[4] is None:
         return "it has no running statistics"
     return ""

@@ -21,6 +21,7 @@ from magi_train.core.graph import (
     insert_computation,
     mutated,
     restrided,
+    written_attributes,
 )
 from magi_train.core.passes import PassContext, Plan, Stage
 
@@ -98,8 +99,11 @@ def _bias(node: Node) -> Any:
 
 def _unmergeable(gm: GraphModule, nodes: list[Node]) -> str:
     """Return why these linears stay apart, "" if they can be one."""
+    changed = written_attributes(gm)
     for node in nodes:
         weight = node.args[1]
+        if weight in changed or _bias(node) in changed:
+            return f"a weight of {node.name} is changed in place"
         if attribute(gm, weight) is None or (_bias(node) and attribute(gm, _bias(node)) is None):
             return f"a weight of {node.name} is not a constant"
         if sum(n.target == weight.target for n in gm.graph.nodes if n.op == "get_attr") > 1 or (  # type: ignore[union-attr]

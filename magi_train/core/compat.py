@@ -66,6 +66,7 @@ is listed there, and capture then falls to the EAGER tier with a warning instead
 | torch.distributed._symmetric_memory.empty, rendezvous | memory that other ranks can write |
 | SymInt.node.expr, .hint | symbols of a dynamic size, and its size while compiling |
 | SymInt.node.shape_env.bound_sympy, .guards | the range of a dynamic size, and its divisor |
+| SymInt.node.shape_env.replace; torch.utils._sympy.printers.PythonPrinter | what sizes fulfil |
 | torch.utils._sympy.functions.Mod, FloorDiv | what a dynamic size was divided by |
 | torch.nn.utils.clip_grad._clip_grads_with_norm_ | gradients that an engine clips by itself |
 """
@@ -171,6 +172,7 @@ TorchDispatchMode: Any = (
 _QUOTIENTS: tuple[Any, ...] = tuple(
     filter(None, (_lookup("torch.utils._sympy.functions", n) for n in ("Mod", "FloorDiv")))
 )
+_PythonPrinter: Any = _lookup("torch.utils._sympy.printers", "PythonPrinter")
 python_dispatcher: Callable[[], contextlib.AbstractContextManager[None]] = _lookup(
     "torch._dispatch.python", "enable_python_dispatcher"
 )
@@ -681,6 +683,43 @@ def symbol_bounds(size: torch.SymInt) -> tuple[int, int | None]:
     bounds = size.node.shape_env.bound_sympy(size.node.expr)
     known = bounds.upper.is_Integer  # infinity is none
     return int(bounds.lower), int(bounds.upper) if known else None
+
+
+def size_conditions(sizes: Sequence[tuple[str, torch.SymInt]]) -> list[str]:
+    """Return what tracing found out about dynamic sizes, beyond the range of each.
+
+    Args:
+        sizes: Name and size of every dynamic dimension of the inputs of one trace.
+
+    Returns:
+        Python expressions over the names: "sequence % 2 == 1", "y_0 == 2*sequence".
+    """
+    if not sizes:
+        return []
+    env = sizes[0][1].node.shape_env
+    given = [(name, size.node.expr) for name, size in sizes]
+    names = {expr: _named(expr, name) for name, expr in reversed(given) if expr.is_symbol}
+    printer = _PythonPrinter()
+
+    def text(expr: Any) -> str:
+        written: str = printer.doprint(expr.xreplace(names))
+        return written.replace("torch.sym_float", "float").replace("torch._sym_sqrt", "math.sqrt")
+
+    found = [
+        f"{name} == {text(expr)}"
+        for name, expr in given
+        if not expr.is_symbol and expr.free_symbols <= names.keys()
+    ]
+    for guard in env.guards:
+        expr = env.replace(guard.expr)
+        open_ended = expr.free_symbols and expr.free_symbols <= names.keys()
+        if open_ended and env.bound_sympy(expr).lower != True:  # noqa: E712  (sympy's True)
+            found.append(text(expr))
+    return [*dict.fromkeys(found)]
+
+
+def _named(symbol: Any, name: str) -> Any:
+    return type(symbol)(name, **symbol.assumptions0)
 
 
 _UNTRACED = "_torchdynamo_orig_callable"

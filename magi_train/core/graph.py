@@ -546,6 +546,13 @@ def attribute(gm: GraphModule, node: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def written_attributes(gm: GraphModule) -> set[Node]:
+    """Return the nodes that read a parameter or buffer which the graph writes to, by any name."""
+    own = {n: a for n in gm.graph.nodes if (a := attribute(gm, n)) is not None}
+    changed = {own[n].untyped_storage()._cdata for n in written(gm.graph) if n in own}
+    return {n for n, tensor in own.items() if tensor.untyped_storage()._cdata in changed}
+
+
 def insert_attribute(gm: GraphModule, before: Node, name: str, value: Tensor) -> Node:
     """Add a buffer to `gm`, named like `name`, and a node in front of `before` that reads it."""
     free = (f"magi_{name}_{i}" for i in itertools.count())

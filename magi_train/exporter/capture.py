@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from magi_train.core import compat
 from magi_train.core.errors import ExportError
 from magi_train.exporter import shapes
+from magi_train.exporter.compare import relative_error
 from magi_train.exporter.contract import (
     Constant,
     Contract,
@@ -27,6 +28,7 @@ from magi_train.exporter.contract import (
     TensorSpec,
     dtype_name,
     flatten,
+    holds,
     names_in,
 )
 from magi_train.exporter.quantized import with_narrow_weights
@@ -66,6 +68,11 @@ def sort_arguments(module: nn.Module, example_inputs: Sequence[Any] | Mapping[st
     """
     if isinstance(example_inputs, Tensor):
         raise ExportError("example_inputs must be a tuple or a mapping of arguments, got a tensor")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ExportError(
+            f"{type(module).__name__} is a TorchScript module, whose code cannot be captured; "
+            "export the module that it was made of"
+        )
     by_name = isinstance(example_inputs, Mapping)
     args = () if by_name else tuple(example_inputs)
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
@@ -147,6 +154,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     """
     training = [m for m in module.modules() if m.training]
     kept = [(b, b.clone()) for b in module.buffers()]
+    of_modules = (m._buffers for m in module.modules())
+    places = [(own, dict(own)) for own in of_modules if isinstance(own, dict)]  # not TorchScript's
     for each in training:
         each.training = False
     try:
@@ -155,6 +164,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for each in training:
             each.training = True
+        for now, old in places:  # a forward may put another tensor into a buffer's place
+            now.update(old)
         with torch.no_grad():
             for buffer, before in kept:
                 if not torch.equal(buffer, before):
@@ -202,6 +213,7 @@ def capture(
     with evaluating(module):
         reference, skeleton, dropped = _reference(module, call, examples, outputs)
     notes = [f"output {name} is left out of the file" for name in dropped]
+    precise = precision is None
     with evaluating(module):  # anew: the file holds the buffers as they are
         body = module
         if precision == "int8" or precision == "float8":
@@ -210,26 +222,45 @@ def capture(
             precision = None
         graph = _trace(body, call, examples, specs, outputs, precision)
     fakes = dict(zip(examples, _inputs(graph), strict=True))
-    for size, where in places.items():
-        low, high = _proven(module, graph, call, examples, fakes, where, limits[size], outputs)
+    where, declared_limits = shapes.with_declared(fakes, specs, places)
+    limits = {**limits, **declared_limits}
+    for size, found in where.items():
+        low, high = _proven(
+            module, graph, call, examples, fakes, found, limits[size], outputs, precise
+        )
         if (low, high) != limits[size]:
             sentence = f"{size} must lie in {low}..{high or ''}: the model's code depends on it"
-            if not only_try and (low, high) != (2, limits[size][1]):
+            asked = size in places and not only_try
+            if asked and (low, high) != (2, limits[size][1]):
                 raise ExportError(f"{sentence}; declare that range")
             notes.append(sentence)
-            limits = {**limits, size: (low, high)}
-    found, symbols = shapes.captured_sizes(fakes, specs, places, limits)
-    for size, where in places.items():
-        fixed = [key for key, dim in where.items() if isinstance(found[key][dim], int)]
+            limits[size] = (low, high)
+    found_shapes, symbols, conditions = shapes.captured_sizes(fakes, where, limits)
+    sizes = {size: examples[at[0][0]].shape[at[0][1]] for size, at in where.items()}
+    for size in [size for size in where if limits[size][0] == 1]:
+        if not all(holds(each, {**sizes, size: 1}) for each in conditions):
+            limits[size] = (2, limits[size][1])
+            notes.append(f"{size} must lie in 2..{limits[size][1] or ''}: {conditions} ask for it")
+            found_shapes, symbols, _ = shapes.captured_sizes(fakes, where, limits)
+    if conditions:
+        more = f" and {len(conditions) - 3} more" if len(conditions) > 3 else ""
+        notes.append(
+            f"sizes must fulfil {', '.join(conditions[:3])}{more}: the model's code asks for it"
+        )
+    for size, at in places.items():
+        fixed = [key for key, dim in at.items() if isinstance(found_shapes[key][dim], int)]
         if fixed:
-            sentence = f"{size} of {fixed[0]} is fixed at {found[fixed[0]][where[fixed[0]]]}"
+            have = found_shapes[fixed[0]][at[fixed[0]]]
+            sentence = f"{size} of {fixed[0]} is fixed at {have}"
             if not only_try:
                 raise ExportError(f"{sentence}: the model's code depends on that number")
             notes.append(f"{sentence}: the model's code depends on that number")
     device = next(iter(examples.values())).device.type
-    inputs = tuple(TensorSpec(k, dtype_name(t.dtype), found[k]) for k, t in examples.items())
+    inputs = tuple(TensorSpec(k, dtype_name(t.dtype), found_shapes[k]) for k, t in examples.items())
     results = _results(graph, skeleton, symbols)
-    contract = Contract(call.order, inputs, call.constants, device, results, skeleton)
+    contract = Contract(
+        call.order, inputs, call.constants, device, results, skeleton, tuple(conditions)
+    )
     return Captured(
         graph, tuple(specs.values()), contract, tuple(examples.values()), reference, notes
     )
@@ -241,24 +272,27 @@ def _proven(
     call: Call,
     examples: Mapping[str, Tensor],
     fakes: Mapping[str, Any],
-    where: Mapping[str, int],
-    limits: tuple[int, int | None],
+    where: Sequence[shapes.Place],
+    limits: shapes.Limits,
     outputs: Sequence[str] | None,
-) -> tuple[int, int | None]:
+    precise: bool,
+) -> shapes.Limits:
     """Return the part of `limits` for which the graph is what the module computes.
 
     The tracer keeps the bounds that branches of the module imply. It never sees the size 1, which
     is tried instead.
     """
     low, high = limits
-    sizes = [compat.known_size(fakes[key].shape[dim]) for key, dim in where.items()]
+    sizes = [compat.known_size(fakes[key].shape[dim]) for key, dim in where]
     bounds = [compat.symbol_bounds(size) for size in sizes if not isinstance(size, int)]
     for least, most in bounds:
         low = max(low, least) if least > 2 else low
         high = most if high is None else high if most is None else min(high, most)
     if low == 1 and bounds:
-        rows = [t.narrow(where[k], 0, 1) if k in where else t for k, t in examples.items()]
-        low = 1 if _same_results(module, graph, call, rows, outputs) else 2
+        rows = dict(examples)
+        for key, dim in where:
+            rows[key] = rows[key].narrow(dim, 0, 1)
+        low = 1 if _same_results(module, graph, call, [*rows.values()], outputs, precise) else 2
     return low, high
 
 
@@ -268,28 +302,32 @@ def _same_results(
     call: Call,
     tensors: Sequence[Tensor],
     outputs: Sequence[str] | None,
+    precise: bool,
 ) -> bool:
     args, kwargs = call.fill([t.clone() for t in tensors])
-    with evaluating(module), evaluating(graph):
-        try:
+    try:
+        with evaluating(module):
             wanted = flatten(module(*args, **kwargs), outputs)[0]
+        with evaluating(graph):  # anew: it writes to the same buffers
             got = graph(*(t.clone() for t in tensors))
-        except Exception as error:  # noqa: BLE001  (the user's code may raise anything)
-            logger.debug("a size of 1 cannot be run: %s", error)
-            return False
-    return all(map(_alike, got, wanted))
+    except Exception as error:  # noqa: BLE001  (the user's code may raise anything)
+        logger.debug("a size of 1 cannot be run: %s", error)
+        return False
+    return all(_alike(a, b, precise) for a, b in zip(got, wanted, strict=True))
 
 
-def _alike(got: Tensor, wanted: Tensor) -> bool:
+def _alike(got: Tensor, wanted: Tensor, precise: bool) -> bool:
     if got.shape != wanted.shape:
         return False
-    return torch.allclose(got.double(), wanted.double(), 0.1, 0.1, equal_nan=True)
+    dtype = wanted.dtype if wanted.is_floating_point() else torch.float32
+    return relative_error(got, wanted) <= (torch.finfo(dtype).eps ** 0.5 if precise else 0.1)
 
 
 def _reference(
     module: nn.Module, call: Call, examples: Mapping[str, Tensor], keep: Sequence[str] | None
 ) -> tuple[list[Tensor], Skeleton, list[str]]:
     args, kwargs = call.fill([t.clone() for t in examples.values()])
+    buffers = dict(module.named_buffers())
     try:
         value = module(*args, **kwargs)
     except Exception as error:
@@ -297,11 +335,24 @@ def _reference(
             f"{type(module).__name__} itself fails on example_inputs: {type(error).__name__}: "
             f"{error}"
         ) from error
+    for key, now in module.named_buffers():
+        before = buffers.get(key, now)
+        if now is not before and now.shape == before.shape and not torch.equal(now, before):
+            raise ExportError(
+                f"{type(module).__name__} replaces its buffer {key} by another tensor while it is "
+                "evaluated, which a file would not do; write into it, as by copy_() or add_()"
+            )
     tensors, skeleton, dropped = flatten(value, keep)
-    missing = [name for name in keep or () if not isinstance(value, Mapping) or name not in value]
-    if missing or not tensors:
-        have = list(value) if isinstance(value, Mapping) else type(value).__name__
-        raise ExportError(f"outputs {missing or ''} not found: the module returns {have}")
+    names = list(skeleton[1]) if isinstance(skeleton, list) and skeleton[0] == "dict" else []
+    missing = [name for name in keep or () if name not in [*names, *dropped]]
+    have = [*names, *dropped] if isinstance(value, Mapping) else f"a {type(value).__name__}"
+    if missing:
+        raise ExportError(f"outputs {missing} not found: the module returns {have}")
+    if not tensors:
+        raise ExportError(
+            f"{type(module).__name__} returns {have}, and no tensor: results must be tensors, or "
+            "tuples, lists, mappings and dataclasses of them"
+        )
     return [t.detach() for t in tensors], skeleton, dropped
 
 

@@ -6,8 +6,12 @@ what the module returned. Arguments that are no tensors (a flag, None) are part 
 and may not change. `bind` names whatever does not fit before any kernel runs.
 """
 
+import ast
+import functools
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from types import CodeType
 from typing import Any
 
 import torch
@@ -64,6 +68,8 @@ class Contract:
         device: The type of device that all tensors lie on.
         outputs: What the graph returns.
         skeleton: How these lie in what a call returns.
+        conditions: What the sizes must fulfil for the module to take the branches that were
+            captured, as Python expressions over their names.
     """
 
     order: tuple[str, ...]
@@ -72,6 +78,7 @@ class Contract:
     device: str
     outputs: tuple[TensorSpec, ...]
     skeleton: Skeleton
+    conditions: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -83,11 +90,11 @@ class Contract:
         inputs, outputs = (tuple(map(_spec, data[key])) for key in ("inputs", "outputs"))
         return Contract(
             tuple(data["order"]), inputs, dict(data["constants"]), data["device"], outputs,
-            data["skeleton"],
+            data["skeleton"], tuple(data.get("conditions", ())),
         )  # fmt: skip
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """Return the graph's inputs for a call.
+        """Return the graph's inputs for a call, as they were given.
 
         Raises:
             ExportError: An argument is missing, unknown, or not what the contract says.
@@ -112,8 +119,14 @@ class Contract:
         sizes: dict[str, tuple[int, str]] = {}
         for each in self.inputs:
             self._check(each, given[each.name], sizes)
-        # compiled code reads its inputs as dense rows and does not look at their strides
-        return [given[each.name].contiguous() for each in self.inputs]
+        values = {name: have for name, (have, _) in sizes.items()}
+        for condition in self.conditions:
+            if not holds(condition, values):
+                raise ExportError(
+                    f"the sizes must fulfil {condition}, as those of the example inputs did, since "
+                    f"the model's code asks for it; got {values}; export again with such sizes"
+                )
+        return [given[each.name] for each in self.inputs]
 
     def _check(self, wanted: TensorSpec, got: Any, sizes: dict[str, tuple[int, str]]) -> None:
         problem = ""
@@ -169,6 +182,41 @@ class Contract:
         return made
 
 
+_FUNCTIONS = {"float": float, "max": max, "min": min, "abs": abs, "round": round, "math": math}
+_SYNTAX = (
+    ast.Expression, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Compare, ast.Call, ast.Constant,
+    ast.Name, ast.Attribute, ast.expr_context, ast.boolop, ast.operator, ast.unaryop, ast.cmpop,
+)  # fmt: skip
+
+
+def holds(condition: str, sizes: Mapping[str, int]) -> bool:
+    """Return whether sizes fulfil a condition: arithmetic and comparisons over their names.
+
+    Raises:
+        ExportError: It is something else: a file's text is not run as code.
+    """
+    try:
+        return bool(eval(_arithmetic(condition), {"__builtins__": {}, **_FUNCTIONS, **sizes}))
+    except Exception as error:
+        raise ExportError(
+            f"the file's condition {condition!r} for its sizes cannot be computed "
+            f"({type(error).__name__}: {error}); export again"
+        ) from error
+
+
+@functools.lru_cache(1024)
+def _arithmetic(text: str) -> CodeType:
+    tree = ast.parse(text, mode="eval")
+    for part in ast.walk(tree):
+        known = isinstance(part, _SYNTAX)
+        if isinstance(part, ast.Attribute):
+            known = isinstance(part.value, ast.Name) and part.value.id == "math"
+            known = known and not part.attr.startswith("_")
+        if not known:
+            raise ValueError(f"{ast.unparse(part)!r} is no arithmetic")
+    return compile(tree, "condition", "eval")
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Return "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")
@@ -178,8 +226,8 @@ def flatten(value: Any, keep: Sequence[str] | None = None) -> tuple[list[Tensor]
     """Return the tensors in `value`, how they lie in it, and the names of what is left out.
 
     Args:
-        value: A tensor, or tuples, lists and mappings (a model's output is one) of tensors. What is
-            neither (a cache of keys) is left out.
+        value: A tensor, or tuples, lists, mappings (a model's output is one) and dataclasses of
+            tensors. What is neither (a cache of keys) is left out.
         keep: Only these entries of the outermost mapping.
     """
     tensors: list[Tensor] = []
@@ -189,6 +237,8 @@ def flatten(value: Any, keep: Sequence[str] | None = None) -> tuple[list[Tensor]
         if isinstance(part, Tensor):
             tensors.append(part)
             return len(tensors) - 1
+        if is_dataclass(part) and not isinstance(part, Mapping | type):
+            part = {each.name: getattr(part, each.name) for each in fields(part)}
         if isinstance(part, Mapping):
             chosen = {k: v for k, v in part.items() if name or keep is None or k in keep}
             dropped.extend(str(k) for k in part if k not in chosen)

@@ -13,7 +13,7 @@ import inspect
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from magi_train.core.errors import ExportError
 from magi_train.core.report import Report
 from magi_train.exporter import artifact
 from magi_train.exporter.capture import Captured, capture, evaluating, in_precision
+from magi_train.exporter.compare import relative_error
 from magi_train.exporter.few_queries import spread
 from magi_train.exporter.machine_code import compile_program
 from magi_train.exporter.quantized import with_narrow_weights
@@ -156,7 +157,14 @@ def export_decoder(
             report.note(f"{name}: attention of few queries by the kernel, calls: {found}")
         check_numbers(captured, config, report)
         graphs[name] = captured
+    _check_steps(plain, graphs, config.max_error, report)
     settings = getattr(plain, "generation_config", None) or plain.config
+    unheeded = _unheeded(settings)
+    if unheeded:
+        report.note(
+            f"transformers' generate would follow {', '.join(unheeded)} of this model's "
+            "generation_config, and the file's generate does not"
+        )
     manifest = {
         "format": artifact.FORMAT,
         "target": target,
@@ -183,8 +191,69 @@ def _example_cache(model: nn.Module, length: int, batch: int) -> list[Tensor]:
     held = static_cache(model, length)
     device = next(model.parameters()).device
     ids = torch.zeros(batch, PROBE, dtype=torch.long, device=device)
-    model(input_ids=ids, past_key_values=held, use_cache=True)
+    places = torch.arange(PROBE, device=device).expand(batch, PROBE)
+    mask = ids.new_ones(batch, length)  # as `Step` gives it: of all that the cache holds
+    try:
+        model(
+            input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=held,
+            use_cache=True,
+        )  # fmt: skip
+    except Exception as error:
+        raise ExportError(
+            f"{type(model).__name__} cannot run over a static cache of {length} tokens "
+            f"({type(error).__name__}: {error}), so it cannot be exported for generation"
+        ) from error
     return [torch.zeros_like(t) for layer in held.layers for t in (layer.keys, layer.values)]
+
+
+def _check_steps(
+    model: nn.Module, graphs: Mapping[str, Captured], limit: float | None, report: Report
+) -> None:
+    """Make sure that a prompt and a decode step behind it are what the model makes of the whole.
+
+    Raises:
+        ExportError: They are not: the model is not causal, or what it keeps is more than a cache.
+    """
+    _, mask, _, _, *cache = (t.clone() for t in graphs["prefill"].inputs)
+    ids = torch.arange(PROBE + 1, device=mask.device).expand(mask.shape[0], -1).contiguous()
+    cuts = {"prefill": (0, PROBE), "decode": (PROBE, PROBE + 1)}
+    for name, (start, end) in cuts.items():
+        graph = graphs[name].graph
+        new, at = ids[:, start:end].contiguous(), torch.tensor(start, device=mask.device)
+        with evaluating(model):
+            whole = model(input_ids=ids[:, :end], attention_mask=mask[:, :end], use_cache=False)
+        with evaluating(graph):
+            (got,) = graph(new, mask, new.clone(), at, *cache)
+        wanted = whole.logits[:, -1]
+        error = relative_error(got, wanted.float())
+        report.measured[f"error_{name}"] = error
+        allowed = torch.finfo(wanted.dtype).eps ** 0.5 if limit is None else limit
+        if not error <= allowed:
+            raise ExportError(
+                f"{type(model).__name__} gives other logits for {end} tokens at once than over a "
+                f"cache ({name}: off by {error:.1e}, relative, and {allowed:.1e} is allowed); a "
+                "decoder's tokens must not depend on later ones (is_decoder=True in some "
+                "configurations); if it is rounding, set ExportConfig.max_error"
+            )
+
+
+_NO_MATTER = (
+    "_", "transformers_version", "use_cache", "cache_", "output_", "return_", "eos_token_id",
+    "pad_token_id", "bos_token_id", "decoder_start_token_id", "max_length", "max_new_tokens",
+)  # fmt: skip
+"""How names in a GenerationConfig begin that are heeded, or that change no token."""
+
+
+def _unheeded(settings: Any) -> list[str]:
+    """Return what a GenerationConfig asks for that `Decoder.generate` does not do by itself."""
+    if not hasattr(settings, "max_new_tokens"):
+        return []  # a model's configuration
+    changed = settings.to_diff_dict()
+    return [
+        f"{name}={value!r}"
+        for name, value in changed.items()
+        if value is not None and not name.startswith(_NO_MATTER)
+    ]
 
 
 def _example(cache: Sequence[Tensor], length: int, new: int) -> tuple[Tensor, ...]:

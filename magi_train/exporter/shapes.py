@@ -22,6 +22,8 @@ Limits = tuple[int, int | None]
 Dynamic = str | Sequence[str] | Mapping[str, Limits | None] | None
 Spec = dict[int, Any]
 """Of one input: dimension to torch.export's Dim or hint."""
+Place = tuple[str, int]
+"""An input and one of its dimensions."""
 
 
 def wanted_sizes(dynamic: Dynamic) -> tuple[dict[str, Limits], bool]:
@@ -108,29 +110,54 @@ def declared_by_name(dynamic_shapes: Any, order: Sequence[str]) -> dict[str, Any
     return {name: spec for name, spec in given.items() if spec}
 
 
-def captured_sizes(
+def with_declared(
     fakes: Mapping[str, Tensor],
     specs: Mapping[str, Spec],
-    dimensions: Mapping[str, Mapping[str, int]],
+    places: Mapping[str, Mapping[str, int]],
+) -> tuple[dict[str, list[Place]], dict[str, Limits]]:
+    """Return where each size is, and the limits of those that `dynamic_shapes` declares.
+
+    Dimensions that turned out to be equal are one size.
+    """
+    where = {size: list(found.items()) for size, found in places.items()}
+    known = {place for found in where.values() for place in found}
+    names: dict[str, str] = {}  # by symbol
+    limits: dict[str, Limits] = {}
+    for key, fake in fakes.items():
+        for dim, size in enumerate(map(compat.known_size, fake.shape)):
+            if isinstance(size, int) or (key, dim) in known:
+                continue
+            hint = specs[key].get(dim)
+            name = names.setdefault(str(size), _name_of(hint, key, dim))
+            where.setdefault(name, []).append((key, dim))
+            low, high = limits.get(name, (1, None))
+            least, most = _declared_limits(hint)
+            limits[name] = (max(low, least), min((h for h in (high, most) if h), default=None))
+    return where, limits
+
+
+def captured_sizes(
+    fakes: Mapping[str, Tensor],
+    where: Mapping[str, Sequence[Place]],
     limits: Mapping[str, Limits],
-) -> tuple[dict[str, tuple[int | Size, ...]], dict[str, Size]]:
-    """Return the shapes of the inputs as they were captured, and the size of each symbol."""
+) -> tuple[dict[str, tuple[int | Size, ...]], dict[str, Size], list[str]]:
+    """Return the inputs' shapes, the size of each symbol, and what sizes must fulfil."""
     shapes: dict[str, tuple[int | Size, ...]] = {}
     symbols: dict[str, Size] = {}
-    places = {(key, dim): size for size, found in dimensions.items() for key, dim in found.items()}
+    named: list[tuple[str, torch.SymInt]] = []
+    names = {place: size for size, found in where.items() for place in found}
     for key, fake in fakes.items():
         shape: list[int | Size] = []
         for dim, size in enumerate(map(compat.known_size, fake.shape)):
             if isinstance(size, int):
                 shape.append(size)
                 continue
-            name = places.get((key, dim))
-            hint = specs[key].get(dim)
-            known = Size(name, *limits[name]) if name else _declared_size(hint, key, dim)
-            known = _by_steps(known, compat.size_divisor(size))
+            name = names[key, dim]
+            known = _by_steps(Size(name, *limits[name]), compat.size_divisor(size))
             shape.append(symbols.setdefault(str(size), known))
+            named.append((name, size))
         shapes[key] = tuple(shape)
-    return shapes, symbols
+    return shapes, symbols, compat.size_conditions(named)
 
 
 def _by_steps(size: Size, divisor: int) -> Size:
@@ -139,8 +166,13 @@ def _by_steps(size: Size, divisor: int) -> Size:
     return dataclasses.replace(size, minimum=least, multiple=divisor) if divisor > 1 else size
 
 
-def _declared_size(hint: Any, key: str, dim: int) -> Size:
+def _declared_limits(hint: Any) -> Limits:
     low, high = getattr(hint, "min", None), getattr(hint, "max", None)
-    name = getattr(hint, "__name__", f"{key}_{dim}")
     unbounded = not isinstance(high, int) or high > 2**62
-    return Size(name, low if isinstance(low, int) and low > 0 else 1, None if unbounded else high)
+    return low if isinstance(low, int) and low > 0 else 1, None if unbounded else high
+
+
+def _name_of(hint: Any, key: str, dim: int) -> str:
+    """Return a Dim's name, if it is one: "2*rows" is an expression."""
+    name = str(getattr(hint, "__name__", ""))
+    return name if name.isidentifier() else f"{key}_{dim}"

@@ -30,6 +30,11 @@ def load_module(source: Source, model: Model | None) -> nn.Module:
     Raises:
         ExportError: There is no model, the source cannot be read, or names or shapes do not fit.
     """
+    if not isinstance(source, Mapping | str | os.PathLike):
+        raise ExportError(
+            "export takes a module, or weights as a state_dict or the path of a checkpoint; got a "
+            f"{type(source).__name__}"
+        )
     what = "the state_dict" if isinstance(source, Mapping) else str(source)
     if model is None:
         raise ExportError(f"{what} holds weights and no code; pass model=, which takes them")

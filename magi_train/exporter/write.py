@@ -80,12 +80,20 @@ def export(
     config = config or ExportConfig()
     source = module if isinstance(module, nn.Module) else sources.load_module(module, model)
     plain = source.__dict__.get("_magi_module", source)
-    captured = capture(plain, example_inputs, dynamic, dynamic_shapes, outputs, config.precision)
+    what = (plain, example_inputs, dynamic, dynamic_shapes, outputs, config.precision)
+    captured = capture(*what)
     report = Report(tier="graph", settings=asdict(config))
     for sentence in captured.notes:
         report.note(sentence)
     optimize(captured, config, target, report)
-    check_numbers(captured, config, report)
+    writes = _writes(captured)
+    _check_writes(writes, type(plain).__name__, target)
+    try:
+        check_numbers(captured, config, report)
+    except ExportError:
+        if config.precision is None:
+            _check_capture(capture(*what), config)
+        raise
     manifest = {
         "format": artifact.FORMAT,
         "target": target,
@@ -95,7 +103,7 @@ def export(
         "passes": [asdict(row) for row in report.rows],
         "measured": report.measured,
         "notes": report.notes,
-        "writes": _writes(captured),
+        "writes": writes,
         "settings": report.settings,
     }
     write(captured, Path(path), target, manifest, config)
@@ -109,6 +117,18 @@ def _writes(captured: Captured) -> dict[str, Any]:
     given = zip(graph.find_nodes(op="placeholder"), captured.contract.inputs, strict=True)
     inputs = [spec.name for node, spec in given if node in changed]
     return {"inputs": inputs, "buffers": any(n.op == "get_attr" for n in changed)}
+
+
+def _check_writes(writes: Mapping[str, Any], name: str, target: str) -> None:
+    """Make sure that what a model writes is written by a file of this target, too."""
+    lost = [f"its input {each}" for each in writes["inputs"] if target in ("onnx", "executorch")]
+    if writes["buffers"] and target != "program":
+        lost.append("its buffers")
+    if lost:
+        raise ExportError(
+            f"{name} writes to {', '.join(lost)} while it is evaluated, which a file of target "
+            f"{target!r} would not do; export with target='program', or return the new values"
+        )
 
 
 def inference_passes(config: ExportConfig, device: str, target: str) -> list[Pass[Any]]:
@@ -166,6 +186,24 @@ def check_numbers(captured: Captured, config: ExportConfig, report: Report) -> N
                 f"{spec.name} moved by {error:.1e} (relative), and {allowed:.1e} is allowed; set "
                 "ExportConfig.max_error, or turn passes off one by one to find the one that did it"
             )
+
+
+def _check_capture(untouched: Captured, config: ExportConfig) -> None:
+    """Make sure that a graph which no pass has touched computes what the module does.
+
+    Raises:
+        ExportError: It does not, so that no pass is to blame.
+    """
+    try:
+        check_numbers(untouched, config, Report(tier="graph"))
+    except ExportError as error:
+        raise ExportError(
+            "what torch.export captured, before any pass, is not what the module computes "
+            f"({str(error).partition(';')[0]}): it draws random numbers, depends on earlier "
+            "calls, or takes another way while it is traced, as nn.TransformerEncoder with a "
+            "padding mask (enable_nested_tensor=False, "
+            "torch.backends.mha.set_fastpath_enabled(False))"
+        ) from error
 
 
 def versions() -> dict[str, str]:

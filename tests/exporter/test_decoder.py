@@ -70,6 +70,52 @@ def test_token_for_token(make, target, tmp_path):
     compare(model, load_decoder(path))
 
 
+def bloom():
+    from transformers import BloomConfig, BloomForCausalLM
+
+    return BloomForCausalLM(BloomConfig(vocab_size=96, hidden_size=32, n_layer=1, n_head=4))
+
+
+def opt():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 1, "word_embed_proj_dim": 32}
+    return OPTForCausalLM(OPTConfig(vocab_size=96, num_attention_heads=4, **sizes))
+
+
+@pytest.mark.parametrize("make", [bloom, opt])
+def test_positions_that_are_read_off_the_mask(make, tmp_path):
+    """Bloom's bias and OPT's table of positions are made from the mask, of the whole cache."""
+    model = ready(make())
+    for weight in model.parameters():
+        weight.data.mul_(4)  # so that positions matter
+    report = export_decoder(model, tmp_path / "decoder.pt2", length=24)
+    assert report.measured["error_decode"] < 1e-5
+    ids, mask = padded()
+    given = {"attention_mask": mask, "max_new_tokens": 8}
+    wanted = model.generate(ids, do_sample=False, **given)
+    assert torch.equal(load_decoder(tmp_path / "decoder.pt2").generate(ids, **given), wanted)
+
+
+def test_a_model_that_looks_ahead_is_refused(tmp_path):
+    from transformers import BertConfig, BertLMHeadModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = BertLMHeadModel(BertConfig(vocab_size=96, num_attention_heads=4, **sizes))
+    for weight in model.parameters():
+        weight.data.mul_(4)
+    with pytest.raises(ExportError, match=r"BertLMHeadModel gives other logits .*is_decoder=True"):
+        export_decoder(model, tmp_path / "decoder.pt2", length=16)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_generate_would_do_besides_is_noted(tmp_path):
+    model = ready(llama(num_hidden_layers=1))
+    model.generation_config.repetition_penalty = 1.1
+    report = export_decoder(model, tmp_path / "decoder.pt2", length=16)
+    assert any("would follow repetition_penalty=1.1 of" in note for note in report.notes)
+
+
 @pytest.fixture(scope="module")
 def one_layer(tmp_path_factory):
     torch.manual_seed(0)

@@ -1,5 +1,8 @@
 """An exported file computes what the module does, and the module stays as it was."""
 
+import operator
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +10,7 @@ from torch import nn
 import magi_train
 from magi_train import ExportConfig
 from magi_train.core.errors import ExportError
+from magi_train.exporter.contract import holds
 
 
 class Function(nn.Module):
@@ -79,6 +83,230 @@ def test_a_size_of_one_that_the_code_tells_apart_is_not_promised(tmp_path):
     with pytest.raises(ExportError, match="2"):
         run(x[:1])
     assert torch.allclose(run(x[:2]), module(x[:2]), atol=1e-6)
+
+
+BRANCHES = {  # what the code asks, a batch that is captured, one that takes the other branch
+    "a remainder": (lambda x: x.shape[0] % 2 == 1, (5, 4), (6, 4)),
+    "one size": (lambda x: x.shape[0] != 7, (5, 4), (7, 4)),
+    "a product": (lambda x: x.shape[0] * x.shape[1] > 20, (5, 6), (5, 3)),
+    "fractions": (lambda x: 1.5 * x.shape[0] + x.shape[1] > 10, (5, 4), (3, 4)),
+    "a bound of a declared size": (lambda x: x.shape[1] > 4, (5, 6), (5, 4)),
+    "a declared size of one": (lambda x: x.shape[1] > 1, (5, 6), (5, 1)),
+}
+
+
+class Branching(nn.Module):
+    def __init__(self, asks):
+        super().__init__()
+        self.asks = asks
+
+    def forward(self, x):
+        return x * 2 if self.asks(x) else x * 3
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_no_size_takes_a_branch_that_was_not_captured(name, tmp_path):
+    asks, shape, other = BRANCHES[name]
+    path, sizes = tmp_path / "m.pt2", {"x": {1: torch.export.Dim.AUTO(min=1, max=64)}}
+    module, x = Branching(asks), torch.randn(shape)
+    report = magi_train.export(module, (x,), path, dynamic="batch", dynamic_shapes=sizes)
+    assert any("must" in note for note in report.notes)
+    run = magi_train.load(path)
+    assert torch.equal(run(x), module(x))
+    with pytest.raises(ExportError, match="must"):
+        run(torch.randn(other))
+
+
+class Pairs(nn.Module):
+    def forward(self, x, y):
+        return x.repeat_interleave(2, 0) + y if y.shape[0] == 2 * x.shape[0] else x
+
+
+def test_sizes_that_depend_on_each_other_are_checked(tmp_path):
+    path, auto = tmp_path / "m.pt2", {0: torch.export.Dim.AUTO}
+    x, y = torch.randn(3, 4), torch.randn(6, 4)
+    magi_train.export(Pairs(), (x, y), path, dynamic_shapes={"x": auto, "y": auto})
+    run = magi_train.load(path)
+    assert torch.equal(run(x[:2], y[:4]), Pairs()(x[:2], y[:4]))
+    with pytest.raises(ExportError, match=r"y_0 == 2\*x_0.*got {'x_0': 2, 'y_0': 6}"):
+        run(x[:2], y)
+
+
+@pytest.mark.parametrize("text", ["().__class__", "__import__('os')", "[x for x in (1,)]", "n ="])
+def test_a_condition_of_a_file_is_arithmetic(text):
+    assert holds("(n % 2) == 1 and math.floor(n / 2) < max(n, 3)", {"n": 5})
+    with pytest.raises(ExportError, match="cannot be computed"):
+        holds(text, {"n": 5})
+
+
+def test_a_size_of_one_is_compared_closely(tmp_path):
+    module = Function(lambda y: y * 1.05 if y.shape[0] == 1 else y)
+    path, x = tmp_path / "m.pt2", torch.randn(4, 8)
+    magi_train.export(module, (x,), path, dynamic="batch")
+    with pytest.raises(ExportError, match=r"batch in 2\.\."):
+        magi_train.load(path)(x[:1])
+
+
+def test_a_module_that_counts_its_calls_takes_a_size_of_one(tmp_path):
+    path, x = tmp_path / "m.pt2", torch.randn(4, 8)
+    magi_train.export(Merging(), (x,), path, dynamic="batch")
+    assert magi_train.load(path)(x[:1]).shape == (1, 8)
+
+
+class Shifted(nn.Module):
+    """Scores of relative positions, moved as attention does it; torch guards on 2n - 1 and n."""
+
+    def forward(self, x):
+        batch, n = x.shape
+        scores = x[..., None] * torch.arange(2.0 * n - 1)
+        scores = scores.reshape(batch, 2 * n - 1, n)[:, 1:].reshape(batch, n, 2 * n - 2)
+        return scores[..., :n] + x.sum()
+
+
+def test_no_size_of_one_is_promised_that_a_guard_forbids(tmp_path):
+    path, module = tmp_path / "m.pt2", Shifted()
+    sizes = {"x": {1: torch.export.Dim.AUTO(max=64)}}
+    magi_train.export(module, (torch.randn(2, 5),), path, dynamic="batch", dynamic_shapes=sizes)
+    run = magi_train.load(path)
+    assert torch.equal(run(torch.ones(1, 4)), module(torch.ones(1, 4)))
+    with pytest.raises(ExportError, match=r"x must be float32 \[batch in 1\.\., x_1 in 2\.\.64"):
+        run(torch.ones(3, 1))
+
+
+class Drifting(nn.Module):
+    """Writes to a buffer that its BatchNorm, linears or convolution read, a little in each call."""
+
+    def __init__(self, owner, name):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(32, 32, 1), nn.BatchNorm2d(32)
+        self.a, self.b = nn.Linear(32, 8), nn.Linear(32, 8)
+        self.written = operator.attrgetter(f"{owner}.{name}")
+        value = self.written(self).detach()
+        delattr(self.get_submodule(owner), name)
+        self.get_submodule(owner).register_buffer(name, value)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x)).mean((2, 3))
+        y = self.a(y) * self.b(y)
+        self.written(self).add_(1e-2)
+        return y
+
+
+WRITTEN = [("norm", "running_var"), ("norm", "weight"), ("conv", "weight"), ("b", "bias")]
+
+
+@pytest.mark.parametrize(("owner", "name"), WRITTEN)
+def test_weights_that_change_in_each_call_are_not_folded(owner, name, tmp_path):
+    module, x, path = Drifting(owner, name).eval(), torch.randn(2, 32, 4, 4), tmp_path / "m.pt2"
+    config = ExportConfig(merge_linears=True, channels_last=True)
+    magi_train.export(module, (x,), path, dynamic="batch", config=config)
+    run = magi_train.load(path)
+    with torch.no_grad():
+        pairs = [(run(x), module(x)) for _ in range(20)]
+    assert not torch.allclose(pairs[0][1], pairs[-1][1], rtol=1e-2), "the module itself drifts"
+    assert torch.allclose(*pairs[-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["pt2", "onnx", "executorch"])
+def test_a_target_that_keeps_nothing_refuses_what_is_written(target, tmp_path):
+    with pytest.raises(ExportError, match=r"Merging writes to its buffers .*'program'"):
+        magi_train.export(Merging(), (torch.ones(2, 8),), tmp_path / "m.pt2", target=target)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_each_shape_would_write_to_buffers_of_its_own(tmp_path):
+    magi_train.export(Merging(), (torch.ones(2, 8),), tmp_path / "m.pt2")
+    with pytest.raises(ExportError, match=r"writes to its buffers.*without `compile`"):
+        magi_train.load(tmp_path / "m.pt2", compile=True)
+
+
+class Replacing(nn.Module):
+    """Puts another tensor into a buffer's place, grown (a table) or changed (a count)."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.arange(2.0))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x, count=False):
+        self.table = torch.arange(float(x.shape[1]))
+        if count:
+            self.count = self.count + 1
+        return x * self.table + self.count
+
+
+def test_buffers_that_are_replaced(tmp_path):
+    module, x, path = Replacing(), torch.randn(2, 5), tmp_path / "m.pt2"
+    magi_train.export(module, (x,), path)
+    assert torch.equal(magi_train.load(path)(x), module(x))
+    with pytest.raises(ExportError, match=r"replaces its buffer count .*add_\(\)"):
+        magi_train.export(module, (x, True), path)
+    assert float(module.count) == 0.0
+
+
+class Adding(nn.Module):
+    def forward(self, x):
+        return x.add_(1) * 2
+
+
+def test_an_input_that_is_written_to_is_the_callers(tmp_path):
+    path = tmp_path / "m.pt2"
+    magi_train.export(Adding(), (torch.ones(2, 3),), path, dynamic="batch")
+    for run in (magi_train.load(path), magi_train.load(path, buckets=(8,))):
+        for x in (torch.ones(4, 3), torch.ones(3, 4).t()):
+            assert torch.equal(run(x), torch.full((4, 3), 4.0))
+            assert torch.equal(x, torch.full((4, 3), 2.0))
+
+
+@dataclass
+class Found:
+    """What a module may return."""
+
+    scores: torch.Tensor
+    parts: tuple[torch.Tensor, ...]
+
+
+def test_dataclasses_are_results_by_name(tmp_path):
+    module = Function(lambda y: Found(y, (y + 1, y + 2)))
+    x, path = torch.randn(2, 8), tmp_path / "m.pt2"
+    magi_train.export(module, (x,), path)
+    got, wanted = magi_train.load(path)(x), module(x)
+    assert torch.equal(got.scores, wanted.scores)
+    assert torch.equal(got.parts[1], wanted.parts[1])
+    magi_train.export(module, (x,), path, outputs=["scores"])
+    assert [*magi_train.load(path)(x)] == ["scores"]
+    with pytest.raises(ExportError, match=r"outputs \['other'\] not found: .*Found"):
+        magi_train.export(module, (x,), path, outputs=["other"])
+    with pytest.raises(ExportError, match="returns a str, and no tensor: results must be"):
+        magi_train.export(Function(lambda y: "text"), (x,), path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_torchscript_is_refused(tmp_path):
+    x = torch.ones(2, 8)
+    with pytest.raises(ExportError, match="TorchScript module, whose code cannot be captured"):
+        magi_train.export(torch.jit.trace(nn.Linear(8, 8), x), (x,), tmp_path / "m.pt2")
+
+
+class Padded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1)
+
+    def forward(self, x, padding):
+        return self.encoder(x, src_key_padding_mask=padding)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_no_pass_is_blamed_for_what_tracing_changes(tmp_path):
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    inputs, path = (torch.randn(2, 5, 8), padding), tmp_path / "m.pt2"
+    with pytest.raises(ExportError, match=r"captured, before any pass.*moved.*nested_tensor"):
+        magi_train.export(Padded(), inputs, path)
+    random = Function(lambda y: torch.dropout(y, 0.5, train=True))
+    with pytest.raises(ExportError, match="captured, before any pass"):
+        magi_train.export(random, (torch.randn(2, 8),), path)
 
 
 class ThroughAView(nn.Module):

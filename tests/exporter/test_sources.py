@@ -68,4 +68,7 @@ def test_what_does_not_fit_is_said(trained, tmp_path):
     torch.save([1], tmp_path / "list.pt")
     with pytest.raises(ExportError, match="holds a list"):
         sources.load_module(tmp_path / "list.pt", Heads)
+    for wrong in (5, lambda x: x):
+        with pytest.raises(ExportError, match="takes a module, or weights as a state_dict"):
+            sources.load_module(wrong, Heads)
     assert not (tmp_path / "model.pt2").exists()
