@@ -241,6 +241,16 @@ def heavy_in_one_kernel(y, w):
     return (five.sin() * five).sum(), y, a, b, c
 
 
+def sum_behind_a_product(w, count, readers):
+    """A sum of products, which others read behind another product: computed there if it is short."""
+    parts = [w @ w for _ in range(count)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    later = w @ w
+    return [total * later * i for i in range(readers)]
+
+
 def long_twice(y, w):
     """Stored: it takes one tensor, but more than 30 operations, and has two readers."""
     z = y
@@ -261,6 +271,10 @@ def long_twice(y, w):
         (heavy_twice, 5 * ONE),
         (heavy_in_one_kernel, 4 * ONE),
         (long_twice, 4 * ONE),
+        (lambda y, w: sum_behind_a_product(w, 8, 1), 9 * ONE),  # the parts stay, and the product
+        (lambda y, w: sum_behind_a_product(w, 9, 1), 9 * ONE),  # too many: the sum is stored
+        (lambda y, w: sum_behind_a_product(w, 4, 2), 7 * ONE),
+        (lambda y, w: sum_behind_a_product(w, 5, 2), 5 * ONE),
         (lambda y, w: y.view(32, 128) * 2, ONE),  # the same elements in the same order
         (lambda y, w: y.t() * 2, 2 * ONE),  # in another one: read after it was written
     ],
