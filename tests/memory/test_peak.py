@@ -242,7 +242,7 @@ def heavy_in_one_kernel(y, w):
 
 
 def sum_behind_a_product(w, count, readers):
-    """A sum of products, which others read behind another product: computed there if it is short."""
+    """A sum of products, read behind another product: computed there if it is short."""
     parts = [w @ w for _ in range(count)]
     total = parts[0]
     for part in parts[1:]:
