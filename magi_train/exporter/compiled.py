@@ -34,6 +34,16 @@ def _without_guards(guards: Sequence[Any]) -> list[bool]:
     return [False] * len(guards)
 
 
+def _apart(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors over the same memory of which none is the same object as another.
+
+    Dynamo takes two arguments that are one object for one input, and a guard would tell later calls
+    that are not like that; here none does.
+    """
+    given = {id(t): i for i, t in reversed(list(enumerate(tensors)))}
+    return [t if given[id(t)] == i else t.detach() for i, t in enumerate(tensors)]
+
+
 class Compiled:
     """A runner that compiles a program for each shape that it meets.
 
@@ -91,7 +101,7 @@ class Compiled:
                     graph, fullgraph=True, dynamic=False,
                     options={**options, "guard_filter_fn": _without_guards},
                 )  # fmt: skip
-                got = code(*self._first, *tensors)
+                got = code(*self._first, *_apart(tensors))
             except Exception as error:
                 raise ExportError(
                     f"the program cannot be compiled here ({type(error).__name__}: "

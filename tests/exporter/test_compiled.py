@@ -82,6 +82,21 @@ def test_what_a_program_writes_is_written():
     assert torch.equal(cache[:, 0], torch.tensor([1.0, 0.0, 3.0, 4.0]))
 
 
+class Weighed(nn.Module):
+    def forward(self, x, y):
+        return (x * 2 + y,)
+
+
+def test_a_tensor_that_is_given_twice_at_first():
+    """Without guards nobody would notice that later arguments are two tensors."""
+    run = Compiled(torch.export.export(Weighed(), (torch.ones(3), torch.zeros(3))), {})
+    x, zeros = torch.ones(3), torch.zeros(3)
+    with torch.no_grad():
+        assert torch.equal(run(x, x)[0], 3 * x)
+        assert torch.equal(run(x, zeros)[0], 2 * x)
+        assert torch.equal(run(zeros, x)[0], x)
+
+
 def test_threads_compile_a_shape_once(file, monkeypatch):
     made = uncompiled(monkeypatch)
     run = magi_train.load(file, compile={"max_autotune": True})
