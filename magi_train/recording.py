@@ -52,6 +52,7 @@ class Recording:
         stream: On which it may be replayed.
         dropped: Its memory is given back, or about to be: never replay it.
         bytes: Of its memory.
+        renewals: Of the device, when it was made.
 
     Raises:
         RefusedError: The outputs cannot be handed out.
@@ -93,7 +94,7 @@ class Recording:
         self.outputs = self._output_slots(results)
         gradients, self._replay_backward = device.capture(self._backward)
         self.gradients = self._gradient_slots(gradients)
-        self.bytes = device.reserved() - held
+        self.bytes, self.renewals = device.reserved() - held, device.renewals()
         self._live = []
         del results, gradients
         for slot in self.slots():

@@ -268,6 +268,8 @@ class Replayer:
         recording = self.recording
         if recording is None or recording.dropped:
             return "the memory was given back"
+        if recording.renewals != self._device.renewals():
+            return "another capture failed, which took the random numbers of the graphs before"
         if any(slot.found > 1 for slot in recording.slots()):
             return HELD
         return "parameters or buffers move" if recording.moved(args) else ""

@@ -24,7 +24,7 @@ class FakeGraphs:
     def __init__(self, device=None, buffers=()):
         self.device = torch.device("cpu")
         self.buffers, self.now, self.fail = list(buffers), 0.0, None
-        self.captures = self.replays = self.pools = 0
+        self.captures = self.replays = self.pools = self.renewed = 0
         self.capturing = False
         self.current, self.free = 0, 0
 
@@ -36,6 +36,7 @@ class FakeGraphs:
             b.data.copy_(old)
         self.captures += 1
         if self.fail:
+            self.renewed += 1
             raise self.fail
         for x in results:
             if x is not None:
@@ -43,7 +44,11 @@ class FakeGraphs:
                     7
                 )  # a capture computes nothing, and writes nothing as autograd sees it
 
+        made_at = self.renewed
+
         def replay():
+            if made_at != self.renewed:
+                raise RuntimeError("Offset increment outside graph capture")
             self.replays += 1
             for old, new in zip(results, function(), strict=True):
                 if old is not None:
@@ -56,6 +61,9 @@ class FakeGraphs:
 
     def stream(self):
         return self.current
+
+    def renewals(self):
+        return self.renewed
 
     def mark(self):
         return self.now

@@ -302,6 +302,26 @@ def test_a_failed_capture_loses_nothing():
     assert "capture failed: RuntimeError: operation not permitted" in str(harness.report)
 
 
+def test_a_failed_capture_of_another_form_voids_the_graphs_before():
+    """They would draw from random numbers of their own, or refuse to run."""
+    model = Net()
+    one, two, state = two_forms(model)
+
+    def run(form, i):
+        form(*batch(i))[0].backward()
+        model.zero_grad()
+
+    for i in range(WARM + 1):
+        run(one, i)
+    one.device.fail = RuntimeError("operation not permitted when stream is capturing")
+    for i in range(WARM + 1):
+        run(lambda *b: two([*state, *b]), i)
+    one.device.fail, old = None, one.replayer.recording
+    run(one, 0)
+    assert one.replayer.recording is not old
+    assert one.replays == 2
+
+
 def test_a_backward_that_keeps_its_graph_computes_it_again():
     def loop(call, model, optimizer):
         for i in range(STEPS):

@@ -8,11 +8,14 @@ Capture runs on a stream of its own, into a memory pool of its own, in mode "thr
 loader's thread may go on using the device. A capture that fails leaves three things behind which
 torch does not take back by itself, seen in the sources of 2.11 and 2.13: the side stream is still
 current, the allocator still serves the pool, and the generator still counts offsets for a graph.
-`capture` takes all three back, so that the step goes on without a graph.
+`capture` takes all three back, so that the step goes on without a graph. The generator gets another
+state for that. Graphs captured before keep the old one, whose numbers no seed reaches any more, or
+whose count (2.11) refuses every replay: `renewals` tells who holds such graphs.
 """
 
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -44,6 +47,24 @@ class DeviceGraphs(Protocol):
         """Return what identifies the current stream."""
         ...
 
+    def behind(self, stream: Any) -> Any:
+        """Let the current stream wait for what `stream` has to do, if that is another one.
+
+        Args:
+            stream: As this returned it; None for nothing.
+
+        Returns:
+            The current stream.
+        """
+        ...
+
+    def renewals(self) -> int:
+        """Return how often a failed capture was taken back: no graph from before may be replayed.
+
+        Of this device, whoever captured.
+        """
+        ...
+
     def mark(self) -> Any:
         """Return an event, recorded now."""
         ...
@@ -71,6 +92,10 @@ class DeviceGraphs(Protocol):
     def new_pool(self) -> None:
         """Capture into other memory from now on; that of graphs which are gone is free again."""
         ...
+
+
+_renewals: Counter[int] = Counter()
+"""By the index of a CUDA device; see `DeviceGraphs.renewals`."""
 
 
 class CudaGraphs:
@@ -106,6 +131,7 @@ class CudaGraphs:
             compat.end_failed_capture(self.device.index, self._pool)
             generator = self._generator()
             generator.graphsafe_set_state(generator.clone_state())
+            _renewals[self.device.index] += 1
             raise
         return results, graph.replay
 
@@ -119,6 +145,17 @@ class CudaGraphs:
     def stream(self) -> int:
         """Return the address of the current stream."""
         return torch.cuda.current_stream(self.device).cuda_stream
+
+    def behind(self, stream: torch.cuda.Stream | None) -> torch.cuda.Stream:
+        """Let the current stream wait for `stream`; return the current one."""
+        current = torch.cuda.current_stream(self.device)
+        if stream is not None and stream != current:
+            current.wait_stream(stream)
+        return current
+
+    def renewals(self) -> int:
+        """Return how often a failed capture was taken back."""
+        return _renewals[self.device.index]
 
     def mark(self) -> torch.cuda.Event:
         """Return an event, recorded now."""

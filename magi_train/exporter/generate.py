@@ -113,6 +113,7 @@ class Decoder:
         self._replayer = replayer
         self._lock: Any = threading.Lock() if replayer else nullcontext()
         self._held: dict[int, _Recorded] = {}
+        self._renewals, self._stream = replayer.renewals() if replayer else 0, None
 
     def generate(
         self,
@@ -168,7 +169,7 @@ class Decoder:
         mask = ids.new_ones(batch, self.length)
         mask[:, :prompt] = given
         positions = (given.long().cumsum(-1) - 1).clamp(min=0)
-        cache = self._held[batch].cache if batch in self._held else self._new_cache(batch)
+        cache = self._cache(batch)
         start = torch.zeros((), dtype=torch.long, device=ids.device)
         name = "prefill" if prompt > 1 else "decode"
         logits = self._graphs[name](ids, mask, positions, start, *cache)
@@ -199,7 +200,18 @@ class Decoder:
                                           (token, mask, at, start))  # fmt: skip
         return self._held[batch](token, mask, at, start)
 
-    def _new_cache(self, batch: int) -> list[Tensor]:
+    def _cache(self, batch: int) -> list[Tensor]:
+        """Return an empty cache: that of a recorded decode step if there is one."""
+        if self._replayer is not None:
+            if self._renewals != self._replayer.renewals():  # a failed capture has made them void
+                self._held.clear()
+                self._replayer.new_pool()
+            self._renewals = self._replayer.renewals()
+            self._stream = self._replayer.behind(self._stream)  # of the last generation
+        if batch in self._held:
+            cache = self._held[batch].cache
+            torch._foreach_zero_(cache)  # what is masked counts 0 times, and 0 * NaN is NaN
+            return cache
         return [
             torch.zeros(batch, *shape, dtype=getattr(torch, dtype), device=self._device)
             for shape, dtype in self._about["cache"]

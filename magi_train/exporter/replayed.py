@@ -2,7 +2,8 @@
 
 At small batches a forward takes as long as its launches. A shape's second call records them, and
 later calls copy their inputs into the recorded memory and start the recording. Results are copied
-out, because the next call overwrites them. One lock: the memory is shared by all callers.
+out, because the next call overwrites them. One lock: the memory is shared by all callers, and the
+stream of a call waits for that of the one before, where they differ.
 
 Where the device has enough to do, a recording gains nothing and holds memory all the same. If asked
 to, a shape's second call therefore times both ways, and drops what does not pay, or cannot be
@@ -52,17 +53,20 @@ class Replayed:
         self._seen: set[Key] = set()
         self._dropped: set[Key] = set()
         self._recorded: dict[Key, tuple[list[Tensor], list[Any], Callable[[], None]]] = {}
+        self._renewals, self._stream = graphs.renewals(), None  # of the last call
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
         """Run, record or replay."""
         key = tuple(tuple(t.shape) for t in tensors)
         with self._lock:
+            self._forget_void()
             if key not in self._recorded and not self._record(key, tensors):
                 return list(self._run(*tensors))
             return self._replay(key, tensors)
 
     def _replay(self, key: Key, tensors: Sequence[Tensor]) -> list[Tensor]:
         inputs, results, replay = self._recorded[key]
+        self._stream = self._graphs.behind(self._stream)
         for inside, outside in zip(inputs, tensors, strict=True):
             inside.copy_(outside, non_blocking=True)
         replay()
@@ -95,6 +99,14 @@ class Replayed:
                 self._graphs.new_pool()
                 return False
         return True
+
+    def _forget_void(self) -> None:
+        """Drop what a failed capture, here or elsewhere, has made void; it is recorded again."""
+        renewals = self._graphs.renewals()
+        if renewals != self._renewals and self._recorded:
+            self._recorded.clear()
+            self._graphs.new_pool()
+        self._renewals = renewals
 
     def _milliseconds(self, call: Callable[[], Any]) -> float:
         """Return what a call takes, from an idle device's start to its end: the shortest."""

@@ -156,6 +156,25 @@ def test_generations_at_the_same_time(one_layer, monkeypatch):
 
 
 @SLOW
+def test_a_cache_that_is_used_again(one_layer, monkeypatch):
+    """What an earlier generation left must not matter, nor on which stream it may still run."""
+    _, path, _ = one_layer
+    monkeypatch.setitem(device_graphs.makers, "cpu", Recorder)
+    decoder, prompt = load_decoder(path, cuda_graphs=True), tokens(1)[:2, :5]
+    wanted = decoder.generate(prompt, max_new_tokens=6)
+    for each in decoder._held[2].cache:
+        each.fill_(torch.nan)
+    graphs, held = decoder._replayer, decoder._held[2]
+    graphs.current = "second"
+    assert torch.equal(decoder.generate(prompt, max_new_tokens=6), wanted)
+    assert decoder._held[2] is held
+    assert graphs.waits == [("second", "first")]
+    graphs.renewed = 1  # by the failed capture of another model, say
+    assert torch.equal(decoder.generate(prompt, max_new_tokens=6), wanted)
+    assert decoder._held[2] is not held
+
+
+@SLOW
 def test_what_does_not_fit_is_said(one_layer, tmp_path):
     model, path, _ = one_layer
     decoder = load_decoder(path)

@@ -152,18 +152,39 @@ def test_buckets_refuse_results_without_a_batch(tmp_path):
 
 
 class Recorder:
-    """A device whose recording runs the function again, into the same memory."""
+    """A device whose recording runs the function again, into the same memory.
+
+    Attributes:
+        current: The caller's stream.
+        renewed: Failed captures.
+        waits: (stream, the stream that it waits for).
+    """
+
+    current, renewed = "first", 0
 
     def __init__(self, device):
-        self.device = device
+        self.device, self.waits = device, []
 
     def busy(self):
         return False
 
+    def behind(self, stream):
+        if stream not in (None, self.current):
+            self.waits.append((self.current, stream))
+        return self.current
+
+    def renewals(self):
+        return self.renewed
+
+    def new_pool(self):
+        pass
+
     def capture(self, function):
-        results = function()
+        results, made_at = function(), self.renewed
 
         def replay():
+            if made_at != self.renewed:
+                raise RuntimeError("Offset increment outside graph capture")
             for old, new in zip(results, function(), strict=True):
                 old.copy_(new)
 
@@ -185,6 +206,27 @@ def test_replay_gives_results_of_their_own(file, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         again = list(pool.map(lambda pair: run(*pair), inputs * 8))
     assert all(torch.equal(a, b) for a, b in zip(again, got * 8, strict=True))
+
+
+def test_a_call_waits_for_one_on_another_stream(file, monkeypatch):
+    """Else it would overwrite the inputs of a replay that runs still."""
+    monkeypatch.setitem(device_graphs.makers, "cpu", Recorder)
+    run = magi_train.load(file, cuda_graphs=True)
+    graphs = run._run._graphs
+    for stream in ("first", "first", "first", "second", "second", "first"):
+        graphs.current = stream
+        run(torch.randn(2, 4), torch.arange(2))
+    assert graphs.waits == [("second", "first"), ("first", "second")]
+
+
+def test_a_failed_capture_voids_the_graphs_before(file, monkeypatch):
+    monkeypatch.setitem(device_graphs.makers, "cpu", Recorder)
+    plain, run = magi_train.load(file), magi_train.load(file, cuda_graphs=True)
+    pair = torch.randn(2, 4), torch.arange(2)
+    for renewed in (0, 0, 0, 1, 1):
+        run._run._graphs.renewed = renewed
+        torch.testing.assert_close(run(*pair), plain(*pair))
+    assert len(run._run._recorded) == 1
 
 
 class Timed(Recorder):
