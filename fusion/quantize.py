@@ -41,7 +41,8 @@ def _dtype(gradient: bool) -> torch.dtype:
 def _on_device(x: Tensor, scale: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
     from magi_train.fusion.kernels.fp8_cast import fp8_cast
 
-    return fp8_cast(x, scale, _dtype(gradient))
+    with torch.cuda.device(x.device):  # Triton launches on the current one
+        return fp8_cast(x, scale, _dtype(gradient))
 
 
 def _on_host(x: Tensor, scale: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:

@@ -75,8 +75,11 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     if query.is_cuda:
-        return compat.flash_forward(query, key, value, offsets, longest, back, ahead, scale)
-    return reference(query, key, value, offsets, back, ahead, scale)
+        found = compat.flash_forward(query, key, value, offsets, longest, back, ahead, scale)
+    else:
+        found = reference(query, key, value, offsets, back, ahead, scale)
+    out, logsumexp = (t.contiguous() for t in found)  # the kernel's output lies as the query does
+    return out, logsumexp
 
 
 @_forward.register_fake
@@ -215,7 +218,7 @@ def reference(
     q, k, v = (_wide(t) for t in (query, key, value))
     weights, logsumexp = _probabilities(q, k, offsets, back, ahead, scale)
     out = torch.einsum("girs,sgd->rgid", weights, v).flatten(1, 2)
-    return out.to(query.dtype).contiguous(), logsumexp.flatten(0, 1).contiguous()
+    return out.to(query.dtype), logsumexp.flatten(0, 1)
 
 
 def reference_backward(

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import magi_train
 from magi_train import Config
 from magi_train.core import hardware
-from magi_train.fusion import fp8_match
+from magi_train.fusion import fp8_match, quantize
 from tests.close import relative_error, tolerance
 from tests.models import MODELS
 
@@ -104,6 +104,20 @@ def test_the_cast_kernel_rounds_and_turns_as_its_reference(dtype, shape):
                 assert torch.equal(g.float(), w.float())
     with pytest.raises(TypeError, match=r"takes bfloat16, got torch\.float32"):
         kernels.fp8_cast(x.float(), whole, dtype)
+
+
+def test_the_cast_kernel_is_launched_on_the_device_of_its_tensor(monkeypatch):
+    """Triton takes the current one, which is another where a process has several models."""
+    kernels = pytest.importorskip("magi_train.fusion.kernels.fp8_cast")
+    seen, inside = [], []
+    cast = kernels.fp8_cast
+    monkeypatch.setattr(torch.cuda, "device", lambda d: seen.append(d) or mock.MagicMock())
+    monkeypatch.setattr(kernels, "fp8_cast", lambda *a: inside.append(list(seen)) or cast(*a))
+    x = torch.randn(16, 16, device="cpu").bfloat16()
+    if not kernels.interpreted():
+        pytest.skip("kernels are made for the device: tests/gpu/test_fp8.py")
+    quantize._on_device(x, x.abs().max().float(), False)
+    assert inside == [[x.device]]
 
 
 class One(nn.Module):

@@ -107,6 +107,16 @@ def test_the_op_is_well_formed():
     torch.library.opcheck(varlen.varlen_attention, (*inputs, offsets, LENGTH, 3, 0, 0.3))
 
 
+def test_the_result_lies_as_is_promised_whatever_the_query_does():
+    """Heads that lie one behind the other: the kernel, and its reference, answer as the query."""
+    q, k, v = (t.detach()[0].transpose(0, 1) for t in qkv(groups=HEADS))
+    offsets = torch.tensor([0, 5, LENGTH], dtype=torch.int32)
+    assert not varlen.reference(q, k, v, offsets, 3, 0, 0.3)[0].is_contiguous()
+    out, logsumexp = varlen.varlen_attention(q, k, v, offsets, LENGTH, 3, 0, 0.3)
+    assert out.is_contiguous()
+    assert logsumexp.is_contiguous()
+
+
 # -- masks of packed sequences -----------------------------------------------------------------
 
 
