@@ -203,6 +203,7 @@ def _send(graph: Graph, values: Sequence[tuple[Node, Node]]) -> dict[Node, Node]
     begun: dict[Node, Node] = {}
     sent: dict[Node, Node] = {}
     for node, _ in values:
+        node.meta[compat.IN_MEMORY] = True  # once: else each op would get a copy of its own
         with graph.inserting_after(node):
             begun[node] = call_with_metadata(graph, SEND, (node,))
     latest: dict[Node, Node] = {}

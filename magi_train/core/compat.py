@@ -63,6 +63,7 @@ is listed there, and capture then falls to the EAGER tier with a warning instead
 | torch.nn.init._no_grad_trunc_normal_ | which asks for values, so never ends without any |
 | Tensor._make_wrapper_subclass | gradients to wait for |
 | Node.meta["eager_input_vals"] | strides of what custom ops are given |
+| Node.meta["inductor_realize_to_strides"] | what custom ops are given is in memory once |
 | torch.distributed._symmetric_memory.empty, rendezvous | memory that other ranks can write |
 | SymInt.node.expr, .hint | symbols of a dynamic size, and its size while compiling |
 | SymInt.node.shape_env.bound_sympy, .guards | the range of a dynamic size, and its divisor |
@@ -92,6 +93,9 @@ logger = logging.getLogger(__name__)
 STRIDES_OF_ARGUMENTS = "eager_input_vals"
 """Key of a node's "meta": its fake (args, kwargs), whose strides Inductor keeps for a custom op.
 Where it is missing, any strides will do (torch._inductor.graph.GraphLowering.call_function)."""
+
+IN_MEMORY = "inductor_realize_to_strides"
+"""Key of a node's "meta": whether generated code writes it to memory, in the graph's strides."""
 
 OLDEST_TORCH = (2, 11)
 NEWEST_TORCH_SEEN = (2, 15)

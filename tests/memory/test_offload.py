@@ -626,6 +626,35 @@ def test_what_comes_back_is_the_memory_that_the_copy_left_in(engine):
     assert recorded.fetched == left
 
 
+class Waited(Recorded):
+    """Which memory each copy reads, and which is held until it is done."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.held = {}, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func in (SEND, FETCH):
+            self.read[result.data_ptr()] = (args[0], result)  # both stay: no address comes twice
+        elif func is ARRIVED:
+            self.held[args[0].data_ptr()] = args[1].data_ptr()
+        return result
+
+
+def test_what_is_held_until_a_copy_is_done_is_what_it_reads(engine):
+    """An embedding is computed where it is read: each op would get another copy of it."""
+    torch.manual_seed(0)
+    module, step = prepared(llama(vocab_size=32), 0.0009, lowering="inductor")
+    batch = tokens(0, 16) % 32
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        step(batch).backward()
+    with Waited() as waited:
+        step(batch).backward()
+    assert "aten.embedding.default" in plan_of(module)["offloaded"]
+    assert waited.held == {copy: source.data_ptr() for copy, (source, _) in waited.read.items()}
+
+
 @pytest.mark.full
 def test_blocks_of_a_region_offload(engine):
     torch.manual_seed(0)
