@@ -19,6 +19,9 @@ address: both are compared before every forward, and all stale shadows are cast 
 *through* `.data` moves neither. For that the optimizer's kernel compares shadow and weight before
 it overwrites them, and the next forward raises `StaleShadowError`: all of them in the first steps,
 an eighth in turns later, so that whole tensors are always caught and slices in their turn.
+
+A CUDA graph of the user's that holds a whole step writes weights without either. So a forward that
+is captured has the casts in its graph, and from then on every other forward casts, too.
 """
 
 import dataclasses
@@ -105,6 +108,7 @@ class WeightShadows:
         self._known: dict[int, tuple[int, int]] = {}
         self._used: set[int] = set()
         self._doubted: set[int] = set()
+        self._captured = False
         self.windows: dict[tuple[object, ...], list[Tensor]] = {}
         self._flats: tuple[Tensor, ...] = ()
         self.drift: DriftFlag | None = None
@@ -181,6 +185,8 @@ class WeightShadows:
                 "still used its old value; write it in place under torch.no_grad(), or prepare "
                 "with Config(fusion=FusionConfig(weight_shadows=False))"
             )
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            self._captured = True
         used = [p for p in self._parameters if id(p) in self._used]
         stale = [(p, s) for p in used if self._stale(p) and (s := self.of(p)) is not None]
         if not stale:
@@ -216,7 +222,8 @@ class WeightShadows:
         self._doubted = set(self._known)
 
     def _stale(self, p: Tensor) -> bool:
-        return id(p) in self._doubted or self._known.get(id(p)) != _mark(p)
+        seen = self._known.get(id(p)) == _mark(p)
+        return self._captured or id(p) in self._doubted or not seen
 
     def _note_fresh(self, parameters: Iterable[Tensor]) -> None:
         for p in parameters:

@@ -318,6 +318,25 @@ def test_two_forwards_with_an_evaluation_between_them():
     assert difference(got, want) < tolerance(torch.bfloat16)
 
 
+def test_a_step_in_a_graph_of_the_users_is_followed(monkeypatch):
+    """A replay moves no version counter: the casts must be in the graph, and behind it."""
+    weight = nn.Parameter(torch.randn(4, 4))
+    shadows = WeightShadows()
+    shadows.manage([weight])
+    shadows.allocate(torch.bfloat16)
+    shadows.use([weight])
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for captured in (False, True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda c=captured: c)
+        shadows.refresh()
+        weight.data.add_(1.0)  # as a replayed optimizer writes
+        moved = shadows.of(weight) != weight.bfloat16()
+        shadows.refresh()
+        assert bool(moved.any())
+        same = torch.equal(shadows.of(weight), weight.bfloat16())
+        assert same == shadows._captured
+
+
 def test_a_drift_is_seen_though_the_next_copy_is_under_way(monkeypatch):
     """As always where the host runs ahead of the device."""
 
