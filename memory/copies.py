@@ -32,6 +32,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from magi_train.core import compat
 from magi_train.core.errors import MagiError
 
 MIB = 2**20
@@ -110,6 +111,8 @@ def _arrived(copy: Tensor, source: Tensor) -> Tensor:
     flight = _flying.pop(copy.data_ptr(), None)
     if flight is not None:
         torch.cuda.current_stream(flight.device).wait_event(flight.done)
+        if not copy.is_cuda and compat.saved_tensors_are_hooked():
+            flight.done.synchronize()  # the host itself may read what it is given to save
     return copy
 
 

@@ -1,5 +1,6 @@
 """Activations that wait on the host: what is planned, that numbers stay, what is refused."""
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -485,8 +486,6 @@ class Engine:
         return self
 
     def stream(self, stream):
-        import contextlib
-
         return contextlib.nullcontext()
 
     def wait_stream(self, other):
@@ -500,6 +499,9 @@ class Engine:
 
     def query(self):
         return self.finished
+
+    def synchronize(self):
+        self.finished = True
 
 
 def test_copies_are_held_until_they_are_done(monkeypatch):
@@ -531,6 +533,23 @@ def test_copies_are_held_until_they_are_done(monkeypatch):
     assert not any(ref() for ref in memory)
     assert copies._arrived(host, x) is host
     assert len(cuda.waited) == 1, "it was seen to be done"
+
+
+def test_the_users_hooks_see_what_has_arrived(monkeypatch):
+    """`save_on_cpu` copies what is saved, on the host, as soon as the forward has ended."""
+    cuda = Engine()
+    monkeypatch.setattr(copies.torch, "cuda", cuda)
+    monkeypatch.setattr(copies, "_streams", {})
+    monkeypatch.setattr(copies, "_flying", {})
+    for hooked in (False, True):
+        x, host = torch.randn(8), torch.empty(8)
+        copies._begin(x, host, "out", x.device)
+        with contextlib.ExitStack() as stack:
+            if hooked:
+                same = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+                stack.enter_context(same)
+            copies._arrived(host, x)
+        assert cuda.finished == hooked
 
 
 def test_a_host_without_memory_says_so(monkeypatch):
