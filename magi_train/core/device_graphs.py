@@ -160,7 +160,7 @@ class CudaGraphs:
     def mark(self) -> torch.cuda.Event:
         """Return an event, recorded now."""
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def milliseconds(self, marks: Sequence[Any]) -> list[float]:

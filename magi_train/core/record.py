@@ -301,8 +301,7 @@ class _Losses:
             self._pinned = torch.empty(IN_FLIGHT, dtype=torch.float32, pin_memory=True)
         slot, self._next = self._next, (self._next + 1) % IN_FLIGHT
         self._pinned[slot].copy_(loss.detach().reshape(()), non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        event = torch.cuda.current_stream(loss.device).record_event()
         self._flying.append((step, slot, event))
 
     def take(self, patience: float = 0.0) -> list[tuple[int, float]]:

@@ -194,3 +194,28 @@ def test_sparse_buffers_do_not_stop_the_report():
     for _ in range(3):
         prepared(torch.ones(2, 4)).sum().backward()
     assert magi_train.report(prepared).steps.resident_mib["parameters"] > 0
+
+
+def test_a_loss_is_awaited_on_its_own_device(monkeypatch):
+    """Which need not be the current one, where a process has several models."""
+
+    class OnSecond:
+        device, dtype = torch.device("cuda", 1), torch.float32
+
+        def detach(self):
+            return torch.tensor([2.5])
+
+    class Stream:
+        def record_event(self):
+            return self
+
+        def query(self):
+            return True
+
+    asked = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda d: asked.append(d) or Stream())
+    losses = record._Losses()
+    losses._pinned = torch.zeros(record.IN_FLIGHT)
+    losses.put(3, OnSecond())
+    assert losses.take() == [(3, 2.5)]
+    assert asked == [torch.device("cuda", 1)]
