@@ -5,16 +5,20 @@ runs again after one launch. `CudaGraphs` is the only place that touches CUDA's 
 be replayed, and when, is decided elsewhere and tested without a device (magi_train/replay.py).
 
 Capture runs on a stream of its own, into a memory pool of its own, in mode "thread_local": a data
-loader's thread may go on using the device. A capture that fails leaves three things behind which
-torch does not take back by itself, seen in the sources of 2.11 and 2.13: the side stream is still
-current, the allocator still serves the pool, and the generator still counts offsets for a graph.
-`capture` takes all three back, so that the step goes on without a graph. The generator gets another
-state for that. Graphs captured before keep the old one, whose numbers no seed reaches any more, or
-whose count (2.11) refuses every replay: `renewals` tells who holds such graphs.
+loader's thread may go on using the device. It must not wait for all of the device, though, which
+the beginning of a capture does: one runs at a time, whoever asks for it.
+
+A capture that fails leaves three things behind which torch does not take back by itself, seen in
+the sources of 2.11 and 2.13: the side stream is still current, the allocator still serves the pool,
+and the generator still counts offsets for a graph. `capture` takes all three back, so that the step
+goes on without a graph. The generator gets another state for that. Graphs captured before keep the
+old one, whose numbers no seed reaches any more, or whose count (2.11) refuses every replay:
+`renewals` tells who holds such graphs.
 """
 
 import contextlib
 import itertools
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -94,6 +98,8 @@ class DeviceGraphs(Protocol):
         ...
 
 
+_alone = threading.RLock()
+"""Held by what captures, and by what waits for a whole device."""
 _renewals: Counter[int] = Counter()
 """By the index of a CUDA device; see `DeviceGraphs.renewals`."""
 
@@ -122,17 +128,18 @@ class CudaGraphs:
             self._side = torch.cuda.Stream(self.device)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
-        before = torch.cuda.current_stream(self.device)
-        try:
-            with torch.cuda.graph(graph, self._pool, self._side, capture_error_mode="thread_local"):
-                results = function()
-        except BaseException:
-            torch.cuda.set_stream(before)
-            compat.end_failed_capture(self.device.index, self._pool)
-            generator = self._generator()
-            generator.graphsafe_set_state(generator.clone_state())
-            _renewals[self.device.index] += 1
-            raise
+        before, mode = torch.cuda.current_stream(self.device), "thread_local"
+        with _alone:
+            try:
+                with torch.cuda.graph(graph, self._pool, self._side, capture_error_mode=mode):
+                    results = function()
+            except BaseException:
+                torch.cuda.set_stream(before)
+                compat.end_failed_capture(self.device.index, self._pool)
+                generator = self._generator()
+                generator.graphsafe_set_state(generator.clone_state())
+                _renewals[self.device.index] += 1
+                raise
         return results, graph.replay
 
     def _generator(self) -> torch.Generator:
@@ -197,7 +204,8 @@ class CudaGraphs:
 
     def new_pool(self) -> None:
         """Capture into another pool; a handle without graphs must not be used again."""
-        torch.cuda.synchronize(self.device)  # a replay may still be running in the old one
+        with _alone:
+            torch.cuda.synchronize(self.device)  # a replay may still be running in the old one
         self._pool = None
 
 

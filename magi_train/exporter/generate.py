@@ -210,7 +210,8 @@ class Decoder:
             self._stream = self._replayer.behind(self._stream)  # of the last generation
         if batch in self._held:
             cache = self._held[batch].cache
-            torch._foreach_zero_(cache)  # what is masked counts 0 times, and 0 * NaN is NaN
+            for each in cache:
+                each.zero_()  # what is masked counts 0 times, and 0 * NaN is NaN
             return cache
         return [
             torch.zeros(batch, *shape, dtype=getattr(torch, dtype), device=self._device)
