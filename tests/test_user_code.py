@@ -538,6 +538,55 @@ def test_what_ran_before_a_failure_to_compile_does_not_run_again(kind, since):
     assert notes == ([once, f"{kind.__name__} {then}"] if since else [])
 
 
+class Checkpointing(nn.Module):
+    """Blocks that a checkpoint runs again; the second may trip Dynamo, behind what is compiled."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.wrong = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), False
+
+        def forward(self, x):
+            x = self.body(x)
+            torch._dynamo.graph_break()
+            return (Unmarked.apply(x) if self.wrong else x.sin()).exp()
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Block() for _ in range(3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+@pytest.mark.parametrize("since", [0, 1])
+def test_a_checkpoint_runs_again_what_the_forward_ran(since):
+    torch._dynamo.reset()
+
+    def between(model, step):
+        model.blocks[1].wrong = step >= since
+
+    error, report = beside_plain(
+        Checkpointing,
+        no_code(),
+        loss=lambda model, x, y: model(x).square().mean(),
+        between=between,
+    )
+    assert error < LIMIT
+    assert report.tier == ("region" if since else "eager")
+
+
+def test_blocks_are_not_compiled_for_evaluation():
+    ours = magi_train.prepare(Checkpointing(), config=no_code("region"))
+    ours(torch.ones(2, 8)).sum().backward()
+    compiled = dict(torch._dynamo.utils.counters["frames"])
+    with torch.no_grad():
+        ours(torch.ones(3, 8))
+    assert torch._dynamo.utils.counters["frames"] == compiled
+
+
 class Heads(nn.Module):
     """Returns two heads; a loss may use one."""
 

@@ -349,6 +349,11 @@ def call_captured(
             return function(*args, **kwargs)
 
 
+def failures_taken() -> list[Exception] | None:
+    """Return what takes the failures of the call that runs now, see `call_captured`."""
+    return _while_compiling.failures
+
+
 def _raised_while_compiling(error: BaseException) -> bool:
     """Return whether Dynamo raised an error of Python's own: an assertion (seen on 2.13)."""
     trace = error.__traceback__
