@@ -222,8 +222,7 @@ def capture(
             precision = None
         graph = _trace(body, call, examples, specs, outputs, precision)
     fakes = dict(zip(examples, _inputs(graph), strict=True))
-    where, declared_limits = shapes.with_declared(fakes, specs, places)
-    limits = {**limits, **declared_limits}
+    where, limits = shapes.with_declared(fakes, specs, places, limits)
     for size, found in where.items():
         low, high = _proven(
             module, graph, call, examples, fakes, found, limits[size], outputs, precise
