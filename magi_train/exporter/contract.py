@@ -186,7 +186,8 @@ FUNCTIONS = {"float": float, "max": max, "min": min, "abs": abs, "round": round,
 """What the expressions of `Contract.conditions` may call."""
 _SYNTAX = (
     ast.Expression, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Compare, ast.Call, ast.Constant,
-    ast.Name, ast.Attribute, ast.expr_context, ast.boolop, ast.operator, ast.unaryop, ast.cmpop,
+    ast.IfExp, ast.Name, ast.Attribute,
+    ast.expr_context, ast.boolop, ast.operator, ast.unaryop, ast.cmpop,
 )  # fmt: skip
 
 

@@ -117,6 +117,30 @@ def test_no_size_takes_a_branch_that_was_not_captured(name, tmp_path):
         run(torch.randn(other))
 
 
+def test_sizes_of_one_are_tried_together(tmp_path):
+    """PyTorch takes all for at least 2, so that it does not even note what was asked."""
+    path, module = tmp_path / "m.pt2", Branching(lambda x: x.shape[0] * x.shape[1] > 1)
+    sizes = {"x": dict.fromkeys(range(2), torch.export.Dim.AUTO)}
+    magi_train.export(module, (torch.randn(5, 6),), path, dynamic_shapes=sizes)
+    run, x = magi_train.load(path), torch.randn(1, 6)
+    assert torch.equal(run(x), module(x))
+    with pytest.raises(ExportError, match=r"must fulfil max\(x_0, x_1\) > 1"):
+        run(x[:, :1])
+
+
+def test_of_sizes_that_are_fixed_nothing_is_asked(tmp_path):
+    path, module = tmp_path / "m.pt2", Two(lambda x, y: (x.reshape(-1, 5) + y)[:, :1])
+    x, y = torch.ones(3, 5, dtype=torch.long), torch.ones(1, 1)
+    magi_train.export(module, (x, y), path, dynamic="auto")
+    assert magi_train.load(path)(x[:2], y).shape == (2, 1)
+
+
+def test_a_size_of_one_may_give_fewer_results(tmp_path):
+    module = Function(lambda y: (y,) if y.shape[0] == 1 else (y, y + 1))
+    report = magi_train.export(module, (torch.randn(4, 8),), tmp_path / "m.pt2", dynamic="batch")
+    assert any("batch must lie in 2.." in note for note in report.notes)
+
+
 class Pairs(nn.Module):
     def forward(self, x, y):
         return x.repeat_interleave(2, 0) + y if y.shape[0] == 2 * x.shape[0] else x
