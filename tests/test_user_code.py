@@ -590,6 +590,13 @@ def test_blocks_are_not_compiled_for_evaluation():
     assert torch._dynamo.utils.counters["frames"] == compiled
 
 
+def test_a_failure_without_a_text_is_told_by_its_kind():
+    """As an assertion of Dynamo's in torch 2.11."""
+    where = 'from user code:\n   File "model.py", line 7, in forward\n    return f(x)'
+    text = compat.capture_failure_text(AssertionError(f"\n\n{where}\n"))
+    assert text == 'AssertionError at File "model.py", line 7, in forward: return f(x)'
+
+
 class Heads(nn.Module):
     """Returns two heads; a loss may use one."""
 
