@@ -174,6 +174,8 @@ class Region:
                 recorder.end(self._ordinal, output)
             return output
         except BaseException as error:
+            if not self.tier:
+                self._uncompile_blocks()
             if is_exhausted(error):
                 explain(error, runtime.memory)
             if not isinstance(error, torch.OutOfMemoryError):  # batch size finders go on

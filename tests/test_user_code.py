@@ -581,6 +581,16 @@ def test_a_checkpoint_runs_again_what_the_forward_ran(since):
     assert report.tier == ("region" if since else "eager")
 
 
+def test_a_refusal_leaves_no_compiled_blocks_behind():
+    torch._dynamo.reset()
+    model = Checkpointing()
+    for block in model.blocks:
+        block.wrong = True
+    with pytest.raises(CaptureError, match="cannot be captured"):
+        magi_train.prepare(model, config=no_code("region"))(torch.ones(2, 8))
+    assert not any(block._compiled_call_impl for block in model.blocks)
+
+
 def test_blocks_are_not_compiled_for_evaluation():
     ours = magi_train.prepare(Checkpointing(), config=no_code("region"))
     ours(torch.ones(2, 8)).sum().backward()
