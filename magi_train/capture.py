@@ -174,6 +174,8 @@ class Region:
                 recorder.end(self._ordinal, output)
             return output
         except BaseException as error:
+            if not self.tier:
+                self._uncompile_blocks()
             if is_exhausted(error):
                 explain(error, runtime.memory)
             if not isinstance(error, torch.OutOfMemoryError):  # batch size finders go on
@@ -335,9 +337,7 @@ class Region:
         self.runtime.reducer.begin(in_graph=False)
         output, objection = self._in_regions(args, kwargs)
         why = self._vote("compile regions", objection)
-        if why:
-            self._uncompile_blocks()
-        elif blocks:
+        if blocks and not why:
             self.runtime.report.note(
                 f"{len(blocks)} repeated blocks are compiled, the rest is eager"
             )
@@ -354,7 +354,9 @@ class Region:
             raise (inner if isinstance(inner, MagiError) else error) from None
         if not failures:
             return output, None
-        return output, compat.capture_failure_text(compat.inner_backend_error(failures[0]))
+        why = compat.capture_failure_text(compat.inner_backend_error(failures[0]))
+        failures[:] = [CaptureError(why)]  # blocks keep it, and a traceback would keep tensors
+        return output, why
 
     def _compile_regions(self) -> None:
         self._compile_blocks(self._blocks)
@@ -389,9 +391,8 @@ class Region:
         reducer = self.runtime.reducer
         if self.runtime.memory is not None and self.runtime.memory.plan_anew():
             self._plan_anew()
-        if self._misses >= MISSES:
-            return self._uncompiled(args, kwargs)
-        if self.tier == "eager":
+        if self._misses >= MISSES or self.tier == "eager":
+            self._uncompile_blocks()  # not before: a checkpoint ran them again in the backward
             return self._uncompiled(args, kwargs)
         if self.tier == "region":
             reducer.begin(in_graph=False)
@@ -433,7 +434,6 @@ class Region:
             return
         if self._misses == MISSES:
             what = f"{self.name} runs uncompiled from now on"
-            self._uncompile_blocks()
         self.runtime.report.note(f"{what}: {why}")
         logger.warning("magi-train: %s: %s", what, why)
 
@@ -671,16 +671,27 @@ class RegionBackend:
 
 
 class _Bound:
-    """`compiled` with its first argument filled in, or the plain block; tells whose turn it is."""
+    """`compiled` with its first argument filled in, or the plain block; tells whose turn it is.
+
+    A checkpoint runs the block again in the backward, and counts what is saved: what the forward
+    failed to compile is not compiled there, either.
+    """
 
     def __init__(self, compiled: Callable[..., Any], block: nn.Module, turn: Turn) -> None:
         self.compiled, self.block, self.turn = compiled, block, turn
+        self.failures: list[Exception] | None = None  # of the last forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if compat.forward_mode_is_on():
+        failures = compat.failures_taken()
+        evaluated = failures is None and not torch.is_grad_enabled()
+        if compat.forward_mode_is_on() or evaluated:
             return compat.uncompiled_call(self.block, *args, **kwargs)
         before, self.turn.block = self.turn.block, id(self.block)
         try:
+            if failures is None and self.failures:
+                given = (self.block, *args)
+                return compat.call_captured(self.compiled, given, kwargs, failures=self.failures)
+            self.failures = failures
             return self.compiled(self.block, *args, **kwargs)
         finally:
             self.turn.block = before

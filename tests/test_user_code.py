@@ -533,9 +533,78 @@ def test_what_ran_before_a_failure_to_compile_does_not_run_again(kind, since):
     assert error < LIMIT
     assert {part.calls for model in models for part in model.children()} == {STEPS}
     assert report.tier == ("region" if since else "eager")
-    notes = [note.split(":")[0] for note in report.notes if "Expected fwd_out" in note]
+    notes = [note.split(":")[0] for note in report.notes if "Unmarked.apply" in note]
     once, then = f"some code of {kind.__name__} ran uncompiled", "runs uncompiled from now on"
     assert notes == ([once, f"{kind.__name__} {then}"] if since else [])
+
+
+class Block(nn.Module):
+    """May trip Dynamo behind what is compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.wrong = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), False
+
+    def forward(self, x):
+        x = self.body(x)
+        torch._dynamo.graph_break()
+        return (Unmarked.apply(x) if self.wrong else x.sin()).exp()
+
+
+class Checkpointing(nn.Module):
+    """Blocks that a checkpoint runs again."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+@pytest.mark.parametrize("since", [0, 1])
+def test_a_checkpoint_runs_again_what_the_forward_ran(since):
+    torch._dynamo.reset()
+
+    def between(model, step):
+        model.blocks[1].wrong = step >= since
+
+    error, report = beside_plain(
+        Checkpointing,
+        no_code(),
+        loss=lambda model, x, y: model(x).square().mean(),
+        between=between,
+    )
+    assert error < LIMIT
+    assert report.tier == ("region" if since else "eager")
+
+
+def test_a_refusal_leaves_no_compiled_blocks_behind():
+    torch._dynamo.reset()
+    model = Checkpointing()
+    for block in model.blocks:
+        block.wrong = True
+    with pytest.raises(CaptureError, match="cannot be captured"):
+        magi_train.prepare(model, config=no_code("region"))(torch.ones(2, 8))
+    assert not any(block._compiled_call_impl for block in model.blocks)
+
+
+def test_blocks_are_not_compiled_for_evaluation():
+    ours = magi_train.prepare(Checkpointing(), config=no_code("region"))
+    ours(torch.ones(2, 8)).sum().backward()
+    compiled = dict(torch._dynamo.utils.counters["frames"])
+    with torch.no_grad():
+        ours(torch.ones(3, 8))
+    assert torch._dynamo.utils.counters["frames"] == compiled
+
+
+def test_a_failure_without_a_text_is_told_by_its_kind():
+    """As an assertion of Dynamo's in torch 2.11."""
+    where = 'from user code:\n   File "model.py", line 7, in forward\n    return f(x)'
+    text = compat.capture_failure_text(AssertionError(f"\n\n{where}\n"))
+    assert text == 'AssertionError at File "model.py", line 7, in forward: return f(x)'
 
 
 class Heads(nn.Module):

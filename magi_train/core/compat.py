@@ -173,8 +173,9 @@ cache_dir: Callable[[], str] = _lookup("torch._inductor.runtime.cache_dir_utils"
 TorchDispatchMode: Any = (
     _lookup("torch.utils._python_dispatch", "TorchDispatchMode") or contextlib.nullcontext
 )
+_FloorDiv: Any = _lookup("torch.utils._sympy.functions", "FloorDiv")
 _QUOTIENTS: tuple[Any, ...] = tuple(
-    filter(None, (_lookup("torch.utils._sympy.functions", n) for n in ("Mod", "FloorDiv")))
+    filter(None, (_lookup("torch.utils._sympy.functions", "Mod"), _FloorDiv))
 )
 _PythonPrinter: Any = _lookup("torch.utils._sympy.printers", "PythonPrinter")
 python_dispatcher: Callable[[], contextlib.AbstractContextManager[None]] = _lookup(
@@ -351,6 +352,11 @@ def call_captured(
             _while_compiling.failures = outer
         with capture_settings():
             return function(*args, **kwargs)
+
+
+def failures_taken() -> list[Exception] | None:
+    """Return what takes the failures of the call that runs now, see `call_captured`."""
+    return _while_compiling.failures
 
 
 def _raised_while_compiling(error: BaseException) -> bool:
@@ -709,11 +715,17 @@ def size_conditions(sizes: Sequence[tuple[str, torch.SymInt]]) -> list[str]:
         written: str = printer.doprint(expr.xreplace(names))
         return written.replace("torch.sym_float", "float").replace("torch._sym_sqrt", "math.sqrt")
 
-    found = [
-        f"{name} == {text(expr)}"
-        for name, expr in given
-        if not expr.is_symbol and expr.free_symbols <= names.keys()
-    ]
+    found = []
+    for name, expr in given:
+        symbols = expr.free_symbols
+        if len(symbols) == 1 and not symbols <= names.keys():  # as of 2*Dim("pairs") + 1
+            (symbol,) = symbols
+            factor, rest = expr.coeff(symbol), expr.subs(symbol, 0)
+            if expr == factor * symbol + rest and factor.is_Integer and rest.is_Integer:
+                names[symbol] = _FloorDiv(_named(symbol, name) - rest, factor)
+                found.append(f"{name} % {factor} == {rest % factor}")
+        elif symbols <= names.keys() and not expr.is_symbol:
+            found.append(f"{name} == {text(expr)}")
     for guard in env.guards:
         expr = env.replace(guard.expr)
         open_ended = expr.free_symbols and expr.free_symbols <= names.keys()
@@ -797,7 +809,8 @@ def capture_failure_text(error: BaseException) -> str:
             f"compiled {dynamo_config.recompile_limit} times, and something has changed again{more}"
         )
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
+    named = lines and lines[0] != "from user code:"  # a bare assertion of Dynamo's says nothing
+    text = lines[0] if named else type(error).__name__
     explanation = next((line for line in lines if line.startswith("Explanation:")), "")
     where = ""
     if "from user code:" in lines:

@@ -549,8 +549,8 @@ def attribute(gm: GraphModule, node: Any) -> Tensor | None:
 def written_attributes(gm: GraphModule) -> set[Node]:
     """Return the nodes that read a parameter or buffer which the graph writes to, by any name."""
     own = {n: a for n in gm.graph.nodes if (a := attribute(gm, n)) is not None}
-    changed = {own[n].untyped_storage()._cdata for n in written(gm.graph) if n in own}
-    return {n for n, tensor in own.items() if tensor.untyped_storage()._cdata in changed}
+    changed = {compat.storage_key(own[n]) for n in written(gm.graph) if n in own}
+    return {n for n, tensor in own.items() if compat.storage_key(tensor) in changed}
 
 
 def insert_attribute(gm: GraphModule, before: Node, name: str, value: Tensor) -> Node:

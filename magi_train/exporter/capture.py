@@ -222,8 +222,7 @@ def capture(
             precision = None
         graph = _trace(body, call, examples, specs, outputs, precision)
     fakes = dict(zip(examples, _inputs(graph), strict=True))
-    where, declared_limits = shapes.with_declared(fakes, specs, places)
-    limits = {**limits, **declared_limits}
+    where, limits = shapes.with_declared(fakes, specs, places, limits)
     for size, found in where.items():
         low, high = _proven(
             module, graph, call, examples, fakes, found, limits[size], outputs, precise
@@ -242,6 +241,10 @@ def capture(
             limits[size] = (2, limits[size][1])
             notes.append(f"{size} must lie in 2..{limits[size][1] or ''}: {conditions} ask for it")
             found_shapes, symbols, _ = shapes.captured_sizes(fakes, where, limits)
+    ones = [size.name for size in symbols.values() if size.minimum == 1]
+    together = _narrowed(examples, [place for size in ones for place in where[size]])
+    if len(ones) > 1 and not _same_results(module, graph, call, together, outputs, precise):
+        conditions.append(f"max({', '.join(ones)}) > 1")
     if conditions:
         more = f" and {len(conditions) - 3} more" if len(conditions) > 3 else ""
         notes.append(
@@ -289,11 +292,17 @@ def _proven(
         low = max(low, least) if least > 2 else low
         high = most if high is None else high if most is None else min(high, most)
     if low == 1 and bounds:
-        rows = dict(examples)
-        for key, dim in where:
-            rows[key] = rows[key].narrow(dim, 0, 1)
-        low = 1 if _same_results(module, graph, call, [*rows.values()], outputs, precise) else 2
+        rows = _narrowed(examples, where)
+        low = 1 if _same_results(module, graph, call, rows, outputs, precise) else 2
     return low, high
+
+
+def _narrowed(examples: Mapping[str, Tensor], where: Sequence[shapes.Place]) -> list[Tensor]:
+    """Return the examples with these dimensions of size 1."""
+    rows = dict(examples)
+    for key, dim in where:
+        rows[key] = rows[key].narrow(dim, 0, 1)
+    return [*rows.values()]
 
 
 def _same_results(
@@ -313,7 +322,8 @@ def _same_results(
     except Exception as error:  # noqa: BLE001  (the user's code may raise anything)
         logger.debug("a size of 1 cannot be run: %s", error)
         return False
-    return all(_alike(a, b, precise) for a, b in zip(got, wanted, strict=True))
+    same = (_alike(a, b, precise) for a, b in zip(got, wanted, strict=False))
+    return len(got) == len(wanted) and all(same)
 
 
 def _alike(got: Tensor, wanted: Tensor, precise: bool) -> bool:

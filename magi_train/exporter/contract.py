@@ -182,10 +182,12 @@ class Contract:
         return made
 
 
-_FUNCTIONS = {"float": float, "max": max, "min": min, "abs": abs, "round": round, "math": math}
+FUNCTIONS = {"float": float, "max": max, "min": min, "abs": abs, "round": round, "math": math}
+"""What the expressions of `Contract.conditions` may call."""
 _SYNTAX = (
     ast.Expression, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Compare, ast.Call, ast.Constant,
-    ast.Name, ast.Attribute, ast.expr_context, ast.boolop, ast.operator, ast.unaryop, ast.cmpop,
+    ast.IfExp, ast.Name, ast.Attribute,
+    ast.expr_context, ast.boolop, ast.operator, ast.unaryop, ast.cmpop,
 )  # fmt: skip
 
 
@@ -196,7 +198,7 @@ def holds(condition: str, sizes: Mapping[str, int]) -> bool:
         ExportError: It is something else: a file's text is not run as code.
     """
     try:
-        return bool(eval(_arithmetic(condition), {"__builtins__": {}, **_FUNCTIONS, **sizes}))
+        return bool(eval(_arithmetic(condition), {"__builtins__": {}, **FUNCTIONS, **sizes}))
     except Exception as error:
         raise ExportError(
             f"the file's condition {condition!r} for its sizes cannot be computed "

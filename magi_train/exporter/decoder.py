@@ -151,6 +151,12 @@ def export_decoder(
         if name == "prefill":
             dynamic["sequence"] = (2, length)
         captured = capture(step, inputs, dynamic, None, None, None)
+        if captured.contract.conditions:
+            raise ExportError(
+                f"{type(plain).__name__} takes another branch for other sizes: those of the "
+                f"{name} must fulfil {', '.join(captured.contract.conditions)}, which generation "
+                "does not; give `batch` as a number, or take the branch out of the model's code"
+            )
         optimize(captured, config, target, report)
         if target == "pt2" and captured.contract.device != "cpu":
             found = spread(captured.graph)

@@ -64,7 +64,7 @@ class Loaded:
             results = self._run(*padded)
             for i in self._written:  # in a copy, if the caller's was no dense rows of a bucket
                 if padded[i] is not given[i]:
-                    given[i].copy_(padded[i][: len(given[i])] if given[i].dim() else padded[i])
+                    given[i].copy_(padded[i][: len(given[i])])
         if padded is not tensors:
             results = [r[:rows] for r in results]
         return rebuild(self.contract.skeleton, results)

@@ -7,7 +7,8 @@ which takes them for a broadcast; such an example is repeated to 2 before it is 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import keyword
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.export import Dim
 
 from magi_train.core import compat
 from magi_train.core.errors import ExportError
-from magi_train.exporter.contract import Size
+from magi_train.exporter.contract import FUNCTIONS, Size
 
 Limits = tuple[int, int | None]
 Dynamic = str | Sequence[str] | Mapping[str, Limits | None] | None
@@ -114,26 +115,30 @@ def with_declared(
     fakes: Mapping[str, Tensor],
     specs: Mapping[str, Spec],
     places: Mapping[str, Mapping[str, int]],
+    limits: Mapping[str, Limits],
 ) -> tuple[dict[str, list[Place]], dict[str, Limits]]:
-    """Return where each size is, and the limits of those that `dynamic_shapes` declares.
+    """Return where each size is, and its limits, with those that `dynamic_shapes` declares.
 
     Dimensions that turned out to be equal are one size.
     """
     where = {size: list(found.items()) for size, found in places.items()}
-    known = {place for found in where.values() for place in found}
+    known = {place: size for size, found in where.items() for place in found}
     names: dict[str, str] = {}  # by symbol
-    limits: dict[str, Limits] = {}
+    for (key, dim), name in known.items():
+        names.setdefault(str(compat.known_size(fakes[key].shape[dim])), name)
+    found_limits = dict(limits)
     for key, fake in fakes.items():
         for dim, size in enumerate(map(compat.known_size, fake.shape)):
             if isinstance(size, int) or (key, dim) in known:
                 continue
             hint = specs[key].get(dim)
-            name = names.setdefault(str(size), _name_of(hint, key, dim))
+            name = names.setdefault(str(size), _name_of(hint, key, dim, where))
             where.setdefault(name, []).append((key, dim))
-            low, high = limits.get(name, (1, None))
+            low, high = found_limits.get(name, (1, None))
             least, most = _declared_limits(hint)
-            limits[name] = (max(low, least), min((h for h in (high, most) if h), default=None))
-    return where, limits
+            most = min((h for h in (high, most) if h), default=None)
+            found_limits[name] = (max(low, least), most)
+    return where, found_limits
 
 
 def captured_sizes(
@@ -172,7 +177,8 @@ def _declared_limits(hint: Any) -> Limits:
     return low if isinstance(low, int) and low > 0 else 1, None if unbounded else high
 
 
-def _name_of(hint: Any, key: str, dim: int) -> str:
-    """Return a Dim's name, if it is one: "2*rows" is an expression."""
+def _name_of(hint: Any, key: str, dim: int, taken: Container[str]) -> str:
+    """Return a Dim's name, if conditions can hold it ("2*rows" is an expression) and it is free."""
     name = str(getattr(hint, "__name__", ""))
-    return name if name.isidentifier() else f"{key}_{dim}"
+    usable = name.isidentifier() and not keyword.iskeyword(name) and name not in FUNCTIONS
+    return name if usable and name not in taken else f"{key}_{dim}"

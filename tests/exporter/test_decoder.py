@@ -109,6 +109,16 @@ def test_a_model_that_looks_ahead_is_refused(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_branch_that_depends_on_the_batch_is_refused(tmp_path, monkeypatch):
+    model = ready(llama(num_hidden_layers=1))
+    norm = model.model.norm.forward
+    branching = lambda x: norm(x) if x.shape[0] % 2 == 0 else 2 * norm(x)  # noqa: E731
+    monkeypatch.setattr(model.model.norm, "forward", branching)
+    with pytest.raises(ExportError, match=r"LlamaForCausalLM takes another branch .*batch % 2"):
+        export_decoder(model, tmp_path / "decoder.pt2", length=16)
+    export_decoder(model, tmp_path / "decoder.pt2", length=16, batch=2)
+
+
 def test_what_generate_would_do_besides_is_noted(tmp_path):
     model = ready(llama(num_hidden_layers=1))
     model.generation_config.repetition_penalty = 1.1

@@ -117,6 +117,30 @@ def test_no_size_takes_a_branch_that_was_not_captured(name, tmp_path):
         run(torch.randn(other))
 
 
+def test_sizes_of_one_are_tried_together(tmp_path):
+    """PyTorch takes all for at least 2, so that it does not even note what was asked."""
+    path, module = tmp_path / "m.pt2", Branching(lambda x: x.shape[0] * x.shape[1] > 1)
+    sizes = {"x": dict.fromkeys(range(2), torch.export.Dim.AUTO)}
+    magi_train.export(module, (torch.randn(5, 6),), path, dynamic_shapes=sizes)
+    run, x = magi_train.load(path), torch.randn(1, 6)
+    assert torch.equal(run(x), module(x))
+    with pytest.raises(ExportError, match=r"must fulfil max\(x_0, x_1\) > 1"):
+        run(x[:, :1])
+
+
+def test_of_sizes_that_are_fixed_nothing_is_asked(tmp_path):
+    path, module = tmp_path / "m.pt2", Two(lambda x, y: (x.reshape(-1, 5) + y)[:, :1])
+    x, y = torch.ones(3, 5, dtype=torch.long), torch.ones(1, 1)
+    magi_train.export(module, (x, y), path, dynamic="auto")
+    assert magi_train.load(path)(x[:2], y).shape == (2, 1)
+
+
+def test_a_size_of_one_may_give_fewer_results(tmp_path):
+    module = Function(lambda y: (y,) if y.shape[0] == 1 else (y, y + 1))
+    report = magi_train.export(module, (torch.randn(4, 8),), tmp_path / "m.pt2", dynamic="batch")
+    assert any("batch must lie in 2.." in note for note in report.notes)
+
+
 class Pairs(nn.Module):
     def forward(self, x, y):
         return x.repeat_interleave(2, 0) + y if y.shape[0] == 2 * x.shape[0] else x
@@ -130,6 +154,60 @@ def test_sizes_that_depend_on_each_other_are_checked(tmp_path):
     assert torch.equal(run(x[:2], y[:4]), Pairs()(x[:2], y[:4]))
     with pytest.raises(ExportError, match=r"y_0 == 2\*x_0.*got {'x_0': 2, 'y_0': 6}"):
         run(x[:2], y)
+
+
+@pytest.mark.parametrize("name", ["lambda", "float"])
+def test_names_that_no_condition_can_hold(name, tmp_path):
+    path, module = tmp_path / "m.pt2", Branching(BRANCHES["a product"][0])
+    sizes = {"x": {0: torch.export.Dim(name, min=2, max=64), 1: torch.export.Dim.AUTO}}
+    magi_train.export(module, (torch.randn(5, 6),), path, dynamic_shapes=sizes)
+    with pytest.raises(ExportError, match=r"must fulfil x_0\*x_1 > 20"):
+        magi_train.load(path)(torch.randn(5, 3))
+
+
+def test_what_code_asks_about_a_multiple(tmp_path):
+    path, module = tmp_path / "m.pt2", Branching(lambda x: x.shape[0] % 4 != 0)
+    sizes = {"x": {0: 2 * torch.export.Dim("pairs", min=2, max=64)}}
+    magi_train.export(module, (torch.randn(6, 4),), path, dynamic_shapes=sizes)
+    run, x = magi_train.load(path), torch.randn(10, 4)
+    assert torch.equal(run(x), module(x))
+    for rows, asked in ((8, r"x_0 // 2.* % 4\) != 0"), (7, "x_0 % 2 == 0")):
+        with pytest.raises(ExportError, match=f"must fulfil .*{asked}"):
+            run(x[:rows])
+
+
+class Two(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x, y):
+        return self.function(x, y)
+
+
+def test_a_declared_size_is_another_of_that_name(tmp_path):
+    path, module = tmp_path / "m.pt2", Two(lambda x, y: x.sum() + y.sum())
+    sizes = {"y": {0: torch.export.Dim("batch")}}
+    magi_train.export(
+        module, (torch.ones(3, 5), torch.ones(4)), path, dynamic="batch", dynamic_shapes=sizes
+    )
+    assert float(magi_train.load(path)(torch.ones(2, 5), torch.ones(3))) == 13
+
+
+def test_a_declared_size_is_the_one_that_it_must_be_equal_to(tmp_path):
+    """A bias of (batch, 1, sequence, sequence) beside tokens."""
+    path, module = tmp_path / "m.pt2", Two(lambda x, y: x[:, None, :, None] + y)
+    inputs = torch.ones(3, 5, dtype=torch.long), torch.ones(3, 1, 5, 5)
+    auto = torch.export.Dim.AUTO
+    report = magi_train.export(
+        module, inputs, path, dynamic=("batch", "sequence"),
+        dynamic_shapes={"y": {2: auto(min=1), 3: auto}},
+    )  # fmt: skip
+    run = magi_train.load(path)
+    assert run(inputs[0][:, :1], inputs[1][:, :, :1, :1]).shape == (3, 1, 1, 1)
+    with pytest.raises(ExportError, match="sequence is 5 in x and 4 in y"):
+        run(inputs[0], inputs[1][:, :, :4])
+    assert not report.notes
 
 
 @pytest.mark.parametrize("text", ["().__class__", "__import__('os')", "[x for x in (1,)]", "n ="])
