@@ -14,7 +14,8 @@ runs, and sums gradients onto their owners when its backward has run: Rajbhandar
 Where it differs from DDP and from our reducer: parameters are DTensors between steps, `.grad` is
 this rank's part, gradients that `no_sync` adds up stay whole in memory until the next step, and
 every rank must use the same parameters in a step. All ranks take part in an evaluation, which
-gathers weights: the first one behind a training forward takes rank 0's buffers, as DDP's forward does.
+gathers weights: the first one behind a training forward takes rank 0's buffers, as DDP's forward
+does.
 """
 
 import gc
