@@ -13,7 +13,9 @@ runs, and sums gradients onto their owners when its backward has run: Rajbhandar
 
 Where it differs from DDP and from our reducer: parameters are DTensors between steps, `.grad` is
 this rank's part, gradients that `no_sync` adds up stay whole in memory until the next step, and
-every rank must use the same parameters in a step.
+every rank must use the same parameters in a step. All ranks take part in an evaluation, which
+gathers weights: the first one behind a training forward takes rank 0's buffers, as DDP's forward
+does.
 """
 
 import gc
@@ -89,6 +91,7 @@ class FullyShard:
             )
         self.world, self.sync = world, True
         self._module, self._config, self._synced = module, config, True
+        self._buffers_due = True  # for an evaluation
         self.loss_scale: Any = None  # of codecs, which this engine has none of
         self.blocks = blocks_to_shard(module)
         self._replaced: list[weakref.ref[nn.Parameter]] = []
@@ -197,12 +200,23 @@ class FullyShard:
                 "ShardingConfig.gather_dtype is 'bfloat16', but the forward runs without autocast; "
                 "use torch.autocast(..., torch.bfloat16), or gather_dtype=None"
             )
-        if self._config.comm.broadcast_buffers and self._synced:  # as DDP, once a step
-            broadcast(self.world, [b for b in self._module.buffers() if not isinstance(b, DTensor)])
+        if self._synced:  # as DDP, once a step
+            self._take_buffers()
+        self._buffers_due = True
         if self.sync != self._synced:
             assert isinstance(self._module, FSDPModule)
             self._module.set_requires_gradient_sync(self.sync)
             self._synced = self.sync
+
+    def begin_evaluation(self) -> None:
+        """Take rank 0's buffers at the first forward without gradients since one with them."""
+        if self._buffers_due:
+            self._buffers_due = False
+            self._take_buffers()
+
+    def _take_buffers(self) -> None:
+        if self._config.comm.broadcast_buffers:
+            broadcast(self.world, [b for b in self._module.buffers() if not isinstance(b, DTensor)])
 
     def _refuse_old_optimizers(self) -> None:
         """Once, look for an optimizer that would update what nobody uses any more."""

@@ -15,6 +15,7 @@ from typing import Any
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from magi_train.capture import Region
+from magi_train.comm.fully_shard import FullyShard
 from magi_train.core.config import Config
 from magi_train.core.report import Report
 from magi_train.integrations.options import is_alone
@@ -101,6 +102,25 @@ class MagiFullyShardedMixin:
         assert self._region is not None, "setup has not run"
         with self.precision_plugin.train_step_context():  # type: ignore[attr-defined]
             return self._region(*args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the validation step with rank 0's buffers."""
+        self._begin_evaluation()
+        return super().validation_step(*args, **kwargs)  # type: ignore[misc]
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the test step with rank 0's buffers."""
+        self._begin_evaluation()
+        return super().test_step(*args, **kwargs)  # type: ignore[misc]
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the predict step with rank 0's buffers."""
+        self._begin_evaluation()
+        return super().predict_step(*args, **kwargs)  # type: ignore[misc]
+
+    def _begin_evaluation(self) -> None:
+        if self.runtime is not None and isinstance(self.runtime.reducer, FullyShard):
+            self.runtime.reducer.begin_evaluation()
 
     @contextlib.contextmanager
     def block_backward_sync(self) -> Iterator[None]:

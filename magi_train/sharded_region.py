@@ -49,6 +49,14 @@ class ShardedRegion(Region):
 
     takes_sharded_weights = True
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the function, its blocks compiled; without gradients with rank 0's buffers."""
+        runtime = self.runtime
+        if isinstance(runtime.reducer, FullyShard) and not torch.is_grad_enabled():
+            if not runtime.inside and not runtime.closed:
+                runtime.reducer.begin_evaluation()
+        return super().__call__(*args, **kwargs)
+
     def _first(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         problems = compat.problems()
         if problems:

@@ -40,6 +40,9 @@ GRACE_SECONDS = 8.0
 MEET_SECONDS = 3.0
 """How long the rank that hosts the store waits for others to have read an error."""
 
+PATIENCE_SECONDS = 30.0
+"""After which a rank that waits for an answer says for whom: the other may never come to answer."""
+
 _generations = itertools.count()
 _current: list[tuple[Any, "World"]] = []
 """The default process group and its World, at most one."""
@@ -101,12 +104,22 @@ class World:
         base = f"{self._prefix}/ask/{self._questions}"
         mine = json.dumps({"question": question, "answer": answer})
         self._store.set(f"{base}/{self.rank}", mine)
-        deadline = time.monotonic() + timeout_seconds
+        began, told = time.monotonic(), False
         answers = []
         for rank in range(self.size):
             while not self._store.check([f"{base}/{rank}"]):
                 self.check()
-                if time.monotonic() > deadline:
+                waited = time.monotonic() - began
+                if waited > PATIENCE_SECONDS and not told:
+                    told = True
+                    logger.warning(
+                        "magi-train: rank %d has waited %.0f s for rank %d at %r, and will for "
+                        "%.0f s: that rank compiles, or never comes here. Every rank must call "
+                        "magi-train at the same places; what one rank runs alone belongs under "
+                        "torch.no_grad()",
+                        *(self.rank, waited, rank, question, timeout_seconds),
+                    )
+                if waited > timeout_seconds:
                     self._give_up(
                         f"rank {rank} did not answer {question!r} within {timeout_seconds:.0f} s; "
                         "every rank must call magi-train at the same places"

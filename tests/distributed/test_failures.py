@@ -9,8 +9,9 @@ import torch
 
 import magi_train
 from magi_train import CommConfig, Config
+from magi_train.core import world
 from tests.models import GraphBreak, Small, tokens
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, values
 
 SECONDS = 30
 
@@ -195,6 +196,27 @@ def never_asks(rank, world_size):
 def test_a_rank_that_never_prepares_is_named():
     first = run_ranks(never_asks)[0]
     assert "rank 1 did not answer 'settings' within 3 s" in first.error
+
+
+def runs_alone(rank, world_size):
+    """Rank 0 alone runs a forward that could be trained on, before rank 1 takes a step."""
+    world.PATIENCE_SECONDS = 0.5
+    said = []
+    world.logger.warning = lambda text, *values: said.append(text % values)
+    model = magi_train.prepare(Small(), config=Config(lowering="aot_eager"))
+    if rank == 1:
+        time.sleep(2)
+    model(tokens(rank), tokens(1)).backward()
+    return [text for text in said if "capture of region" in text]
+
+
+def test_a_rank_that_waits_says_for_whom():
+    (said, nothing) = values(run_ranks(runs_alone))
+    assert nothing == []
+    assert len(said) == 1
+    assert "rank 0 has waited" in said[0]
+    assert "for rank 1 at 'capture of region 0'" in said[0]
+    assert "torch.no_grad()" in said[0]
 
 
 def fails_to_compile(rank, world_size):

@@ -476,3 +476,26 @@ def with_an_old_optimizer(rank, _):
 def test_an_optimizer_of_the_whole_weights_is_refused(two_ranks):
     for outcome in two_ranks(with_an_old_optimizer):
         assert "AdamW was made before the weights were sharded" in outcome.error
+
+
+def evaluates(rank, _, accumulate):
+    """Return the outputs of evaluations between steps, under DDP and sharded."""
+
+    def run(model):
+        outputs, optimizer = [], torch.optim.SGD(model.parameters(), 0.1)
+        for step in range(3):
+            train(model, optimizer, "blocks", rank, 1, accumulate, first=step)
+            model.eval()
+            with torch.no_grad():
+                outputs.append(model(**uneven("blocks", step, rank)))
+            model.train()
+        return {str(step): output for step, output in enumerate(outputs)}
+
+    want = run(DistributedDataParallel(make("blocks"), find_unused_parameters=True))
+    return difference(run(magi_train.prepare(make("blocks"), config=FSDP2)), want)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_every_rank_evaluates_with_rank_zeros_buffers(accumulate, two_ranks):
+    for apart in values(two_ranks(evaluates, accumulate)):
+        assert apart <= tolerance(torch.float32, 64)
