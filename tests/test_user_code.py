@@ -304,6 +304,11 @@ def penalized(model, x, y):
 
 @pytest.mark.parametrize("tier", ["auto", "region", "eager"])
 def test_a_gradient_penalty_in_the_step(tier):
+    if tier != "eager" and compat.torch_version() < (2, 13):
+        # requires_grad_() ends the capture in front of the gradient, and regions have no second one
+        with pytest.raises(magi_train.MagiError, match=r"Config\(tier='eager'\)"):
+            beside_plain(mlp, no_code(tier), penalized, whole=True)
+        return
     error, _ = beside_plain(mlp, no_code(tier), penalized, whole=True)
     assert error < LIMIT
 
