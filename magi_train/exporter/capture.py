@@ -26,6 +26,7 @@ from magi_train.exporter.contract import (
     Size,
     Skeleton,
     TensorSpec,
+    always_holds,
     dtype_name,
     flatten,
     holds,
@@ -245,6 +246,8 @@ def capture(
     together = _narrowed(examples, [place for size in ones for place in where[size]])
     if len(ones) > 1 and not _same_results(module, graph, call, together, outputs, precise):
         conditions.append(f"max({', '.join(ones)}) > 1")
+    named = {size.name: size for size in symbols.values()}
+    conditions = [each for each in conditions if not always_holds(each, named)]
     if conditions:
         more = f" and {len(conditions) - 3} more" if len(conditions) > 3 else ""
         notes.append(

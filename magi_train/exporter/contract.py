@@ -8,6 +8,7 @@ and may not change. `bind` names whatever does not fit before any kernel runs.
 
 import ast
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -24,6 +25,10 @@ Skeleton = Any
 Constant = bool | int | float | str | None
 
 
+UNBOUNDED = 2**31
+"""Stands for the end of a range that has none."""
+
+
 @dataclass(frozen=True)
 class Size:
     """A size that may change from call to call: name, range with its ends, and a divisor."""
@@ -37,6 +42,11 @@ class Size:
         end = "" if self.maximum is None else self.maximum
         steps = f" by {self.multiple}" if self.multiple > 1 else ""
         return f"{self.name} in {self.minimum}..{end}{steps}"
+
+    def values(self) -> range:
+        """Return all that it may be; where it has no end, up to a large number."""
+        least = math.ceil(self.minimum / self.multiple) * self.multiple
+        return range(least, (self.maximum or UNBOUNDED) + 1, self.multiple)
 
     def takes(self, value: int) -> bool:
         """Return whether the file can be run with this size."""
@@ -184,6 +194,8 @@ class Contract:
 
 FUNCTIONS = {"float": float, "max": max, "min": min, "abs": abs, "round": round, "math": math}
 """What the expressions of `Contract.conditions` may call."""
+MOST_TRIED = 100_000
+"""Combinations of sizes for which a condition is computed, to see whether it can fail."""
 _SYNTAX = (
     ast.Expression, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Compare, ast.Call, ast.Constant,
     ast.IfExp, ast.Name, ast.Attribute,
@@ -204,6 +216,19 @@ def holds(condition: str, sizes: Mapping[str, int]) -> bool:
             f"the file's condition {condition!r} for its sizes cannot be computed "
             f"({type(error).__name__}: {error}); export again"
         ) from error
+
+
+def always_holds(condition: str, sizes: Mapping[str, Size]) -> bool:
+    """Return whether all sizes that are allowed fulfil a condition; False if they are too many."""
+    words = ast.walk(ast.parse(condition, mode="eval"))
+    names = {word.id for word in words if isinstance(word, ast.Name)} & sizes.keys()
+    ranges = {name: sizes[name].values() for name in names}
+    if math.prod(map(len, ranges.values())) > MOST_TRIED:
+        return False
+    return all(
+        holds(condition, dict(zip(ranges, each, strict=True)))
+        for each in itertools.product(*ranges.values())
+    )
 
 
 @functools.lru_cache(1024)

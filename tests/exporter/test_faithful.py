@@ -10,7 +10,7 @@ from torch import nn
 import magi_train
 from magi_train import ExportConfig
 from magi_train.core.errors import ExportError
-from magi_train.exporter.contract import holds
+from magi_train.exporter.contract import Size, always_holds, holds
 
 
 class Function(nn.Module):
@@ -208,6 +208,22 @@ def test_a_declared_size_is_the_one_that_it_must_be_equal_to(tmp_path):
     with pytest.raises(ExportError, match="sequence is 5 in x and 4 in y"):
         run(inputs[0], inputs[1][:, :, :4])
     assert not report.notes
+
+
+@pytest.mark.parametrize(
+    ("condition", "want"),
+    [
+        ("min(8*n, 32*n) == 8*n", True),
+        ("n % 8 == 0", True),  # all that it may be
+        ("n + m < 42", True),
+        ("n + m < 41", False),
+        ("m != 7", False),
+        ("n < 2**32 + k", False),  # k has no end: not tried
+    ],
+)
+def test_a_condition_that_all_sizes_fulfil_is_none(condition, want):
+    sizes = {s.name: s for s in (Size("n", 2, 32, 8), Size("m", 1, 9), Size("k", 1, None))}
+    assert always_holds(condition, sizes) == want
 
 
 @pytest.mark.parametrize("text", ["().__class__", "__import__('os')", "[x for x in (1,)]", "n ="])
