@@ -56,9 +56,10 @@ class MergeLinears:
             if node.op == "call_function" and node.target is aten.linear.default:
                 of_input[node.args[0]].append(node)
         groups, left = [], []
+        changed = written_attributes(gm)
         for nodes in of_input.values():
             if len(nodes) > 1:
-                reason = _unmergeable(gm, nodes)
+                reason = _unmergeable(gm, nodes, changed)
                 if reason:
                     left.append((nodes[0].name, reason))
                 else:
@@ -97,9 +98,8 @@ def _bias(node: Node) -> Any:
     return node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
 
 
-def _unmergeable(gm: GraphModule, nodes: list[Node]) -> str:
+def _unmergeable(gm: GraphModule, nodes: list[Node], changed: set[Node]) -> str:
     """Return why these linears stay apart, "" if they can be one."""
-    changed = written_attributes(gm)
     for node in nodes:
         weight = node.args[1]
         if weight in changed or _bias(node) in changed:

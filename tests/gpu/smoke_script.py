@@ -127,7 +127,7 @@ def huggingface(folder):
 
 def ddp(_):
     """A loop as tutorials have it, which --replace-ddp gives to us."""
-    model = torch.nn.parallel.DistributedDataParallel(llama().to(DEVICE))
+    model = DistributedDataParallel(llama().to(DEVICE))
     return {type(model).__module__: looped(model, optimizer_of(model), autocast=CUDA)}
 
 
