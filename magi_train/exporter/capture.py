@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from magi_train.core import compat
 from magi_train.core.errors import ExportError
 from magi_train.exporter import shapes
-from magi_train.exporter.compare import relative_error
+from magi_train.exporter.compare import relative_error, rounding
 from magi_train.exporter.contract import (
     Constant,
     Contract,
@@ -332,8 +332,7 @@ def _same_results(
 def _alike(got: Tensor, wanted: Tensor, precise: bool) -> bool:
     if got.shape != wanted.shape:
         return False
-    dtype = wanted.dtype if wanted.is_floating_point() else torch.float32
-    return relative_error(got, wanted) <= (torch.finfo(dtype).eps ** 0.5 if precise else 0.1)
+    return relative_error(got, wanted) <= (rounding(wanted) if precise else 0.1)
 
 
 def _reference(

@@ -27,6 +27,12 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     return off / size if size else off
 
 
+def rounding(result: Tensor) -> float:
+    """Return how far, relatively, rounding may move a result: the root of its dtype's eps."""
+    dtype = result.dtype if result.is_floating_point() else torch.float32
+    return float(torch.finfo(dtype).eps ** 0.5)
+
+
 def allowed(program: torch.export.ExportedProgram) -> float:
     """Return how far, relatively, code may be from a program that it was made of.
 
@@ -37,11 +43,11 @@ def allowed(program: torch.export.ExportedProgram) -> float:
     values = [v for n in program.graph.nodes for v in pytree.tree_leaves(n.meta.get("val"))]
     tensors = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
     kinds = {(v.dtype, v.device.type) for v in tensors if v.dtype.itemsize > 1}
-    rounding = [
+    coarse = [
         TF32_EPS if dtype is torch.float32 and device != "cpu" else torch.finfo(dtype).eps
         for dtype, device in kinds
     ]
-    return float(max(rounding, default=torch.finfo(torch.float32).eps) ** 0.5)
+    return float(max(coarse, default=torch.finfo(torch.float32).eps) ** 0.5)
 
 
 def check_same(

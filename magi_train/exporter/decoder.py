@@ -25,7 +25,7 @@ from magi_train.core.errors import ExportError
 from magi_train.core.report import Report
 from magi_train.exporter import artifact
 from magi_train.exporter.capture import Captured, capture, evaluating, in_precision
-from magi_train.exporter.compare import relative_error
+from magi_train.exporter.compare import relative_error, rounding
 from magi_train.exporter.few_queries import spread
 from magi_train.exporter.machine_code import compile_program
 from magi_train.exporter.quantized import with_narrow_weights
@@ -233,7 +233,7 @@ def _check_steps(
         wanted = whole.logits[:, -1]
         error = relative_error(got, wanted.float())
         report.measured[f"error_{name}"] = error
-        allowed = torch.finfo(wanted.dtype).eps ** 0.5 if limit is None else limit
+        allowed = rounding(wanted) if limit is None else limit
         if not error <= allowed:
             raise ExportError(
                 f"{type(model).__name__} gives other logits for {end} tokens at once than over a "

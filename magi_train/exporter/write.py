@@ -26,7 +26,7 @@ from magi_train.core.report import Report
 from magi_train.core.versions import own
 from magi_train.exporter import artifact, shapes, sources
 from magi_train.exporter.capture import Captured, capture, evaluating
-from magi_train.exporter.compare import relative_error
+from magi_train.exporter.compare import relative_error, rounding
 from magi_train.exporter.machine_code import compile_program
 from magi_train.exporter.settings import ExportConfig
 from magi_train.fusion.attention import CanonicalizeAttention
@@ -178,8 +178,7 @@ def check_numbers(captured: Captured, config: ExportConfig, report: Report) -> N
         if wanted.is_floating_point() and wanted.dim() > 1 and wanted.shape[-1] > 1:
             same = (result.argmax(-1) == wanted.argmax(-1)).double().mean()
             report.measured[f"same_argmax_{spec.name}"] = float(same)
-        dtype = wanted.dtype if wanted.is_floating_point() else torch.float32
-        allowed = torch.finfo(dtype).eps ** 0.5 if limit is None else limit
+        allowed = rounding(wanted) if limit is None else limit
         checked = limit is not None or config.precision is None or error == float("inf")
         if checked and not error <= allowed:
             raise ExportError(
