@@ -12,7 +12,8 @@ What it costs (`Machine`, and `profitable`): three products run at the fp8 rate 
 rate; for that x, w and dy are each read for their maximum (unless generated code produces them,
 which then takes the maximum as it writes) and read and written twice for the cast. x is shared by
 all linears that read it. A linear that would lose is left in bf16, and so is the one that makes the
-logits: its errors go into the loss without a layer between.
+logits: its errors go into the loss without a layer between. Convolutions that became products stay
+in bf16 as well: they read pixels, and precision "fp8" is about linears.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -96,7 +97,7 @@ def linears(gm: GraphModule) -> tuple[list[Linear], list[Left]]:
     for node in gm.graph.nodes:
         if node.target not in PRODUCTS or node in late or not _is_weight(operands(node)[1].base):
             continue
-        one = _unfit(node) or _logits(node, late) or _linear(node, readers)
+        one = _convolution(node) or _unfit(node) or _logits(node, late) or _linear(node, readers)
         if isinstance(one, Linear):
             found.append(one)
         else:
@@ -118,11 +119,26 @@ def after_tangents(graph: Graph) -> set[Node]:
 
 def _is_weight(node: Any) -> bool:
     """Return whether a matrix is an input of the graph, or a part of one, cast or not."""
-    while isinstance(node, Node) and node.target in (
+    way = _way_from_input(node)
+    return isinstance(way[-1], Node) and way[-1].op == "placeholder"
+
+
+def _way_from_input(node: Any) -> list[Any]:
+    """Return a matrix and what it is a part, a view or a cast of, up to where it comes from."""
+    way = [node]
+    while isinstance(way[-1], Node) and way[-1].target in (
         *CASTS, *SHAPES, *SAME, aten.slice.Tensor, aten.permute.default,
     ):  # fmt: skip
-        node = node.args[0]  # type: ignore[assignment]
-    return isinstance(node, Node) and node.op == "placeholder"
+        way.append(way[-1].args[0])
+    return way
+
+
+def _convolution(product: Node) -> str:
+    """Return why a product stays that stands for a convolution (fusion/patches.py), "" if none."""
+    dims = max(example_value(node).dim() for node in _way_from_input(operands(product)[1].base))
+    if dims > 2:
+        return f"its weight has {dims} dimensions: a convolution, no linear"
+    return ""
 
 
 def _shape(product: Node) -> tuple[str, ...]:

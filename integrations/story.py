@@ -25,6 +25,7 @@ SWITCH_OF = {
     "canonicalize_attention": "attention",
     "use_weight_shadows": "weight_shadows",
     "merge_projections": "projections",
+    "patch_convolutions": "patches",
 }
 """Passes that `Config(tune=True)` measures, and the names it knows them by."""
 

@@ -52,6 +52,7 @@ from magi_train.fusion.attention import CanonicalizeAttention, mask_inputs
 from magi_train.fusion.fp8 import Fp8Linears
 from magi_train.fusion.loss import BUDGET_CHUNK_MIB, ChunkLinearCrossEntropy
 from magi_train.fusion.narrow_gradients import SkipGradientCasts
+from magi_train.fusion.patches import PatchConvolutions
 from magi_train.fusion.projections import MergeProjections
 from magi_train.fusion.shadow import UseWeightShadows, shadow_graph
 from magi_train.lower import lower
@@ -92,11 +93,12 @@ class _NotTogetherError(Exception):
     """This rank captured the region, another one did not."""
 
 
-def pre_grad_passes(config: Config, *, budgeted: bool) -> list[Pass[Any]]:
+def pre_grad_passes(config: Config, device_type: str, *, budgeted: bool) -> list[Pass[Any]]:
     """Return the passes over the graph before autograd that `config` asks for, in their order.
 
     Args:
         config: The settings.
+        device_type: Where the graph runs.
         budgeted: Whether a memory budget limits the step.
     """
     passes: list[Pass[Any]] = []
@@ -105,6 +107,9 @@ def pre_grad_passes(config: Config, *, budgeted: bool) -> list[Pass[Any]]:
     if config.fusion is not None and config.fusion.loss:
         most = min(config.fusion.loss_chunk_mib, BUDGET_CHUNK_MIB if budgeted else math.inf)
         passes.append(ChunkLinearCrossEntropy(int(most * MIB)))
+    patches = config.fusion.patches if config.fusion is not None else False
+    if device_type != "cpu" if patches is None else patches:
+        passes.append(PatchConvolutions(always=patches is True))
     return [*passes, *registered_passes(Stage.PRE_GRAD)]
 
 
@@ -502,7 +507,8 @@ class Region:
         before = _mask_places(gm, places)
         settings = self._tuner.settings
         budgeted = runtime.memory is not None and runtime.memory.limits
-        run_passes(pre_grad_passes(settings, budgeted=budgeted), gm, context, runtime.report)
+        passes = pre_grad_passes(settings, runtime.device_type, budgeted=budgeted)
+        run_passes(passes, gm, context, runtime.report)
         if places and settings.fusion is not None and settings.fusion.attention:
             after = _mask_places(gm, places)
             advice = self._facts.learn(self._inputs, self._assumed, before, after)

@@ -36,6 +36,7 @@ SWITCHES = {
     "canonicalize_attention": "attention",
     "use_weight_shadows": "weight_shadows",
     "merge_projections": "projections",
+    "patch_convolutions": "patches",
 }
 """Row in the report, and the FusionConfig field that switches the pass."""
 

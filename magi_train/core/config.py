@@ -78,6 +78,11 @@ class FusionConfig:
     on with `Config(precision="fp8")`, where wide products gain most, else off, as it gained nothing
     on the models it was measured on; with `tune` it stays only if it gains."""
 
+    patches: bool | None = None
+    """Run convolutions of few input channels whose windows do not overlap, the stem of vision
+    transformers, as matrix products over patches. Parameters stay as they are. None: on
+    accelerators, where the result is bfloat16 or float16. True: wherever it can be done."""
+
     narrow_gradients: bool = False
     """Leave the gradients of weights in bfloat16 where autocast's backward made them so, if the
     optimizer's kernel takes them: the same values in half the memory. `.grad` is bfloat16 then;

@@ -418,7 +418,7 @@ def copies_of_inputs(graph: Graph) -> list[Node]:
                 seen.add(node)
             elif node.target is torch.ops.aten.clone.default:
                 found.append(node)
-    return [n for n in found if _layout(example_value(n)) == _layout(example_value(n.args[0]))]  # type: ignore[arg-type]
+    return [n for n in found if layout(example_value(n)) == layout(example_value(n.args[0]))]  # type: ignore[arg-type]
 
 
 def has_changing_floats(graph: Graph) -> bool:
@@ -506,7 +506,8 @@ def restrided(start: Mapping[Node, Tensor]) -> dict[Node, Any] | tuple[Node, str
 
     Returns:
         The fake value of every node that gets another one, or the node that cannot take its
-        arguments so (a view, or the output, whose layout is promised), with what it said.
+        arguments so (a view, an operator that takes graphs, or the output, whose layout is
+        promised), with what it said.
     """
     graph = next(iter(start)).graph
     number = {node: i for i, node in enumerate(graph.nodes)}
@@ -516,22 +517,27 @@ def restrided(start: Mapping[Node, Tensor]) -> dict[Node, Any] | tuple[Node, str
         _, node = heapq.heappop(todo)
         if node in values:
             continue
-        if node.op != "call_function":
+        calls = node.op == "call_function" and not compat.is_higher_order(node.target)
+        if not calls and node.op != "call_method":
             return node, "its layout would change"
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: values.get(n, example_value(n)))
         try:
             with _fake_mode(graph):
-                value = node.target(*args, **kwargs)  # type: ignore[operator]
+                if calls:
+                    value = node.target(*args, **kwargs)  # type: ignore[operator]
+                else:
+                    value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         except (RuntimeError, TypeError, ValueError, KeyError, NotImplementedError) as error:
             return node, str(error).split("\n")[0]
-        if _layout(value) != _layout(example_value(node)):
+        if layout(value) != layout(example_value(node)):
             values[node] = value
             for user in node.users:
                 heapq.heappush(todo, (number[user], user))
     return values
 
 
-def _layout(value: Any) -> list[str]:
+def layout(value: Any) -> list[str]:
+    """Return shape and strides of each tensor in `value`, as a text that can be compared."""
     leaves = pytree.tree_leaves(value)
     return [str((v.shape, v.stride())) for v in leaves if isinstance(v, torch.Tensor)]
 
@@ -560,7 +566,7 @@ def insert_attribute(gm: GraphModule, before: Node, name: str, value: Tensor) ->
     gm.register_buffer(key, value.detach())
     with gm.graph.inserting_before(before):
         node = gm.graph.get_attr(key)
-    node.meta["val"] = _fake_mode(gm.graph).from_tensor(value.detach())
+    node.meta["val"] = _fake_mode(gm.graph).from_tensor(value.detach(), static_shapes=True)
     return node
 
 

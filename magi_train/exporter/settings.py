@@ -27,6 +27,11 @@ class ExportConfig:
     merge_linears: bool | None = None
     """Run linears of one input as one. None: on accelerators, where it saves launches."""
 
+    patches: bool | None = None
+    """Run convolutions of few input channels whose windows do not overlap, the stem of vision
+    transformers, as matrix products over patches. None: on accelerators, where the result is
+    bfloat16 or float16 and the target is torch's. True: wherever it can be done."""
+
     channels_last: bool | None = None
     """Store the weights of convolutions with the channels innermost. None: where it gains."""
 

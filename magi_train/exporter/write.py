@@ -33,6 +33,7 @@ from magi_train.fusion.attention import CanonicalizeAttention
 from magi_train.fusion.constants import FoldConstants, RemoveNoOps
 from magi_train.fusion.convolutions import ChannelsLast, FoldBatchNorm
 from magi_train.fusion.merged_linears import MergeLinears
+from magi_train.fusion.patches import PatchConvolutions
 
 Target = Literal["program", "pt2", "onnx", "executorch"]
 
@@ -133,14 +134,18 @@ def _check_writes(writes: Mapping[str, Any], name: str, target: str) -> None:
 
 def inference_passes(config: ExportConfig, device: str, target: str) -> list[Pass[Any]]:
     """Return the passes that `config` asks for, in their order."""
+    ours = target in ("program", "pt2")
     chosen: list[tuple[bool | None, Pass[Any]]] = [
         (config.attention, CanonicalizeAttention()),
         (config.remove_no_ops, RemoveNoOps()),
         (config.fold_batch_norm, FoldBatchNorm()),
         (device != "cpu" if config.merge_linears is None else config.merge_linears, MergeLinears()),
+        # behind FoldBatchNorm, which looks for convolutions
+        (device != "cpu" and ours if config.patches is None else config.patches,
+         PatchConvolutions(always=config.patches is True)),
         (config.fold_constants, FoldConstants()),
         # graphs for other runtimes have one layout; they choose their own inside
-        (config.channels_last is not False and target in ("program", "pt2"),
+        (config.channels_last is not False and ours,
          ChannelsLast(always=config.channels_last is True)),
     ]  # fmt: skip
     return [each for wanted, each in chosen if wanted] + [*registered_passes(Stage.PRE_GRAD)]
