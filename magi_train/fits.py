@@ -8,7 +8,7 @@ The tensors lie on the CPU, as PyTorch builds without CUDA cannot differentiate 
 What that changes is put right where it is known: cuBLAS's and attention's workspaces, the speed,
 the optimizer's kernel with its weight shadows, autocast's list of float32 ops, and attention with
 dropout, which has no fused kernel on the CPU alone. Not known: workspaces of convolutions, fp8,
-narrow gradients, merged projections, and the memory of CUDA graphs.
+narrow gradients, merged projections, patch products, and the memory of CUDA graphs.
 """
 
 import contextlib

@@ -69,6 +69,7 @@ is listed there, and capture then falls to the EAGER tier with a warning instead
 | SymInt.node.shape_env.bound_sympy, .guards | the range of a dynamic size, and its divisor |
 | SymInt.node.shape_env.replace; torch.utils._sympy.printers.PythonPrinter | what sizes fulfil |
 | torch.utils._sympy.functions.Mod, FloorDiv | what a dynamic size was divided by |
+| FakeTensorMode.shape_env.ignore_fresh_unbacked_symbols | sizes of fake values to forget |
 | torch.nn.utils.clip_grad._clip_grads_with_norm_ | gradients that an engine clips by itself |
 """
 
@@ -693,6 +694,15 @@ def symbol_bounds(size: torch.SymInt) -> tuple[int, int | None]:
     bounds = size.node.shape_env.bound_sympy(size.node.expr)
     known = bounds.upper.is_Integer  # infinity is none
     return int(bounds.lower), int(bounds.upper) if known else None
+
+
+@contextlib.contextmanager
+def forgetting_sizes(mode: Any) -> Iterator[None]:
+    """Context under a fake mode, whose values nobody keeps: their data-dependent sizes are none."""
+    shapes = mode.shape_env
+    ignoring = shapes.ignore_fresh_unbacked_symbols() if shapes else contextlib.nullcontext()
+    with mode, ignoring:
+        yield
 
 
 def size_conditions(sizes: Sequence[tuple[str, torch.SymInt]]) -> list[str]:

@@ -522,7 +522,7 @@ def restrided(start: Mapping[Node, Tensor]) -> dict[Node, Any] | tuple[Node, str
             return node, "its layout would change"
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: values.get(n, example_value(n)))
         try:
-            with _fake_mode(graph):
+            with compat.forgetting_sizes(_fake_mode(graph)):
                 if calls:
                     value = node.target(*args, **kwargs)  # type: ignore[operator]
                 else:

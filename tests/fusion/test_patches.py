@@ -184,6 +184,36 @@ def test_what_needs_the_old_layout_gets_it(behind):
     assert difference({"y": got}, {"y": want}) < tolerance(torch.float32, x.numel())
 
 
+class Beside(nn.Module):
+    """Ops behind a stem whose trial on fake values must leave nothing behind."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.stem = kind, nn.Conv2d(3, 8, 4, 4)
+        self.register_buffer("mean", torch.zeros(2, 8, 4, 3))
+
+    def forward(self, x):
+        y = self.stem(x)
+        if self.kind == "data-dependent":
+            return (y > 0).nonzero().float().mean() * y[y > 0].sin().sum()
+        if self.kind == "buffer":
+            self.mean.mul_(0.9).add_(y)
+            return (y + self.mean).sin().sum()
+        return torch.utils.checkpoint.checkpoint(torch.sin, y, use_reentrant=False).sum()
+
+
+@pytest.mark.parametrize("kind", ["data-dependent", "buffer", "checkpointed"])
+def test_trying_leaves_nothing_behind(kind):
+    got = []
+    for patches in (False, True):
+        torch.manual_seed(0)
+        model, x = Beside(kind), random(2, 3, 16, 12)
+        got.append(run(model, {"x": x}, patches))
+        got[-1][0]["mean"] = model.mean.detach()
+    assert len(got[1][1]["patch_convolutions"]["products"]) == 1
+    assert difference(got[1][0], got[0][0]) < tolerance(torch.float32)
+
+
 def test_a_channels_last_image_keeps_its_layout_for_nothing():
     make, shape = STEMS["2d"]
     stem, x = make(), random(*shape).to(memory_format=torch.channels_last)
@@ -354,6 +384,7 @@ def run(model, batch, patches=True, autocast=False, tier="graph", **config):
     prepared._magi_runtime.shadows.manage(model.parameters())
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out = prepared(**batch)
+    assert magi_train.report(prepared).tier == tier
     loss = loss_of_any(out)
     loss.backward()
     got = {"loss": loss.detach(), **gradients(model)}
