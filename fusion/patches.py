@@ -236,8 +236,7 @@ def _fake_product(node: Node) -> Tensor:
 def _blocker(start: dict[Node, Tensor]) -> str:
     """Return what behind convolutions needs their old layout, "" if nothing does."""
     moved = {n: fake for n, fake in start.items() if layout(fake) != layout(example_value(n))}
-    with torch.no_grad():  # values of other nodes may be written to, and shall not depend on these
-        found = restrided(moved) if moved else {}
+    found = restrided(moved) if moved else {}
     if isinstance(found, tuple):
         return f"{found[0].name}: {found[1]}"
     readers = (user for node in found for user in node.users if _counts_on_strides(user))
