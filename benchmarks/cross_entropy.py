@@ -55,12 +55,12 @@ def measure(shape: tuple[int, int], copy: float) -> list[dict[str, Any]]:
     from magi_train.fusion.kernels.cross_entropy import (
         cross_entropy,
         cross_entropy_reference,
-        row_stride,
+        padded,
     )
 
     torch.manual_seed(0)
-    padded = torch.randn((shape[0], row_stride(shape[1])), device="cuda", dtype=torch.bfloat16) * 3
-    logits = padded[:, : shape[1]]
+    rows = torch.randn((shape[0], padded(shape[1])), device="cuda", dtype=torch.bfloat16) * 3
+    logits = rows[:, : shape[1]]
     labels = torch.randint(0, shape[1], shape[:1], device="cuda")
     some = slice(0, 64)
     got = cross_entropy(logits[some], labels[some], -100)

@@ -9,7 +9,10 @@ the recipe, t its label, e the label smoothing and V the vocabulary:
 
 summed over the tokens whose label counts; dx = dlogits W, dW = sum over chunks of dlogits^T x. The
 divisor of a mean is applied to the loss, and to the gradients in the backward. Where the recipe
-says so, one op stands for loss and dlogits: fusion/kernels/cross_entropy.py on CUDA devices.
+says so, one op stands for loss and dlogits: fusion/kernels/cross_entropy.py on CUDA devices. There
+the weight gets rows of zeros until its products have a size for which there are fast kernels: with
+a vocabulary of 30522 the two of the backward take 1.9 in place of 4.6 ms, or of 3.0 where Inductor
+pads a copy of the logits' gradient (16384 tokens of width 768, bfloat16, H200).
 """
 
 from dataclasses import dataclass
@@ -32,8 +35,8 @@ the losses and the sum of the weight's gradient."""
 
 _library.define(
     "cross_entropy(Tensor logits, Tensor labels, int ignore_index, float smoothing, float inner, "
-    "float? outer) -> (Tensor, Tensor)",
-    tags=(torch.Tag.flexible_layout,),  # the logits' rows may be padded
+    "float? outer, int vocabulary) -> (Tensor, Tensor)",
+    tags=(torch.Tag.flexible_layout,),
 )
 
 
@@ -52,10 +55,10 @@ def _on_host(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    from magi_train.fusion.kernels.cross_entropy import row_stride
+    from magi_train.fusion.kernels.cross_entropy import padded
 
     losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
-    return losses, logits.new_empty_strided(logits.shape, (row_stride(logits.shape[1]), 1))
+    return losses, logits.new_empty_strided(logits.shape, (padded(logits.shape[1]), 1))
 
 
 _library.impl("cross_entropy", _on_device, "CUDA")
@@ -63,7 +66,7 @@ _library.impl("cross_entropy", _on_host, "CPU")
 _library.impl("cross_entropy", _fake, "Meta")
 
 cross_entropy = torch.ops.magi_train.cross_entropy.default
-"""`(logits [t, v], labels [t], ...) -> (float32 [t], [t, v])`, see kernels/cross_entropy.py."""
+"""`(logits [t, c], labels [t], ...) -> (float32 [t], [t, c])`, see kernels/cross_entropy.py."""
 
 ALIGNED_ROWS, ROUNDED_FROM = 128, 1024
 """Chunks of at least ROUNDED_FROM tokens are multiples of ALIGNED_ROWS, as matmul tiles are."""
@@ -102,6 +105,13 @@ class Recipe:
     wide: torch.dtype
     out: torch.dtype
     kernel: bool = False
+
+    @property
+    def padding(self) -> int:
+        """Rows of zeros that the weight gets, for the kernel."""
+        from magi_train.fusion.kernels.cross_entropy import padded
+
+        return padded(self.vocabulary) - self.vocabulary if self.kernel else 0
 
     def soft_cap(self) -> tuple[float, float | None] | None:
         """Return (a, c) if the steps are `c tanh(a x)`, or `a x` with c None; else None."""
@@ -144,6 +154,9 @@ def chunked_cross_entropy(
     w = weight.detach().to(recipe.compute)
     w = w.t() if recipe.transposed else w
     b = None if bias is None else bias.detach().to(recipe.compute)
+    if recipe.padding:
+        w = F.pad(w, (0, 0, 0, recipe.padding))
+        b = None if b is None else F.pad(b, (0, recipe.padding))
     total: Value = None
     parts = _Gradients(recipe)
     size = rows.size(0) if num_tokens is None else num_tokens
@@ -190,7 +203,9 @@ def _chunk(logits: Value, labels: Value, columns: Value, recipe: Recipe) -> tupl
     if recipe.kernel:
         steps = recipe.soft_cap()
         assert steps is not None, "planned for"
-        losses, dz = cross_entropy(logits, labels, recipe.ignore_index, recipe.smoothing, *steps)
+        losses, dz = cross_entropy(
+            logits, labels, recipe.ignore_index, recipe.smoothing, *steps, recipe.vocabulary
+        )
         return losses.sum(), dz
     counted = (labels != recipe.ignore_index).unsqueeze(1)
     targets = torch.where(counted, labels.unsqueeze(1), 0)
@@ -247,7 +262,13 @@ class _Gradients:
         """Return the three gradients, None where one is not needed."""
         rows = torch.cat(self.tokens) if self.tokens else None
         weight = self.weight[0] if self.weight else None
-        return rows, weight, self.bias[0] if self.bias else None
+        bias = self.bias[0] if self.bias else None
+        if self.recipe.padding:
+            counts = slice(self.recipe.vocabulary)
+            bias = None if bias is None else bias[counts]
+            if weight is not None:
+                weight = weight[:, counts] if self.recipe.transposed else weight[counts]
+        return rows, weight, bias
 
 
 def _add(total: list[Value], part: Value) -> None:

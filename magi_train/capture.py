@@ -51,6 +51,7 @@ from magi_train.core.passes import (
 from magi_train.fusion.attention import CanonicalizeAttention, mask_inputs
 from magi_train.fusion.fp8 import Fp8Linears
 from magi_train.fusion.loss import BUDGET_CHUNK_MIB, ChunkLinearCrossEntropy
+from magi_train.fusion.narrow_erf import NarrowErf
 from magi_train.fusion.narrow_gradients import SkipGradientCasts
 from magi_train.fusion.patches import PatchConvolutions
 from magi_train.fusion.projections import MergeProjections
@@ -533,6 +534,11 @@ class Region:
                 joint.append(MergeProjections(whole=runtime.fp8))
         if runtime.fp8:
             joint.append(Fp8Linears())
+        narrow_erf = fusion is not None and fusion.narrow_erf
+        if fusion is not None and fusion.narrow_erf is None:
+            narrow_erf = runtime.device_type == "cuda"
+        if narrow_erf and runtime.config.lowering == "inductor":
+            joint.append(NarrowErf())
         backward = registered_passes(Stage.BACKWARD)
         narrow = [i for i, x in _examples(gm) if in_graph and runtime.narrow_gradients.takes(x)]
         if narrow:

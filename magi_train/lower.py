@@ -29,7 +29,10 @@ from magi_train.core.errors import EagerOnlyError
 from magi_train.core.graph import (
     copy_where_no_view_is,
     is_backward,
+    is_compute,
+    is_view,
     num_bytes,
+    op_name,
     saved_for_backward,
 )
 from magi_train.core.hardware import speed_of
@@ -42,7 +45,7 @@ from magi_train.core.passes import (
     source_fingerprint,
 )
 from magi_train.core.report import PassRow, Report, write_atomically
-from magi_train.fusion import attach
+from magi_train.fusion import attach, partial_sums
 from magi_train.memory import blocks as memory_blocks
 from magi_train.memory import budget, copies, cost, offload, peak, picture, remat, step
 from magi_train.memory.blocks import Turn, in_turn
@@ -135,6 +138,7 @@ class _PostGrad(_Slot):
         progress.at_stage("backward" if is_backward(graph) else "forward")
         owner = graph.owning_module
         if owner is not None and is_backward(graph):
+            _cast_where_computed(graph)
             run_passes(self.lowered.backward, owner, self.lowered.context, self.lowered.report)
         if self.lowered.collectives is not None:
             dump(owner, "collectives_before")
@@ -184,6 +188,28 @@ class _Joint(compat.CustomPartitionerFn):  # type: ignore[misc]
         _check_what_is_written_over(written, cut[1].graph)
         _note_picture(lowered, cut, serves)
         return cut
+
+
+def _cast_where_computed(backward: Graph) -> None:
+    """Have casts to 16 bits that products read written in the shape of what is cast.
+
+    A product reads rows, so Inductor would write the cast in the shape of the view behind it, and
+    the kernel that sums over rows and columns at once, of a norm's backward, takes in nothing of
+    another shape than its own: a kernel more for each norm, which reads all once more.
+    """
+    for node in backward.find_nodes(
+        op="call_function", target=torch.ops.prims.convert_element_type.default
+    ):
+        value = node.meta.get("val")
+        views = list(node.users)
+        if (
+            isinstance(value, torch.Tensor)
+            and value.dtype in (torch.bfloat16, torch.float16)
+            and value.ndim > 2
+            and all(is_view(v) or op_name(v) in ("reshape", "_unsafe_view") for v in views)
+            and any(is_compute(reader) for v in views for reader in v.users)
+        ):
+            node.meta[compat.IN_MEMORY] = True
 
 
 def _keep_copies(joint: Graph) -> None:
@@ -327,7 +353,10 @@ def _lower(
     cached: Any = contextlib.nullcontext()
     if graph.has_changing_floats(gm.graph):
         cached = compat.without_joint_cache()
-    with compat.forced_backward_lowering(), fusing, cached:
+    summing: Any = contextlib.nullcontext()
+    if lowered.context.device_type == "cuda":
+        summing = compat.partial_sums_by(partial_sums.OPERATOR)
+    with compat.forced_backward_lowering(), fusing, cached, summing:
         compiled = compat.compile_fx(gm, inputs, config_patches=patches)
     return compiled, _remember(memory, lowered.report.rows)
 

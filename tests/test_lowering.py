@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from torch.utils.checkpoint import checkpoint
 
 import magi_train
@@ -67,3 +68,28 @@ def test_notes_of_cached_code_are_those_of_the_same_checkpointed_function(monkey
         ].sum().backward()
         assert (model.second.weight.grad is not None) == both
     assert hits["autograd_cache_hit"] == before + 1
+
+
+class NormThenProducts(nn.Module):
+    """The gradient behind the norm is float32, and cast for the product in front of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(24), nn.Linear(24, 24), nn.Linear(24, 24)
+
+    def forward(self, x):
+        return self.second(self.norm(x + self.first(x))).float().square().sum()
+
+
+def test_casts_that_products_read_are_written_in_the_shape_of_what_is_cast():
+    """Then the kernel of the norm's backward can write them; a product's rows have another shape."""
+    torch._dynamo.reset()
+    model = magi_train.prepare(NormThenProducts(), config=Config(progress=False))
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.randn(5, 7, 24)).backward()
+
+    _, codes = run_and_get_code(step)
+    cast = "reinterpret_tensor(buf0, (35, 24), (24, 1), 0)"
+    assert f"extern_kernels.mm({cast}, " in codes[-1], "a view of what has three dimensions"

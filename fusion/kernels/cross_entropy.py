@@ -12,7 +12,8 @@ smaller than an H100's L2, so the second read need not reach memory. 2 bytes rea
 2 written for an element of bfloat16; the arithmetic is float32.
 
 Wide accesses need rows that start at multiples of 16 bytes, and so do the fast matrix products that
-follow. Gradients get such rows, whatever the vocabulary: `row_stride`. Logits should have them.
+follow. Gradients get such rows, whatever their length: `padded`. Logits should have that many
+columns; those behind the vocabulary are read by nobody, and their gradient is 0.
 
 Source: online softmax, Milakov and Gimelshein 2018 (arXiv 1805.02867). Differs from Liger Kernel
 (arXiv 2410.10989, section 3.2): rows are not overwritten, so the op stays a function.
@@ -22,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 BLOCK, WARPS = 4096, 4
 UNIT = 8
@@ -54,7 +56,7 @@ def _cross_entropy(
     columns = tl.arange(0, BLOCK)
     if label == ignore_index:
         tl.store(losses + row, 0.0)
-        for start in range(0, vocabulary, BLOCK):
+        for start in range(0, writable, BLOCK):
             nothing = tl.zeros([BLOCK], dtype=gradients.dtype.element_ty)
             tl.store(target + start + columns, nothing, mask=start + columns < writable)
     else:
@@ -77,7 +79,7 @@ def _cross_entropy(
         if SMOOTHED:
             loss -= smoothing * plain / vocabulary
         tl.store(losses + row, loss)
-        for start in range(0, vocabulary, BLOCK):
+        for start in range(0, writable, BLOCK):
             x = tl.load(source + start + columns, mask=start + columns < readable, other=0.0)
             z = _stepped(x, inner, outer, CAPPED)
             dz = tl.exp2((z - log_sum) * LOG2_E) - smoothing / vocabulary
@@ -85,13 +87,14 @@ def _cross_entropy(
             if CAPPED:
                 dz = dz * (outer - z * z / outer)
             dz = tl.where(known, dz, float("nan"))
+            dz = tl.where(start + columns < vocabulary, dz, 0.0)
             dz = dz.to(gradients.dtype.element_ty)
             tl.store(target + start + columns, dz, mask=start + columns < writable)
 
 
-def row_stride(vocabulary: int) -> int:
+def padded(columns: int) -> int:
     """Return the stride of gradients' rows in elements: a multiple of 128 bytes of bfloat16."""
-    return -(-vocabulary // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 def cross_entropy(
@@ -101,36 +104,39 @@ def cross_entropy(
     smoothing: float = 0.0,
     inner: float = 1.0,
     outer: float | None = None,
+    vocabulary: int | None = None,
     tile: tuple[int, int] = (BLOCK, WARPS),
 ) -> tuple[Tensor, Tensor]:
     """Return the losses of all tokens and their gradients by the logits.
 
     Args:
-        logits: `[tokens, vocabulary]`, bfloat16 or float32, each row contiguous.
+        logits: `[tokens, columns]`, bfloat16 or float32, each row contiguous.
         labels: int64, `[tokens]`. One that is neither `ignore_index` nor in the vocabulary makes
             the loss and the gradient of its token NaN.
         ignore_index: Label of tokens whose loss and gradient are 0.
         smoothing: Label smoothing, 0 to 1.
         inner: Factor of the logits.
         outer: The soft cap: z = outer tanh(inner x); None for z = inner x.
+        vocabulary: How many of the columns count, from the first one on; None for all.
         tile: Elements that a program works on at a time, a power of two, and its warps.
 
     Returns:
         Losses, float32 `[tokens]`, and gradients in the shape and dtype of `logits`, their rows
-        `row_stride(vocabulary)` apart.
+        `padded(columns)` apart.
     """
-    tokens, vocabulary = logits.shape
+    tokens, width = logits.shape
+    vocabulary = width if vocabulary is None else vocabulary
     losses = torch.empty(tokens, dtype=torch.float32, device=logits.device)
-    gradients = torch.empty(
-        (tokens, row_stride(vocabulary)), dtype=logits.dtype, device=logits.device
-    )[:, :vocabulary]
+    gradients = torch.empty((tokens, padded(width)), dtype=logits.dtype, device=logits.device)[
+        :, :width
+    ]
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     stride = logits.stride(0)
     unit = UNIT if stride % UNIT == 0 else 1
     if tokens:
         _cross_entropy[(tokens,)](
             logits, labels.contiguous(), losses, gradients, vocabulary, stride // unit,
-            -(-vocabulary // unit), gradients.stride(0) // ROW_ALIGNMENT, ignore_index, smoothing,
+            -(-width // unit), gradients.stride(0) // ROW_ALIGNMENT, ignore_index, smoothing,
             inner, 1.0 if outer is None else outer, CAPPED=outer is not None,
             SMOOTHED=smoothing != 0, UNIT=unit, ALIGNMENT=ROW_ALIGNMENT,
             BLOCK=min(tile[0], triton.next_power_of_2(vocabulary)), num_warps=tile[1],
@@ -145,10 +151,12 @@ def cross_entropy_reference(
     smoothing: float = 0.0,
     inner: float = 1.0,
     outer: float | None = None,
+    vocabulary: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Do in plain torch what the kernel does, in float32 or, for float64 logits, in that."""
     wide = torch.promote_types(logits.dtype, torch.float32)
-    z = logits.to(wide) * inner
+    width = logits.shape[1]
+    z = logits[:, :vocabulary].to(wide) * inner
     z = z if outer is None else outer * torch.tanh(z)
     counted = labels != ignore_index
     known = (labels >= 0) & (labels < z.shape[1])
@@ -161,4 +169,4 @@ def cross_entropy_reference(
     bad = counted & ~known
     loss = torch.where(counted, loss.masked_fill(bad, torch.nan), 0.0)
     dz = torch.where(counted[:, None], dz.masked_fill(bad[:, None], torch.nan), 0.0)
-    return loss, dz.to(logits.dtype)
+    return loss, F.pad(dz, (0, width - dz.shape[1])).to(logits.dtype)

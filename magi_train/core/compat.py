@@ -76,9 +76,11 @@ is listed there, and capture then falls to the EAGER tier with a warning instead
 import contextlib
 import copy
 import functools
+import importlib
 import json
 import logging
 import math
+import re
 import time
 import warnings
 import weakref
@@ -306,6 +308,50 @@ def fusions_in_place() -> Iterator[None]:
 
     with V.set_choices_handler(InPlace()):
         yield
+
+
+PARTIAL_SUMS = re.compile(r"^(\w+ = )(\w+\[.*\]\.view\(.*?\))\.sum\(dim=0\)(.*)$")
+"""The line of generated code that adds up, with torch's `sum`, what the programs of a kernel summed
+over their rows: gradients of a norm's weight and bias. It has (result, partial sums, the rest)."""
+
+
+@contextlib.contextmanager
+def partial_sums_by(operator: str) -> Iterator[None]:
+    """Context in which Inductor's code calls `operator(matrix)` for the sums of PARTIAL_SUMS.
+
+    Code that is generated in another way, in another version, stays as it is.
+
+    Args:
+        operator: Full name of an op, as generated code calls it.
+    """
+    scheduling = importlib.import_module("torch._inductor.codegen.simd").SIMDScheduling
+    generate = getattr(scheduling, "_codegen_mix_order_reduction", None)
+    if generate is None:
+        yield
+        return
+    from torch._inductor.virtualized import V
+
+    @functools.wraps(generate)
+    def generating(self: Any, *nodes: Any) -> Any:
+        wrapper = V.graph.wrapper_code
+        write = wrapper.writeline
+
+        def writing(line: Any) -> Any:
+            if isinstance(line, str):
+                line = PARTIAL_SUMS.sub(rf"\g<1>{operator}(\g<2>)\g<3>", line)
+            return write(line)
+
+        wrapper.writeline = writing
+        try:
+            return generate(self, *nodes)
+        finally:
+            del wrapper.writeline
+
+    scheduling._codegen_mix_order_reduction = generating
+    try:
+        yield
+    finally:
+        scheduling._codegen_mix_order_reduction = generate
 
 
 def call_captured(

@@ -83,6 +83,11 @@ class FusionConfig:
     transformers, as matrix products over patches. Parameters stay as they are. None: on
     accelerators, where the result is bfloat16 or float16. True: wherever it can be done."""
 
+    narrow_erf: bool | None = None
+    """Compute the `1 + erf(z)` of GELU to the precision of the bfloat16 or float16 that it is
+    rounded to (relative error 8e-6), in generated code. None: on CUDA devices, where the exact one
+    costs more than reading and writing."""
+
     narrow_gradients: bool = False
     """Leave the gradients of weights in bfloat16 where autocast's backward made them so, if the
     optimizer's kernel takes them: the same values in half the memory. `.grad` is bfloat16 then;

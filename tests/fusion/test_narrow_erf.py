@@ -1,0 +1,146 @@
+"""`1 + erf(z)` to 16 bits: how close it is, where it is used, where it is refused."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor.utils import run_and_get_code
+from torch.nn import functional as F
+
+import magi_train
+from magi_train import Config, FusionConfig
+from magi_train.fusion.narrow_erf import one_plus_erf
+from tests.close import difference, relative_error
+from tests.models import MODELS, loss_of
+
+FACTOR = 2**-0.5
+ON = Config(fusion=FusionConfig(narrow_erf=True, weight_shadows=False), progress=False)
+OFF = Config(fusion=FusionConfig(narrow_erf=False, weight_shadows=False), progress=False)
+
+
+class Gelu(nn.Module):
+    """GELU of what a linear makes; a loss."""
+
+    def __init__(self, between=lambda x: F.gelu(x)):
+        super().__init__()
+        self.first, self.second, self.between = nn.Linear(24, 40), nn.Linear(40, 8), between
+
+    def forward(self, x):
+        return self.second(self.between(self.first(x))).float().square().mean()
+
+
+def plan_of(model):
+    rows = [r for r in magi_train.report(model).rows if r.name == "narrow_erf"]
+    return rows[-1].plan if rows else None
+
+
+def batch_of(batch):
+    """Return it with float64 in place of float32."""
+    return {n: t.double() if t.is_floating_point() else t for n, t in batch.items()}
+
+
+def train(model, batch, config, *, dtype=torch.bfloat16, autocast=True):
+    """Return the loss, the gradients of one step and the pass's plan."""
+    torch._dynamo.reset()
+    model = copy.deepcopy(model)
+    prepared = magi_train.prepare(model, config=config)
+    step = magi_train.prepare_step(lambda **b: loss_of(prepared(**b)), prepared)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        loss = step(**batch)
+    loss.backward()
+    loss = loss.detach()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss, **found}, plan_of(prepared)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_series_has_the_relative_error_that_it_is_said_to_have(dtype):
+    x = torch.linspace(-8 / FACTOR, 30, 380_001, dtype=dtype)
+    want = torch.special.erfc(-x.double() * FACTOR)
+    got = one_plus_erf(x, FACTOR).double()
+    limit = {torch.float64: 4e-6, torch.float32: 8e-6}[dtype]
+    assert ((got - want) / want).abs().max() < limit
+    assert limit < torch.finfo(torch.float16).eps / 2 / 50
+
+
+def test_the_ends_and_what_is_not_finite():
+    x = torch.tensor([-torch.inf, -1e30, -0.0, 0.0, 1e30, torch.inf, torch.nan])
+    got = one_plus_erf(x, FACTOR)
+    assert got.isnan().tolist() == [False] * 6 + [True]
+    assert got[[0, 1, 4, 5]].tolist() == [0.0, 0.0, 2.0, 2.0]
+    assert (got[2:4] - 1).abs().max() < 8e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gelu_rounds_as_the_exact_one_or_one_step_beside(dtype):
+    """Every number of the dtype between -4 and 4, where the exact one has digits to lose."""
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = x[x.isfinite() & (x.abs() < 4)]
+    want = F.gelu(x.double())
+    got = (x.float() * 0.5 * one_plus_erf(x.float(), FACTOR)).to(dtype).double()
+    step = torch.finfo(dtype).eps * want.abs().clamp(min=torch.finfo(dtype).tiny)
+    assert ((got - want).abs() <= step).all()
+    assert (got == want.to(dtype)).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("tier", ["graph", "region"])
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_models_train_as_with_the_exact_one(kind, tier):
+    torch.manual_seed(0)
+    make, batch = MODELS[kind]
+    model = make().train()
+    for module in model.modules():  # random masks are other ones in every run
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    got, plan = train(model, batch(0), replace(ON, tier=tier))
+    want, none = train(model, batch(0), OFF)
+    assert plan["narrowed"]
+    assert not plan["left_alone"]
+    assert none is None
+    exact, _ = train(model.double(), batch_of(batch(0)), OFF, autocast=False)
+    assert relative_error(got, exact) < 1.1 * relative_error(want, exact), "as far off as before"
+
+
+def test_the_gradient_is_that_of_float64():
+    torch.manual_seed(0)
+    model, x = Gelu(), torch.randn(64, 24) * 3
+    (got, plan), codes = run_and_get_code(lambda: train(model, {"x": x}, ON))
+    code = "".join(codes)
+    assert "exp2(" in code
+    assert "exp(" not in code, "the derivative's exponential is the same expression"
+    assert "erf(" not in code
+    exact, _ = train(model.double(), {"x": x.double()}, OFF, autocast=False)
+    usual, _ = train(model.float(), {"x": x}, OFF)
+    assert len(plan["narrowed"]) == 2, "the forward's, and the one that the backward repeats"
+    assert difference(got, exact) < 1.1 * difference(usual, exact)
+
+
+@pytest.mark.parametrize(
+    ("between", "autocast", "why"),
+    [
+        (lambda x: F.gelu(x.float()), True, None),
+        (lambda x: F.gelu(x), False, "without a rounding to 16 bits"),
+        (lambda x: F.gelu(x.double()).to(x.dtype), True, "float64"),
+        (lambda x: torch.erf(x.float()).to(x.dtype), True, "not added to 1"),
+        (lambda x: F.gelu(x.float()).sum(-1, keepdim=True).to(x.dtype) * x, True, "sum"),
+    ],
+)
+def test_what_is_left_alone(between, autocast, why):
+    torch.manual_seed(0)
+    model, x = Gelu(between), torch.randn(16, 24)
+    _, plan = train(model, {"x": x}, ON, autocast=autocast)
+    if why is None:  # float32 between two products in bfloat16
+        assert plan["narrowed"]
+    else:
+        assert len(plan["narrowed"]) == (why == "sum"), "what the derivative reads ends in 16 bits"
+        assert any(why in reason for _, reason in plan["left_alone"])
+
+
+def test_it_is_off_where_there_is_no_generated_code_and_on_the_cpu():
+    torch.manual_seed(0)
+    model, x = Gelu(), torch.randn(16, 24)
+    without = Config(fusion=ON.fusion, lowering="aot_eager", progress=False)
+    assert train(model, {"x": x}, without)[1] is None
+    assert train(model, {"x": x}, Config(progress=False))[1] is None

@@ -1,0 +1,84 @@
+"""What is changed in the code that Inductor generates for GPUs: erf, and the sums over rows."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor.utils import run_and_get_code
+from torch.nn import functional as F
+
+import magi_train
+from magi_train import Config, FusionConfig
+from magi_train.fusion import partial_sums
+from magi_train.fusion.kernels.column_sums import column_sums
+from tests.close import difference, relative_error, tolerance
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+ROWS, WIDTH = 8192, 1024
+"""Enough for Inductor to sum rows and columns in one kernel."""
+
+
+class Block(nn.Module):
+    """What a transformer's MLP is."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.first, self.second = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + self.second(F.gelu(self.first(self.norm(x))))
+
+
+def blocks():
+    torch.manual_seed(0)
+    x = torch.randn(8, ROWS // 8, WIDTH, device="cuda", requires_grad=True)
+    return nn.Sequential(Block(), Block()).to("cuda"), x
+
+
+def gradients(model, x, fusion):
+    torch._dynamo.reset()
+    model = copy.deepcopy(model)
+    prepared = magi_train.prepare(model, config=Config(fusion=fusion, progress=False))
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            prepared(x).square().mean().backward()
+
+    _, codes = run_and_get_code(step)
+    rows = [r for r in magi_train.report(prepared).rows if r.name == "narrow_erf"]
+    return {n: p.grad for n, p in model.named_parameters()}, "".join(codes), rows
+
+
+def test_gradients_are_as_near_float64_as_without():
+    model, x = blocks()
+    got, code, rows = gradients(model, x, FusionConfig())
+    usual, plain, none = gradients(model, x, FusionConfig(narrow_erf=False))
+    assert partial_sums.OPERATOR in code
+    assert ".erf(" not in code
+    assert "triton_poi_fused__to_copy_view" not in code, "the norm's kernel casts"
+    assert rows[-1].plan["narrowed"]
+    assert ".erf(" in plain
+    assert not none
+    wide = copy.deepcopy(model).double()
+    wide(x.double()).square().mean().backward()
+    exact = {n: p.grad for n, p in wide.named_parameters()}
+    assert relative_error(got, exact) < 1.1 * relative_error(usual, exact)
+
+
+def test_plain_compilation_afterwards_is_as_it_was():
+    model, x = blocks()
+    gradients(model, x, FusionConfig())
+    torch._dynamo.reset()
+    compiled = torch.compile(model)
+    _, codes = run_and_get_code(lambda: compiled(x).square().mean().backward())
+    assert partial_sums.OPERATOR not in "".join(codes)
+
+
+def test_column_sums():
+    torch.manual_seed(0)
+    for shape in ((788, 1024), (1024, 768), (513, 2047), (1, 7), (4096, 64)):
+        x = torch.randn(shape, device="cuda")
+        limit = tolerance(torch.float32, shape[0])
+        assert difference({"": column_sums(x)}, {"": x.double().sum(0)}) < limit
