@@ -332,7 +332,7 @@ def partial_sums_by(operator: str) -> Iterator[None]:
 
     @functools.wraps(generate)
     def generating(self: Any, *nodes: Any) -> Any:
-        wrapper = V.graph.wrapper_code
+        wrapper: Any = V.graph.wrapper_code
         write = wrapper.writeline
 
         def writing(line: Any) -> Any:
