@@ -82,7 +82,7 @@ class NormThenProducts(nn.Module):
 
 
 def test_casts_that_products_read_are_written_in_the_shape_of_what_is_cast():
-    """Then the kernel of the norm's backward can write them; a product's rows have another shape."""
+    """Then the kernel of the norm's backward can write them; rows of products differ."""
     torch._dynamo.reset()
     model = magi_train.prepare(NormThenProducts(), config=Config(progress=False))
 

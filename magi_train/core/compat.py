@@ -324,7 +324,7 @@ def partial_sums_by(operator: str) -> Iterator[None]:
     Args:
         operator: Full name of an op, as generated code calls it.
     """
-    scheduling = importlib.import_module("torch._inductor.codegen.simd").SIMDScheduling
+    scheduling: Any = importlib.import_module("torch._inductor.codegen.simd").SIMDScheduling
     generate = getattr(scheduling, "_codegen_mix_order_reduction", None)
     if generate is None:
         yield
@@ -333,7 +333,7 @@ def partial_sums_by(operator: str) -> Iterator[None]:
 
     @functools.wraps(generate)
     def generating(self: Any, *nodes: Any) -> Any:
-        wrapper = V.graph.wrapper_code
+        wrapper: Any = V.graph.wrapper_code
         write = wrapper.writeline
 
         def writing(line: Any) -> Any:

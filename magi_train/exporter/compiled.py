@@ -15,18 +15,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Graph
 
+from magi_train.core import compat
 from magi_train.core.errors import ExportError
 from magi_train.core.graph import spell_out
+from magi_train.core.passes import PassContext
 from magi_train.exporter.compare import allowed, check_same
 from magi_train.exporter.few_queries import spread
+from magi_train.fusion.narrow_erf import NarrowErf
 
 logger = logging.getLogger(__name__)
 
 MAX_SHAPES = 16
 """Further shapes run op by op: each is compiled by itself."""
 
+WITHOUT_KERNELS = ("cpu",)
+"""Devices for which code is generated as PyTorch would."""
+
 Shapes = tuple[tuple[int, ...], ...]
+
+
+class _ShortErf(compat.CustomGraphPass):  # type: ignore[misc]
+    """GELU's erf to the 16 bits that it ends in, in Inductor's slot before code is generated."""
+
+    def __call__(self, graph: Graph) -> None:
+        erf, context, owner = NarrowErf(), PassContext(training=False), graph.owning_module
+        plan = None if owner is None else erf.plan(owner, context)
+        if plan is not None and owner is not None:
+            erf.apply(owner, plan, context)
+
+    def uuid(self) -> str:
+        return NarrowErf().uuid()
 
 
 def _without_guards(guards: Sequence[Any]) -> list[bool]:
@@ -95,8 +115,10 @@ class Compiled:
                 spell_out(graph.graph)
                 graph.recompile()
                 options = self._options
-                if tensors[0].device.type != "cpu" and spread(graph):
-                    options = {**options, **self._with_kernel}
+                if tensors[0].device.type not in WITHOUT_KERNELS:
+                    options = {"joint_custom_pre_pass": _ShortErf(), **options}
+                    if spread(graph):
+                        options = {**options, **self._with_kernel}
                 code = torch.compile(
                     graph, fullgraph=True, dynamic=False,
                     options={**options, "guard_filter_fn": _without_guards},

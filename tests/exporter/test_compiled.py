@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 import magi_train
 from magi_train import ExportConfig
@@ -167,3 +168,20 @@ def test_only_programs_are_compiled(tmp_path):
         changed(path, target=target)
         with pytest.raises(ExportError, match=words):
             magi_train.load(path, compile=True)
+
+
+def test_generated_code_for_gpus_has_a_short_erf(tmp_path, monkeypatch):
+    """To the 16 bits that a GELU ends in; not on the CPU, and not in float32."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 8)).eval()
+    found = {}
+    for devices in (("cpu",), ()):
+        monkeypatch.setattr(compiled, "WITHOUT_KERNELS", devices)
+        for dtype in (torch.bfloat16, torch.float32):
+            x = torch.randn(5, 24, dtype=dtype)
+            magi_train.export(model.to(dtype), (x,), tmp_path / "m.pt2")
+            torch._dynamo.reset()
+            run = magi_train.load(tmp_path / "m.pt2", compile=True)
+            _, codes = run_and_get_code(lambda run=run, x=x: run(x))
+            found[devices, dtype] = "exp2(" in "".join(codes)
+    assert [key for key, short in found.items() if short] == [((), torch.bfloat16)]
