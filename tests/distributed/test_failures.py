@@ -234,3 +234,64 @@ def test_a_compiler_that_fails_on_one_rank_takes_all_to_eager():
     assert tier0 == tier1 == "eager"
     assert "on rank 1, compilation failed: division by zero" in why0
     assert torch.equal(grad0, grad1)
+
+
+class PlannedError(Exception):
+    pass
+
+
+def planned_failure(_):
+    raise PlannedError
+
+
+def catches_in_step_three(rank, world_size, broken, compression=None):
+    """`broken` names, for each rank, the parameter whose gradient is an error once, "" for none."""
+    torch.manual_seed(0)
+    comm = CommConfig(compression=compression, bucket_mib=0.001)
+    model = magi_train.prepare(Small(), config=Config(tier="eager", comm=comm, timeout_seconds=20))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    parameters = dict(model.named_parameters())
+    for step in range(6):
+        hook = None
+        if step == 2 and broken[rank]:
+            hook = parameters[broken[rank]].register_post_accumulate_grad_hook(planned_failure)
+        try:
+            model(tokens(2 * step + rank), tokens(1)).backward()
+            optimizer.step()
+        except PlannedError:
+            hook.remove()
+        optimizer.zero_grad()
+    return {n: p.detach().clone() for n, p in parameters.items()}
+
+
+def skips_step_three(rank, world_size):
+    torch.manual_seed(0)
+    model = torch.nn.parallel.DistributedDataParallel(Small())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for step in (0, 1, 3, 4, 5):
+        model(tokens(2 * step + rank), tokens(1)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {n: p.detach().clone() for n, p in model.module.named_parameters()}
+
+
+def test_an_error_in_the_backward_that_all_ranks_catch_costs_that_step_only(two_ranks):
+    want = values(two_ranks(skips_step_three))[0]
+    first, second = values(two_ranks(catches_in_step_three, ("a.bias", "a.bias")))
+    for name, weight in want.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], weight)
+
+
+@pytest.mark.parametrize("compression", [None, "int8"])
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (("", "a.bias"), "the backward of ranks [1] ended with an error that their program caught"),
+        (("b.bias", "a.bias"), "at another place on each rank: ranks had sent ["),
+    ],
+    ids=["on one rank", "at two places"],
+)
+def test_an_error_in_the_backward_that_ranks_catch_unequally_ends_all(broken, words, compression):
+    for outcome in run_ranks(catches_in_step_three, broken, compression):
+        assert words in outcome.error, outcome.error
