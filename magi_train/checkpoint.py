@@ -169,19 +169,30 @@ def load_checkpoint(
     own = _own(module)
     _refuse_shards(optimizer)
     _must_be_whole(folder)
-    if optimizer is None:
-        state = _state(module, None)
-    else:
-        state = _state_to_fill(module, optimizer, _parameters_with_state(folder, own))
+    saved = _parameters_with_state(folder, own) if optimizer is not None else set()
+    frozen = [p for n, p in own.named_parameters() if n in saved and not p.requires_grad]
+    try:
+        for p in frozen:  # torch leaves their state out
+            p.requires_grad_(True)
+        _load(folder, module, optimizer, saved)
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+    shadows = getattr(module.__dict__.get("_magi_runtime"), "shadows", None)
+    if shadows is not None:
+        shadows.invalidate()
+
+
+def _load(
+    folder: str | os.PathLike[str], module: nn.Module, optimizer: Optimizer | None, saved: set[str]
+) -> None:
+    own, state = _own(module), _state_to_fill(module, optimizer, saved)
     with _quiet():
         load(state, checkpoint_id=Path(folder))
         set_model_state_dict(own, state["model"])
         if optimizer is not None:
             options = StateDictOptions(strict=False)
             set_optimizer_state_dict(own, optimizer, state["optimizer"], options=options)
-    shadows = getattr(module.__dict__.get("_magi_runtime"), "shadows", None)
-    if shadows is not None:
-        shadows.invalidate()
 
 
 def _parameters_with_state(folder: str | os.PathLike[str], module: nn.Module) -> set[str]:
@@ -195,12 +206,16 @@ def _parameters_with_state(folder: str | os.PathLike[str], module: nn.Module) ->
     return found & names
 
 
-def _state_to_fill(module: nn.Module, optimizer: Optimizer, saved: set[str]) -> dict[str, Any]:
+def _state_to_fill(
+    module: nn.Module, optimizer: Optimizer | None, saved: set[str]
+) -> dict[str, Any]:
     """Return what a checkpoint is read into, with optimizer state of the parameters in `saved`.
 
     What the optimizer lacks of it torch makes by a step on zeros, but only while there is no
     gradient, and no state of any parameter.
     """
+    if optimizer is None:
+        return _state(module, None)
     own = _own(module)
     every = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in every]

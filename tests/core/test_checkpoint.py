@@ -84,6 +84,23 @@ def test_parameters_without_optimizer_state_have_none_afterwards(saved_at, befor
     assert all(map(torch.equal, module.parameters(), want))
 
 
+@pytest.mark.parametrize("before", [[], [0]], ids=["fresh", "running"])
+def test_state_of_frozen_parameters_is_there_when_they_are_trained_again(before, tmp_path):
+    module, optimizer = late()
+    module.train_on(optimizer, range(2))
+    save_checkpoint(tmp_path / "run", module, optimizer)
+    module.train_on(optimizer, range(2, 5))
+    want = [p.detach().clone() for p in module.parameters()]
+    module, optimizer = late()
+    module.train_on(optimizer, before)
+    module.first.requires_grad_(False)
+    load_checkpoint(tmp_path / "run", module, optimizer)
+    assert not module.first.weight.requires_grad
+    module.first.requires_grad_(True)
+    module.train_on(optimizer, range(2, 5))
+    assert all(map(torch.equal, module.parameters(), want))
+
+
 def test_what_lies_in_the_place_of_the_folder_is_replaced_time_after_time(tmp_path):
     """A file or a link that another way of saving left there, on its own or set aside."""
     (tmp_path / "other").mkdir()
