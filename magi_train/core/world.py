@@ -66,6 +66,7 @@ class World:
         self._stop = threading.Event()
         self._own_failure_told = False
         self._questions = self._caught = 0
+        self._at_close: list[Callable[[], None]] = []
         if dist.is_available() and dist.is_initialized():
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
             self.backend = dist.get_backend()
@@ -217,6 +218,8 @@ class World:
                 return
             except RuntimeError as error:
                 self.check()
+                if self._stop.is_set():
+                    raise MagiError(f"this rank ended while it waited for {what}") from error
                 if work.is_completed():
                     self._explain_broken(what, error)
                 self._check_finished(what)
@@ -233,6 +236,12 @@ class World:
             logger.debug("the store was gone when rank %d ended", self.rank)
         if threading.current_thread() is not self._watcher:
             self._watcher.join(timeout=2 * HEARTBEAT_SECONDS)
+        for end in self._at_close:
+            end()
+
+    def at_close(self, end: Callable[[], None]) -> None:
+        """Let `end` be called when the World is closed: threads that wait by it have to stop."""
+        self._at_close.append(end)
 
     def _explain_broken(self, what: str, error: BaseException) -> None:
         """Give the rank that broke the connection a moment to say why, then raise."""

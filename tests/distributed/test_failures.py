@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,7 +13,7 @@ import magi_train
 from magi_train import CommConfig, Config
 from magi_train.core import world
 from tests.models import GraphBreak, Small, tokens
-from tests.ranks import run_ranks, values
+from tests.ranks import free_port, run_ranks, values
 
 SECONDS = 30
 
@@ -295,3 +297,35 @@ def test_an_error_in_the_backward_that_all_ranks_catch_costs_that_step_only(two_
 def test_an_error_in_the_backward_that_ranks_catch_unequally_ends_all(broken, words, compression):
     for outcome in run_ranks(catches_in_step_three, broken, compression):
         assert words in outcome.error, outcome.error
+
+
+SCRIPT = """
+import torch, torch.distributed as dist
+import magi_train
+from magi_train import CommConfig, Config
+from tests.models import Small, tokens
+
+torch.set_num_threads(1)
+comm = CommConfig(compression="int8", bucket_mib=0.001)
+model = magi_train.prepare(Small(), config=Config(tier="eager", comm=comm))
+model(tokens(0), tokens(1)).backward()
+if dist.get_rank() == 1:
+    model.a.bias.register_post_accumulate_grad_hook(lambda _: 1 / 0)
+model(tokens(0), tokens(1)).backward()
+"""
+
+
+def test_threads_that_wait_in_gloo_do_not_abort_a_program_that_ends():
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT],
+            env={**env, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [p.communicate(timeout=120)[1] for p in processes]
+    assert "rank 1 failed: ZeroDivisionError" in errors[0]
+    assert [p.returncode for p in processes] == [1, 1], errors
