@@ -217,9 +217,7 @@ class World:
                 work.wait(timedelta(seconds=1))
                 return
             except RuntimeError as error:
-                self.check()
-                if self._stop.is_set():
-                    raise MagiError(f"this rank ended while it waited for {what}") from error
+                self._check_waiting(what)
                 if work.is_completed():
                     self._explain_broken(what, error)
                 self._check_finished(what)
@@ -247,7 +245,8 @@ class World:
         """Give the rank that broke the connection a moment to say why, then raise."""
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
-            self.check()
+            self._check_waiting(what)
+            self._check_finished(what)
             time.sleep(0.1)
         self._give_up(f"the connection broke while waiting for {what}: {error}")
 
@@ -258,8 +257,8 @@ class World:
             if r != self.rank and self._is_set(f"{self._prefix}/done/{r}")
         ]
         if ended:
-            time.sleep(1)  # a failure may be on its way
-            self.check()
+            time.sleep(HEARTBEAT_SECONDS)  # a failure may be on its way
+            self._await_failure(what)
             self._give_up(
                 f"ranks {ended} ended their program while rank {self.rank} still waits for {what}; "
                 "every rank must take the same number of steps (uneven data?)"
@@ -289,6 +288,21 @@ class World:
             store.set(f"{self._prefix}/failure/{number}", record)
         except RuntimeError:  # the store is gone: its host failed first and everybody notices
             logger.warning("rank %d failed (%s) and could not tell the others", rank, cause)
+
+    def _check_waiting(self, what: str) -> None:
+        """Raise if another rank has failed, or this one has come to its end meanwhile."""
+        self.check()
+        if self._stop.is_set():
+            raise MagiError(f"rank {self.rank} ended while a thread of it waited for {what}")
+
+    def _await_failure(self, what: str) -> None:
+        """Raise RemoteRankError if a rank has told of a failure; the watching thread reads it."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < deadline:
+            self._check_waiting(what)
+            if self._own_failure_told or not self._store.add(f"{self._prefix}/failures", 0):
+                return
+            time.sleep(0.1)
 
     def _check_caught(self, what: str) -> None:
         key, others = self._caught + 1, [r for r in range(self.size) if r != self.rank]
@@ -358,8 +372,8 @@ class World:
 
 def _store_is_gone(error: BaseException) -> RemoteRankError:
     return RemoteRankError(
-        "the store of the process group is gone, so the rank or launcher that hosts it has ended: "
-        f"{error}"
+        "the store of the process group is gone, so the rank or launcher that hosts it has ended "
+        f"(rank 0, if no launcher; if without an error, it took fewer steps): {error}"
     )
 
 

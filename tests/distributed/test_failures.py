@@ -308,18 +308,18 @@ from tests.models import Small, tokens
 torch.set_num_threads(1)
 comm = CommConfig(compression="int8", bucket_mib=0.001)
 model = magi_train.prepare(Small(), config=Config(tier="eager", comm=comm))
-model(tokens(0), tokens(1)).backward()
-if dist.get_rank() == 1:
-    model.a.bias.register_post_accumulate_grad_hook(lambda _: 1 / 0)
-model(tokens(0), tokens(1)).backward()
+for step in range(3):
+    model(tokens(0), tokens(1)).backward()
+    if dist.get_rank() == 1 and step == 1:
 """
 
 
-def test_threads_that_wait_in_gloo_do_not_abort_a_program_that_ends():
+def run_scripts(last_line):
+    """Run SCRIPT with one more line, which rank 1 gets to; return exit codes and rank 0's error."""
     env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", SCRIPT],
+            [sys.executable, "-c", f"{SCRIPT}        {last_line}"],
             env={**env, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -327,5 +327,17 @@ def test_threads_that_wait_in_gloo_do_not_abort_a_program_that_ends():
         for rank in range(2)
     ]
     errors = [p.communicate(timeout=120)[1] for p in processes]
-    assert "rank 1 failed: ZeroDivisionError" in errors[0]
-    assert [p.returncode for p in processes] == [1, 1], errors
+    return [p.returncode for p in processes], errors[0]
+
+
+def test_threads_that_wait_in_gloo_do_not_abort_a_program_that_ends():
+    hook = "model.a.bias.register_post_accumulate_grad_hook(lambda _: 1 / 0)"
+    codes, error = run_scripts(hook)
+    assert "rank 1 failed: ZeroDivisionError" in error, error
+    assert codes == [1, 1], error
+
+
+def test_a_program_that_ends_early_is_named_though_its_connection_breaks():
+    codes, error = run_scripts("raise SystemExit")
+    assert "RemoteRankError: ranks [1] ended their program while rank 0 still waits" in error, error
+    assert codes == [1, 0], error
