@@ -189,10 +189,16 @@ class FullyShard:
 
         Raises:
             MagiError: Weights are to be gathered in bfloat16, but there is no autocast to it; or
-                an optimizer was made before the weights were cut.
+                an optimizer was made before the weights were cut; or the last backward raised.
         """
         assert not in_graph
         self.world.check()
+        if compat.backward_is_open(self._module):
+            raise MagiError(
+                "the last backward ended with an error that was caught, and FSDP2 would add what "
+                "it left to the next gradients; let the error end the program, or use "
+                "Config(engine='replicate')"
+            )
         self._refuse_old_optimizers()
         autocast = torch.is_autocast_enabled(self.device.type)
         if self._config.sharding.gather_dtype and not autocast:

@@ -306,6 +306,7 @@ class Reducer:
             raise MagiError(
                 "the process group that this model was prepared for is gone; prepare it again"
             )
+        self._go_on_after_error()
         if self._structure.changed():
             self._take_over_anew()
         if self._trainable() != self._signature:
@@ -321,9 +322,33 @@ class Reducer:
         device = self._device().type
         enabled = self.config.compression == "safe" and torch.is_autocast_enabled(device)
         self._autocast = (enabled, str(torch.get_autocast_dtype(device)) if enabled else "")
-        if self._backward is not None:  # the last backward raised before its end
-            self._backward = None
         self._take_written_buffers()
+
+    def _go_on_after_error(self) -> None:
+        """Leave a backward that raised before its end, and whose error was caught.
+
+        The buckets it sent must have partners: ranks that sent different numbers of them would from
+        now on add up different parameters.
+
+        Raises:
+            MagiError: Other ranks have sent more, or fewer.
+        """
+        state, self._backward = self._backward, None
+        if state is None or not state.sync or not state.flats:
+            return
+        sent = len(state.flats)
+        answers = self.world.gather_after_error(sent, self._timeout_seconds)
+        if any(answer != sent for answer in answers):
+            raise MagiError(
+                "the last backward ended with an error that was caught, at another place on each "
+                f"rank: ranks had sent {answers} of {len(self.plan.buckets)} buckets of gradients, "
+                "and what they send next would be added to the wrong ones; let the error end the "
+                "program, or let it come before the backward"
+            )
+        for handle in state.works.values():
+            handle.wait()
+        if self.compressor is not None:
+            self.compressor.forget()
 
     def _take_written_buffers(self) -> None:
         """Take rank 0's buffers at the first forward of a step: the program may have written them.

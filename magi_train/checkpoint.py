@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -41,6 +42,9 @@ from magi_train.comm.zero import Zero
 from magi_train.core.errors import MagiError
 from magi_train.core.world import HEARTBEAT_SECONDS, World
 from magi_train.memory.sharded_optimizer import is_sharded
+
+STATE_KEY = "optimizer.state."
+"""What names of optimizer state begin with in a checkpoint; the parameter's name follows."""
 
 TIMEOUT_SECONDS = 600.0
 """How long a rank waits for the slowest writer."""
@@ -77,8 +81,9 @@ def save_checkpoint(
     broadcast(world, [b for b in _own(module).buffers() if not isinstance(b, DTensor)])
     fresh = optimizer is not None and not optimizer.state
     state = _state(module, optimizer)
-    if fresh:  # torch has filled it by a step on zeros, which shall not count
-        _rewind(optimizer)
+    if fresh and optimizer is not None:  # torch has filled it by a step on zeros
+        state["optimizer"]["state"] = {}
+        optimizer.state.clear()
     _together(world, "checkpoint begins", "")
     try:
         with _quiet():
@@ -88,8 +93,6 @@ def save_checkpoint(
         why = "; ".join(f"on rank {r}, {_cause(each)}" for r, each in error.failures.items())
     except Exception as error:  # noqa: BLE001  whatever it is, the others must hear of it
         why = f"{type(error).__name__}: {error}"
-    if fresh and optimizer is not None:
-        optimizer.state.clear()
     reasons = _together(world, "checkpoint is written", why)
     if reasons:
         raise MagiError(
@@ -139,12 +142,6 @@ def _zero_of(module: nn.Module) -> Zero | None:
     return reducer if isinstance(reducer, Zero) else None
 
 
-def _rewind(optimizer: Optimizer | None) -> None:
-    for each in optimizer.state.values() if optimizer is not None else ():
-        if torch.is_tensor(each.get("step")):
-            each["step"].zero_()
-
-
 def load_checkpoint(
     folder: str | os.PathLike[str], module: nn.Module, optimizer: Optimizer | None = None
 ) -> None:
@@ -169,16 +166,69 @@ def load_checkpoint(
             f"{folder} is a checkpoint of engine 'deepspeed', whose optimizer state only DeepSpeed "
             "reads; load its weights: model.load_state_dict(magi_train.plain_state_dict(folder))"
         )
-    own, state = _own(module), _state(module, optimizer)
+    own = _own(module)
+    _refuse_shards(optimizer)
     _must_be_whole(folder)
+    saved = _parameters_with_state(folder, own) if optimizer is not None else set()
+    frozen = [p for n, p in own.named_parameters() if n in saved and not p.requires_grad]
+    try:
+        for p in frozen:  # torch leaves their state out
+            p.requires_grad_(True)
+        _load(folder, module, optimizer, saved)
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+    shadows = getattr(module.__dict__.get("_magi_runtime"), "shadows", None)
+    if shadows is not None:
+        shadows.invalidate()
+
+
+def _load(
+    folder: str | os.PathLike[str], module: nn.Module, optimizer: Optimizer | None, saved: set[str]
+) -> None:
+    own, state = _own(module), _state_to_fill(module, optimizer, saved)
     with _quiet():
         load(state, checkpoint_id=Path(folder))
         set_model_state_dict(own, state["model"])
         if optimizer is not None:
-            set_optimizer_state_dict(own, optimizer, state["optimizer"])
-    shadows = getattr(module.__dict__.get("_magi_runtime"), "shadows", None)
-    if shadows is not None:
-        shadows.invalidate()
+            options = StateDictOptions(strict=False)
+            set_optimizer_state_dict(own, optimizer, state["optimizer"], options=options)
+
+
+def _parameters_with_state(folder: str | os.PathLike[str], module: nn.Module) -> set[str]:
+    """Return the parameters that a checkpoint holds optimizer state of."""
+    names, found = {n for n, _ in module.named_parameters()}, set()
+    for key in FileSystemReader(Path(folder)).read_metadata().state_dict_metadata:
+        name = key.removeprefix(STATE_KEY) if key.startswith(STATE_KEY) else ""
+        while name and name not in names:  # what follows is the state's own name
+            name = name.rpartition(".")[0]
+        found.add(name)
+    return found & names
+
+
+def _state_to_fill(
+    module: nn.Module, optimizer: Optimizer | None, saved: set[str]
+) -> dict[str, Any]:
+    """Return what a checkpoint is read into, with optimizer state of the parameters in `saved`.
+
+    What the optimizer lacks of it torch makes by a step on zeros, but only while there is no
+    gradient, and no state of any parameter.
+    """
+    if optimizer is None:
+        return _state(module, None)
+    own = _own(module)
+    every = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in every]
+    if any(p not in optimizer.state for n, p in own.named_parameters() if n in saved):
+        optimizer.state.clear()
+        for p in every:
+            p.grad = None
+    state = _state(module, optimizer)
+    for p, gradient in zip(every, gradients, strict=True):
+        p.grad = gradient
+    held = state["optimizer"]["state"]  # of a parameter that never had a gradient none was saved
+    state["optimizer"]["state"] = {n: each for n, each in held.items() if n in saved}
+    return state
 
 
 def plain_state_dict(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -224,15 +274,19 @@ def _own(module: nn.Module) -> nn.Module:
 
 def _state(module: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
     own = _own(module)
+    _refuse_shards(optimizer)
+    state: dict[str, Any] = {"model": get_model_state_dict(own)}
+    if optimizer is not None:
+        state["optimizer"] = get_optimizer_state_dict(own, optimizer)
+    return state
+
+
+def _refuse_shards(optimizer: Optimizer | None) -> None:
     if optimizer is not None and is_sharded(optimizer):
         raise MagiError(
             "with Config(shard_optimizer=True) the optimizer's state is saved by its own "
             "state_dict(), called on all ranks; leave the optimizer out here"
         )
-    state: dict[str, Any] = {"model": get_model_state_dict(own)}
-    if optimizer is not None:
-        state["optimizer"] = get_optimizer_state_dict(own, optimizer)
-    return state
 
 
 def _must_be_whole(folder: str | os.PathLike[str]) -> None:

@@ -76,7 +76,7 @@ def _serve(rank: int, world_size: int, port: int, folder: str, pipe: Any) -> Non
     os._exit(0)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
@@ -108,7 +108,7 @@ class RankPool:
         return outcomes
 
     def _start(self) -> None:
-        context, port = mp.get_context("spawn"), _free_port()
+        context, port = mp.get_context("spawn"), free_port()
         self._folder = tempfile.mkdtemp()
         for rank in range(2):
             mine, theirs = context.Pipe()
@@ -135,7 +135,7 @@ def run_ranks(
     fn: Callable[..., Any], *args: Any, world_size: int = 2, timeout: float = 240
 ) -> list[Outcome]:
     """Run `fn(rank, world_size, *args)` on every rank; `fn` must be importable."""
-    context, port = mp.get_context("spawn"), _free_port()
+    context, port = mp.get_context("spawn"), free_port()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(target=_child, args=(rank, world_size, port, folder, fn, args))

@@ -12,6 +12,7 @@ Beside NCCL nothing blocks the host: the whole exchange is enqueued at once on a
 and `wait` makes the caller's stream wait for its end.
 """
 
+import functools
 import queue
 import threading
 import weakref
@@ -30,6 +31,9 @@ from magi_train.core.world import World
 
 LANES, LANES_WITH_NODES = 2, 4
 """Collectives that an exchange may have."""
+
+END_SECONDS = 3.0
+"""How long the end of a program waits for a lane; World.wait looks up once a second."""
 
 T = TypeVar("T")
 _lanes: "weakref.WeakKeyDictionary[World, dict[int, Lanes]]" = weakref.WeakKeyDictionary()
@@ -143,8 +147,10 @@ class Lanes:
         self._queues: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in range(count)]
         for lane, each in enumerate(self._queues):
             name = f"magi-lane-{lane + 1}"
-            threading.Thread(target=_serve, args=(each,), name=name, daemon=True).start()
+            thread = threading.Thread(target=_serve, args=(each,), name=name, daemon=True)
+            thread.start()
             weakref.finalize(world, each.put, None)
+            world.at_close(functools.partial(_end, each, thread))
 
     @staticmethod
     def of(world: World, node_size: int) -> "Lanes":
@@ -179,6 +185,12 @@ def _serve(incoming: "queue.SimpleQueue[Any]") -> None:
     while (item := incoming.get()) is not None:
         _finish(*item)
         del item  # an idle thread keeps no World alive
+
+
+def _end(incoming: "queue.SimpleQueue[Any]", thread: threading.Thread) -> None:
+    """Let a lane come to its end: one inside of gloo when Python ends would abort the process."""
+    incoming.put(None)
+    thread.join(timeout=END_SECONDS)
 
 
 def _finish(each: ThreadExchange, work: "dist.Work", go_on: Callable[[], None]) -> None:

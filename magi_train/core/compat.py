@@ -31,6 +31,7 @@ is listed there, and capture then falls to the EAGER tier with a warning instead
 | torch.autograd.Variable._execution_engine.queue_callback | the end of a backward |
 | torch.distributed.distributed_c10d._get_default_store | messages between ranks |
 | torch.distributed.fsdp._fully_shard._fsdp_api.AllGather, ReduceScatter | bounded waits in FSDP2 |
+| FSDPModule._get_fsdp_state()._state_ctx | whether a backward of FSDP2 raised |
 | placeholder._dynamo_source | a graph input that is no variable of the user's |
 | torch.amp.autocast_mode._enter_autocast | autocast inside of a captured graph |
 | output.meta["original_output_strides"] | what Inductor restores the layout of outputs to |
@@ -201,6 +202,12 @@ get_default_store: Callable[..., Any] = _lookup(
 
 if not hasattr(torch.autograd.Variable, "_execution_engine"):
     _missing.append("torch.autograd.Variable._execution_engine")
+
+
+def backward_is_open(module: Any) -> bool:
+    """Return whether a backward of a `fully_shard`ed module has begun and not reached its end."""
+    context = getattr(module._get_fsdp_state(), "_state_ctx", None)
+    return bool(getattr(context, "post_backward_final_callback_queued", False))
 
 
 def make_boxed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -43,6 +43,8 @@ MEET_SECONDS = 3.0
 PATIENCE_SECONDS = 30.0
 """After which a rank that waits for an answer says for whom: the other may never come to answer."""
 
+STORE_IS_GONE = (dist.DistNetworkError, dist.DistStoreError) if dist.is_available() else ()
+
 _generations = itertools.count()
 _current: list[tuple[Any, "World"]] = []
 """The default process group and its World, at most one."""
@@ -63,7 +65,8 @@ class World:
         self._noticed = threading.Event()
         self._stop = threading.Event()
         self._own_failure_told = False
-        self._questions = 0
+        self._questions = self._caught = 0
+        self._at_close: list[Callable[[], None]] = []
         if dist.is_available() and dist.is_initialized():
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
             self.backend = dist.get_backend()
@@ -107,7 +110,7 @@ class World:
         began, told = time.monotonic(), False
         answers = []
         for rank in range(self.size):
-            while not self._store.check([f"{base}/{rank}"]):
+            while not self._is_set(f"{base}/{rank}"):
                 self.check()
                 waited = time.monotonic() - began
                 if waited > PATIENCE_SECONDS and not told:
@@ -135,6 +138,18 @@ class World:
                 "must run the same program with the same Config"
             )
         return [a["answer"] for a in answers]
+
+    def gather_after_error(self, answer: Any, timeout_seconds: float) -> list[Any]:
+        """Return the answers of all ranks behind a backward that raised and was caught.
+
+        A rank that still waits in that backward is told by `wait`, so that nobody waits for it.
+
+        Raises:
+            RemoteRankError: A rank has caught nothing, or as `gather`.
+        """
+        self._caught += 1
+        self._store.set(f"{self._prefix}/caught/{self.rank}/{self._caught}", "1")
+        return self.gather("a backward whose error was caught", answer, timeout_seconds)
 
     def agree(self, what: str, value: dict[str, Any], timeout_seconds: float) -> None:
         """Raise PlanMismatchError on every rank unless `value` is the same on all of them."""
@@ -202,10 +217,11 @@ class World:
                 work.wait(timedelta(seconds=1))
                 return
             except RuntimeError as error:
-                self.check()
+                self._check_waiting(what)
                 if work.is_completed():
                     self._explain_broken(what, error)
                 self._check_finished(what)
+                self._check_caught(what)
 
     def close(self) -> None:
         """Stop watching, and tell the others that this rank ended by itself."""
@@ -218,12 +234,19 @@ class World:
             logger.debug("the store was gone when rank %d ended", self.rank)
         if threading.current_thread() is not self._watcher:
             self._watcher.join(timeout=2 * HEARTBEAT_SECONDS)
+        for end in self._at_close:
+            end()
+
+    def at_close(self, end: Callable[[], None]) -> None:
+        """Let `end` be called when the World is closed: threads that wait by it have to stop."""
+        self._at_close.append(end)
 
     def _explain_broken(self, what: str, error: BaseException) -> None:
         """Give the rank that broke the connection a moment to say why, then raise."""
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
-            self.check()
+            self._check_waiting(what)
+            self._check_finished(what)
             time.sleep(0.1)
         self._give_up(f"the connection broke while waiting for {what}: {error}")
 
@@ -231,11 +254,11 @@ class World:
         ended = [
             r
             for r in range(self.size)
-            if r != self.rank and self._store.check([f"{self._prefix}/done/{r}"])
+            if r != self.rank and self._is_set(f"{self._prefix}/done/{r}")
         ]
         if ended:
-            time.sleep(1)  # a failure may be on its way
-            self.check()
+            time.sleep(HEARTBEAT_SECONDS)  # a failure may be on its way
+            self._await_failure(what)
             self._give_up(
                 f"ranks {ended} ended their program while rank {self.rank} still waits for {what}; "
                 "every rank must take the same number of steps (uneven data?)"
@@ -246,7 +269,17 @@ class World:
         self._own_failure_told = True
         self._post(self._store, self.rank, str(error), "")
         self._noticed.set()
+        if self.rank == 0:
+            self._meet(f"{self._prefix}/seen")
         raise error
+
+    def _is_set(self, key: str) -> bool:
+        """Return whether a rank has set a key; raise RemoteRankError if nobody can any more."""
+        try:
+            return bool(self._store.check([key]))
+        except STORE_IS_GONE as error:
+            self.check()
+            raise _store_is_gone(error) from error
 
     def _post(self, store: Any, rank: int, cause: str, text: str) -> None:
         try:
@@ -255,6 +288,31 @@ class World:
             store.set(f"{self._prefix}/failure/{number}", record)
         except RuntimeError:  # the store is gone: its host failed first and everybody notices
             logger.warning("rank %d failed (%s) and could not tell the others", rank, cause)
+
+    def _check_waiting(self, what: str) -> None:
+        """Raise if another rank has failed, or this one has come to its end meanwhile."""
+        self.check()
+        if self._stop.is_set():
+            raise MagiError(f"rank {self.rank} ended while a thread of it waited for {what}")
+
+    def _await_failure(self, what: str) -> None:
+        """Raise RemoteRankError if a rank has told of a failure; the watching thread reads it."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < deadline:
+            self._check_waiting(what)
+            if self._own_failure_told or not self._store.add(f"{self._prefix}/failures", 0):
+                return
+            time.sleep(0.1)
+
+    def _check_caught(self, what: str) -> None:
+        key, others = self._caught + 1, [r for r in range(self.size) if r != self.rank]
+        alone = [r for r in others if self._is_set(f"{self._prefix}/caught/{r}/{key}")]
+        if alone:
+            self._give_up(
+                f"the backward of ranks {alone} ended with an error that their program caught, "
+                f"while rank {self.rank} still waits for {what}; catch it on every rank, or let it "
+                "end the program"
+            )
 
     # -- the watching thread -------------------------------------------------------------------
 
@@ -279,10 +337,7 @@ class World:
                     self._post(self._watch_store, neighbour, cause, "")
             except RuntimeError as error:
                 if not self._stop.is_set():
-                    self._failure = RemoteRankError(
-                        f"the store of the process group is gone, so the rank or launcher that "
-                        f"hosts it has ended: {error}"
-                    )
+                    self._failure = _store_is_gone(error)
                 return
 
     def _beat_of(self, rank: int) -> int:
@@ -313,6 +368,13 @@ class World:
             previous(kind, error, trace)
 
         sys.excepthook = hook
+
+
+def _store_is_gone(error: BaseException) -> RemoteRankError:
+    return RemoteRankError(
+        "the store of the process group is gone, so the rank or launcher that hosts it has ended "
+        f"(rank 0, if no launcher; if without an error, it took fewer steps): {error}"
+    )
 
 
 def _difference(mine: Any, theirs: Any, path: str = "") -> str:

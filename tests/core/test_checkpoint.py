@@ -1,5 +1,6 @@
 """Checkpoints of plain modules; of sharded ones: tests/distributed/test_fully_shard.py."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -22,21 +23,82 @@ def number_in(folder):
     return float(plain_state_dict(folder)["weight"].mean())
 
 
-def test_saving_before_the_first_step_changes_nothing(tmp_path):
+SGD = functools.partial(torch.optim.SGD, momentum=0.9, dampening=0.5)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.NAdam, torch.optim.ASGD, SGD])
+def test_saving_before_the_first_step_changes_nothing(kind, tmp_path):
     def trained(folder):
         torch.manual_seed(0)
         module = nn.Linear(4, 4)
-        optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+        optimizer = kind(module.parameters(), lr=0.1)
         if folder is not None:
             save_checkpoint(folder, module, optimizer)
             assert not optimizer.state
             load_checkpoint(folder, module, optimizer)
+            assert not optimizer.state
         module(torch.ones(2, 4)).square().sum().backward()
         optimizer.step()
         return module
 
     want, got = trained(None), trained(tmp_path / "first")
     assert all(map(torch.equal, got.parameters(), want.parameters()))
+
+
+class Late(nn.Module):
+    """`late` has a gradient from the fourth step on, `never` has none."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.late, self.never = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def train_on(self, optimizer, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            h = self.first(torch.full((2, 4), step + 1.0))
+            (self.late(h) if step >= 3 else h).square().sum().backward()
+            optimizer.step()
+
+
+def late():
+    torch.manual_seed(0)
+    module = Late()
+    return module, torch.optim.AdamW(module.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("saved_at", [2, 4])
+@pytest.mark.parametrize("before", [[], [0], [4]], ids=["fresh", "less", "more"])
+def test_parameters_without_optimizer_state_have_none_afterwards(saved_at, before, tmp_path):
+    module, optimizer = late()
+    module.train_on(optimizer, range(saved_at))
+    save_checkpoint(tmp_path / "run", module, optimizer)
+    module.train_on(optimizer, range(saved_at, 6))
+    want = [p.detach().clone() for p in module.parameters()]
+    module, optimizer = late()
+    module.train_on(optimizer, before)  # leaves gradients
+    load_checkpoint(tmp_path / "run", module, optimizer)
+    with_state = {n for n, p in module.named_parameters() if p in optimizer.state}
+    assert with_state == {n for n, _ in module.named_parameters() if n[0] in "fl"[: saved_at // 2]}
+    assert (module.first.weight.grad is not None) == bool(before)
+    module.train_on(optimizer, range(saved_at, 6))
+    assert all(map(torch.equal, module.parameters(), want))
+
+
+@pytest.mark.parametrize("before", [[], [0]], ids=["fresh", "running"])
+def test_state_of_frozen_parameters_is_there_when_they_are_trained_again(before, tmp_path):
+    module, optimizer = late()
+    module.train_on(optimizer, range(2))
+    save_checkpoint(tmp_path / "run", module, optimizer)
+    module.train_on(optimizer, range(2, 5))
+    want = [p.detach().clone() for p in module.parameters()]
+    module, optimizer = late()
+    module.train_on(optimizer, before)
+    module.first.requires_grad_(False)
+    load_checkpoint(tmp_path / "run", module, optimizer)
+    assert not module.first.weight.requires_grad
+    module.first.requires_grad_(True)
+    module.train_on(optimizer, range(2, 5))
+    assert all(map(torch.equal, module.parameters(), want))
 
 
 def test_what_lies_in_the_place_of_the_folder_is_replaced_time_after_time(tmp_path):

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,7 +13,7 @@ import magi_train
 from magi_train import CommConfig, Config
 from magi_train.core import world
 from tests.models import GraphBreak, Small, tokens
-from tests.ranks import run_ranks, values
+from tests.ranks import free_port, run_ranks, values
 
 SECONDS = 30
 
@@ -234,3 +236,108 @@ def test_a_compiler_that_fails_on_one_rank_takes_all_to_eager():
     assert tier0 == tier1 == "eager"
     assert "on rank 1, compilation failed: division by zero" in why0
     assert torch.equal(grad0, grad1)
+
+
+class PlannedError(Exception):
+    pass
+
+
+def planned_failure(_):
+    raise PlannedError
+
+
+def catches_in_step_three(rank, world_size, broken, compression=None):
+    """`broken` names, for each rank, the parameter whose gradient is an error once, "" for none."""
+    torch.manual_seed(0)
+    comm = CommConfig(compression=compression, bucket_mib=0.001)
+    model = magi_train.prepare(Small(), config=Config(tier="eager", comm=comm, timeout_seconds=20))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    parameters = dict(model.named_parameters())
+    for step in range(6):
+        hook = None
+        if step == 2 and broken[rank]:
+            hook = parameters[broken[rank]].register_post_accumulate_grad_hook(planned_failure)
+        try:
+            model(tokens(2 * step + rank), tokens(1)).backward()
+            optimizer.step()
+        except PlannedError:
+            hook.remove()
+        optimizer.zero_grad()
+    return {n: p.detach().clone() for n, p in parameters.items()}
+
+
+def skips_step_three(rank, world_size):
+    torch.manual_seed(0)
+    model = torch.nn.parallel.DistributedDataParallel(Small())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for step in (0, 1, 3, 4, 5):
+        model(tokens(2 * step + rank), tokens(1)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {n: p.detach().clone() for n, p in model.module.named_parameters()}
+
+
+def test_an_error_in_the_backward_that_all_ranks_catch_costs_that_step_only(two_ranks):
+    want = values(two_ranks(skips_step_three))[0]
+    first, second = values(two_ranks(catches_in_step_three, ("a.bias", "a.bias")))
+    for name, weight in want.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], weight)
+
+
+@pytest.mark.parametrize("compression", [None, "int8"])
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (("", "a.bias"), "the backward of ranks [1] ended with an error that their program caught"),
+        (("b.bias", "a.bias"), "at another place on each rank: ranks had sent ["),
+    ],
+    ids=["on one rank", "at two places"],
+)
+def test_an_error_in_the_backward_that_ranks_catch_unequally_ends_all(broken, words, compression):
+    for outcome in run_ranks(catches_in_step_three, broken, compression):
+        assert words in outcome.error, outcome.error
+
+
+SCRIPT = """
+import torch, torch.distributed as dist
+import magi_train
+from magi_train import CommConfig, Config
+from tests.models import Small, tokens
+
+torch.set_num_threads(1)
+comm = CommConfig(compression="int8", bucket_mib=0.001)
+model = magi_train.prepare(Small(), config=Config(tier="eager", comm=comm))
+for step in range(3):
+    model(tokens(0), tokens(1)).backward()
+    if dist.get_rank() == 1 and step == 1:
+"""
+
+
+def run_scripts(last_line):
+    """Run SCRIPT with one more line, which rank 1 gets to; return exit codes and rank 0's error."""
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"{SCRIPT}        {last_line}"],
+            env={**env, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [p.communicate(timeout=120)[1] for p in processes]
+    return [p.returncode for p in processes], errors[0]
+
+
+def test_threads_that_wait_in_gloo_do_not_abort_a_program_that_ends():
+    hook = "model.a.bias.register_post_accumulate_grad_hook(lambda _: 1 / 0)"
+    codes, error = run_scripts(hook)
+    assert "rank 1 failed: ZeroDivisionError" in error, error
+    assert codes == [1, 1], error
+
+
+def test_a_program_that_ends_early_is_named_though_its_connection_breaks():
+    codes, error = run_scripts("raise SystemExit")
+    assert "RemoteRankError: ranks [1] ended their program while rank 0 still waits" in error, error
+    assert codes == [1, 0], error

@@ -425,6 +425,20 @@ def test_a_rank_that_raises_ends_the_other():
     assert abs(first.ended_at - second.ended_at) < SECONDS
 
 
+def goes_on_after_an_error(_, __):
+    model = magi_train.prepare(make("blocks"), config=FSDP2)
+    for _ in range(2):
+        loss = model(tokens(0), tokens(1))
+        loss.register_hook(lambda g: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loss.backward()
+
+
+def test_a_backward_that_raised_is_not_gone_on_from():
+    for outcome in run_ranks(goes_on_after_an_error):
+        assert outcome.error.startswith("MagiError: the last backward ended with an error that was")
+
+
 def stops_early(rank, _):
     model = magi_train.prepare(make("blocks"), config=FSDP2)
     for step in range(3 if rank == 0 else 2):
