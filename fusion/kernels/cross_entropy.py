@@ -42,17 +42,67 @@ def _stepped(x, inner, outer, CAPPED: tl.constexpr):
 
 
 @triton.jit
+def _loaded(source, at, readable, REST: tl.constexpr):
+    """Return what lies there: all of it, or in the rest of a row what is `readable`."""
+    if REST:
+        return tl.load(source + at, mask=at < readable, other=0.0)
+    return tl.load(source + at)
+
+
+@triton.jit
+def _more(
+    before, total, plain, source, at, readable, vocabulary, inner, outer, CAPPED: tl.constexpr,
+    SMOOTHED: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """Take more elements into the maximum, the sum of exponentials relative to it, the sum."""
+    z = _stepped(_loaded(source, at, readable, REST), inner, outer, CAPPED)
+    if SMOOTHED:
+        plain += tl.sum(tl.where(at < vocabulary, z, 0.0) if REST else z)
+    if REST:
+        z = tl.where(at < vocabulary, z, float("-inf"))
+    largest = tl.maximum(before, tl.max(z))
+    base = tl.where(largest == float("-inf"), 0.0, largest)
+    total = total * tl.exp2((before - base) * LOG2_E)
+    total += tl.sum(tl.exp2((z - base) * LOG2_E))
+    return largest, total, plain
+
+
+@triton.jit
+def _derivative(
+    source, target, at, readable, writable, vocabulary, label, log_sum, smoothing, inner, outer,
+    CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient by some elements; of those behind the vocabulary it is 0."""
+    z = _stepped(_loaded(source, at, readable, REST), inner, outer, CAPPED)
+    dz = tl.exp2((z - log_sum) * LOG2_E)
+    if SMOOTHED:
+        dz -= smoothing / vocabulary
+    dz = tl.where(at == label, dz - (1.0 - smoothing), dz) * inner
+    if CAPPED:
+        dz = dz * (outer - z * z / outer)
+    if REST:
+        dz = tl.where(at < vocabulary, dz, 0.0).to(target.dtype.element_ty)
+        tl.store(target + at, dz, mask=at < writable)
+    else:
+        tl.store(target + at, dz.to(target.dtype.element_ty))
+
+
+@triton.jit
 def _cross_entropy(
     logits, labels, losses, gradients, vocabulary, units_from_row, units_of_row, units_to_row,
     ignore_index, smoothing, inner, outer, CAPPED: tl.constexpr, SMOOTHED: tl.constexpr,
     UNIT: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: loss and gradient. Strides come in units, so that Triton knows the factor."""
+    """One row: loss and gradient. Strides come in units, so that Triton knows the factor.
+
+    Whole blocks of the vocabulary need no masks; the rest of the row and its padding do.
+    """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     source = logits + row * units_from_row * UNIT
     target = gradients + row * units_to_row * ALIGNMENT
     readable, writable = units_of_row * UNIT, units_to_row * ALIGNMENT
+    whole = vocabulary // BLOCK * BLOCK
     columns = tl.arange(0, BLOCK)
     if label == ignore_index:
         tl.store(losses + row, 0.0)
@@ -61,17 +111,16 @@ def _cross_entropy(
             tl.store(target + start + columns, nothing, mask=start + columns < writable)
     else:
         largest, total, plain = float("-inf"), 0.0, 0.0
-        for start in range(0, vocabulary, BLOCK):
-            inside = start + columns < vocabulary
-            x = tl.load(source + start + columns, mask=start + columns < readable, other=0.0)
-            z = _stepped(x, inner, outer, CAPPED)
-            if SMOOTHED:
-                plain += tl.sum(tl.where(inside, z, 0.0))
-            z = tl.where(inside, z, float("-inf"))
-            before, largest = largest, tl.maximum(largest, tl.max(z))
-            base = tl.where(largest == float("-inf"), 0.0, largest)
-            total = total * tl.exp2((before - base) * LOG2_E)
-            total += tl.sum(tl.exp2((z - base) * LOG2_E))
+        for start in range(0, whole, BLOCK):
+            largest, total, plain = _more(
+                largest, total, plain, source, start + columns, readable, vocabulary, inner, outer,
+                CAPPED, SMOOTHED, False,
+            )  # fmt: skip
+        for start in range(whole, vocabulary, BLOCK):
+            largest, total, plain = _more(
+                largest, total, plain, source, start + columns, readable, vocabulary, inner, outer,
+                CAPPED, SMOOTHED, True,
+            )  # fmt: skip
         log_sum = tl.where(largest == float("-inf"), 0.0, largest) + tl.log2(total) / LOG2_E
         known = (label >= 0) & (label < vocabulary)
         own = tl.load(source + label, mask=known, other=float("nan"))
@@ -79,17 +128,17 @@ def _cross_entropy(
         if SMOOTHED:
             loss -= smoothing * plain / vocabulary
         tl.store(losses + row, loss)
-        for start in range(0, writable, BLOCK):
-            x = tl.load(source + start + columns, mask=start + columns < readable, other=0.0)
-            z = _stepped(x, inner, outer, CAPPED)
-            dz = tl.exp2((z - log_sum) * LOG2_E) - smoothing / vocabulary
-            dz = tl.where(start + columns == label, dz - (1.0 - smoothing), dz) * inner
-            if CAPPED:
-                dz = dz * (outer - z * z / outer)
-            dz = tl.where(known, dz, float("nan"))
-            dz = tl.where(start + columns < vocabulary, dz, 0.0)
-            dz = dz.to(gradients.dtype.element_ty)
-            tl.store(target + start + columns, dz, mask=start + columns < writable)
+        log_sum = tl.where(known, log_sum, float("nan"))  # and so is all of the gradient
+        for start in range(0, whole, BLOCK):
+            _derivative(
+                source, target, start + columns, readable, writable, vocabulary, label, log_sum,
+                smoothing, inner, outer, CAPPED, SMOOTHED, False,
+            )  # fmt: skip
+        for start in range(whole, writable, BLOCK):
+            _derivative(
+                source, target, start + columns, readable, writable, vocabulary, label, log_sum,
+                smoothing, inner, outer, CAPPED, SMOOTHED, True,
+            )  # fmt: skip
 
 
 def padded(columns: int) -> int:
