@@ -13,7 +13,8 @@ smaller than an H100's L2, so the second read need not reach memory. 2 bytes rea
 
 Wide accesses need rows that start at multiples of 16 bytes, and so do the fast matrix products that
 follow. Gradients get such rows, whatever their length: `padded`. Logits should have that many
-columns; those behind the vocabulary are read by nobody, and their gradient is 0.
+columns. Those behind the vocabulary count for nothing, and what is written as their gradient says
+nothing: it is finite, so that a product with zeros is zero.
 
 Source: online softmax, Milakov and Gimelshein 2018 (arXiv 1805.02867). Differs from Liger Kernel
 (arXiv 2410.10989, section 3.2): rows are not overwritten, so the op stays a function.
@@ -42,85 +43,36 @@ def _stepped(x, inner, outer, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _loaded(source, at, readable, REST: tl.constexpr):
-    """Return what lies there: all of it, or in the rest of a row what is `readable`."""
-    if REST:
-        return tl.load(source + at, mask=at < readable, other=0.0)
-    return tl.load(source + at)
-
-
-@triton.jit
-def _more(
-    before, total, plain, source, at, readable, vocabulary, inner, outer, CAPPED: tl.constexpr,
-    SMOOTHED: tl.constexpr, REST: tl.constexpr,
-):  # fmt: skip
-    """Take more elements into the maximum, the sum of exponentials relative to it, the sum."""
-    z = _stepped(_loaded(source, at, readable, REST), inner, outer, CAPPED)
-    if SMOOTHED:
-        plain += tl.sum(tl.where(at < vocabulary, z, 0.0) if REST else z)
-    if REST:
-        z = tl.where(at < vocabulary, z, float("-inf"))
-    largest = tl.maximum(before, tl.max(z))
-    base = tl.where(largest == float("-inf"), 0.0, largest)
-    total = total * tl.exp2((before - base) * LOG2_E)
-    total += tl.sum(tl.exp2((z - base) * LOG2_E))
-    return largest, total, plain
-
-
-@triton.jit
-def _derivative(
-    source, target, at, readable, writable, vocabulary, label, log_sum, smoothing, inner, outer,
-    CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, REST: tl.constexpr,
-):  # fmt: skip
-    """Write the gradient by some elements; of those behind the vocabulary it is 0."""
-    z = _stepped(_loaded(source, at, readable, REST), inner, outer, CAPPED)
-    dz = tl.exp2((z - log_sum) * LOG2_E)
-    if SMOOTHED:
-        dz -= smoothing / vocabulary
-    dz = tl.where(at == label, dz - (1.0 - smoothing), dz) * inner
-    if CAPPED:
-        dz = dz * (outer - z * z / outer)
-    if REST:
-        dz = tl.where(at < vocabulary, dz, 0.0).to(target.dtype.element_ty)
-        tl.store(target + at, dz, mask=at < writable)
-    else:
-        tl.store(target + at, dz.to(target.dtype.element_ty))
-
-
-@triton.jit
 def _cross_entropy(
     logits, labels, losses, gradients, vocabulary, units_from_row, units_of_row, units_to_row,
     ignore_index, smoothing, inner, outer, CAPPED: tl.constexpr, SMOOTHED: tl.constexpr,
     UNIT: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: loss and gradient. Strides come in units, so that Triton knows the factor.
-
-    Whole blocks of the vocabulary need no masks; the rest of the row and its padding do.
-    """
+    """One row: loss and gradient. Strides come in units, so that Triton knows the factor."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     source = logits + row * units_from_row * UNIT
     target = gradients + row * units_to_row * ALIGNMENT
     readable, writable = units_of_row * UNIT, units_to_row * ALIGNMENT
-    whole = vocabulary // BLOCK * BLOCK
     columns = tl.arange(0, BLOCK)
     if label == ignore_index:
         tl.store(losses + row, 0.0)
-        for start in range(0, writable, BLOCK):
+        for start in range(0, vocabulary, BLOCK):
             nothing = tl.zeros([BLOCK], dtype=gradients.dtype.element_ty)
             tl.store(target + start + columns, nothing, mask=start + columns < writable)
     else:
         largest, total, plain = float("-inf"), 0.0, 0.0
-        for start in range(0, whole, BLOCK):
-            largest, total, plain = _more(
-                largest, total, plain, source, start + columns, readable, vocabulary, inner, outer,
-                CAPPED, SMOOTHED, False,
-            )  # fmt: skip
-        for start in range(whole, vocabulary, BLOCK):
-            largest, total, plain = _more(
-                largest, total, plain, source, start + columns, readable, vocabulary, inner, outer,
-                CAPPED, SMOOTHED, True,
-            )  # fmt: skip
+        for start in range(0, vocabulary, BLOCK):
+            inside = start + columns < vocabulary
+            x = tl.load(source + start + columns, mask=start + columns < readable, other=0.0)
+            z = _stepped(x, inner, outer, CAPPED)
+            if SMOOTHED:
+                plain += tl.sum(tl.where(inside, z, 0.0))
+            z = tl.where(inside, z, float("-inf"))
+            before, largest = largest, tl.maximum(largest, tl.max(z))
+            base = tl.where(largest == float("-inf"), 0.0, largest)
+            total = total * tl.exp2((before - base) * LOG2_E)
+            total += tl.sum(tl.exp2((z - base) * LOG2_E))
         log_sum = tl.where(largest == float("-inf"), 0.0, largest) + tl.log2(total) / LOG2_E
         known = (label >= 0) & (label < vocabulary)
         own = tl.load(source + label, mask=known, other=float("nan"))
@@ -129,16 +81,19 @@ def _cross_entropy(
             loss -= smoothing * plain / vocabulary
         tl.store(losses + row, loss)
         log_sum = tl.where(known, log_sum, float("nan"))  # and so is all of the gradient
-        for start in range(0, whole, BLOCK):
-            _derivative(
-                source, target, start + columns, readable, writable, vocabulary, label, log_sum,
-                smoothing, inner, outer, CAPPED, SMOOTHED, False,
-            )  # fmt: skip
-        for start in range(whole, writable, BLOCK):
-            _derivative(
-                source, target, start + columns, readable, writable, vocabulary, label, log_sum,
-                smoothing, inner, outer, CAPPED, SMOOTHED, True,
-            )  # fmt: skip
+        for start in range(0, vocabulary, BLOCK):
+            x = tl.load(source + start + columns, mask=start + columns < readable, other=0.0)
+            z = _stepped(x, inner, outer, CAPPED)
+            # at most 1, but for columns behind the vocabulary
+            exponent = tl.minimum((z - log_sum) * LOG2_E, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            dz = tl.exp2(exponent)
+            if SMOOTHED:
+                dz -= smoothing / vocabulary
+            dz = tl.where(start + columns == label, dz - (1.0 - smoothing), dz) * inner
+            if CAPPED:
+                dz = dz * (outer - z * z / outer)
+            dz = dz.to(gradients.dtype.element_ty)
+            tl.store(target + start + columns, dz, mask=start + columns < writable)
 
 
 def padded(columns: int) -> int:
@@ -166,15 +121,25 @@ def cross_entropy(
         smoothing: Label smoothing, 0 to 1.
         inner: Factor of the logits.
         outer: The soft cap: z = outer tanh(inner x); None for z = inner x.
-        vocabulary: How many of the columns count, from the first one on; None for all.
+        vocabulary: How many of the columns count, from the first one on; None for all. The others
+            are at most those that `padded(vocabulary)` has more, and are not NaN.
         tile: Elements that a program works on at a time, a power of two, and its warps.
 
     Returns:
         Losses, float32 `[tokens]`, and gradients in the shape and dtype of `logits`, their rows
-        `padded(columns)` apart.
+        `padded(columns)` apart; behind the vocabulary it is any finite number, for a label that is
+        counted and known.
+
+    Raises:
+        ValueError: There are fewer or more columns.
     """
     tokens, width = logits.shape
     vocabulary = width if vocabulary is None else vocabulary
+    if not vocabulary <= width <= padded(vocabulary):
+        raise ValueError(
+            f"logits must have {vocabulary} to {padded(vocabulary)} columns for a vocabulary of "
+            f"{vocabulary}, got {width}"
+        )
     losses = torch.empty(tokens, dtype=torch.float32, device=logits.device)
     gradients = torch.empty((tokens, padded(width)), dtype=logits.dtype, device=logits.device)[
         :, :width
@@ -188,7 +153,8 @@ def cross_entropy(
             -(-width // unit), gradients.stride(0) // ROW_ALIGNMENT, ignore_index, smoothing,
             inner, 1.0 if outer is None else outer, CAPPED=outer is not None,
             SMOOTHED=smoothing != 0, UNIT=unit, ALIGNMENT=ROW_ALIGNMENT,
-            BLOCK=min(tile[0], triton.next_power_of_2(vocabulary)), num_warps=tile[1],
+            BLOCK=min(tile[0], max(ROW_ALIGNMENT, triton.next_power_of_2(vocabulary))),
+            num_warps=tile[1],
         )  # fmt: skip
     return losses, gradients
 

