@@ -138,6 +138,50 @@ def test_what_is_left_alone(between, autocast, why):
         assert any(why in reason for _, reason in plan["left_alone"])
 
 
+def half_cdf(x):
+    return 0.5 * (1 + torch.erf(x.float() * FACTOR))
+
+
+@pytest.mark.parametrize(
+    ("between", "why"),
+    [
+        (lambda x: (2 * half_cdf(x * 1e-3) - 1).to(x.dtype) * 1000, "digits"),
+        (lambda x: ((half_cdf(x + 1e-2) - half_cdf(x)) * 100).to(x.dtype), "digits"),
+        (lambda x: torch.log(2 * half_cdf(x * 1e-3)).to(x.dtype) * 1000, "digits"),
+        (lambda x: torch.where(half_cdf(F.relu(x)) > 0.5, x, 0.0).to(x.dtype), "digits"),
+        (lambda x: (2 * half_cdf(F.relu(x))).to(torch.int32).to(x.dtype) * x, "digits"),
+        (lambda x: torch.where(half_cdf(F.relu(x)).bool(), x, 0.0), "digits"),
+        (lambda x: (1 + torch.erf((x * 4).to(torch.int8))).to(x.dtype) * x, "int8"),
+        (lambda x: (1 + torch.erf(x > 0)).to(x.dtype) * x, "bool"),
+    ],
+)
+def test_what_would_lose_digits_is_left_alone(between, why):
+    """At 0 it is 4e-6 off 1: nothing in 16 bits, all of what is left after 1 is taken off."""
+    torch.manual_seed(0)
+    model, x = Gelu(between), torch.randn(16, 24)
+    got, plan = train(model, {"x": x}, ON)
+    want, _ = train(model, {"x": x}, OFF)
+    assert not plan["narrowed"]
+    assert any(why in reason for _, reason in plan["left_alone"])
+    assert difference(got, want) == 0
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: (x.float() * half_cdf(x)).to(x.dtype),
+        lambda x: F.dropout(F.gelu(x.float()), 0.5).to(x.dtype),
+        lambda x: torch.where(x > 0, F.gelu(x.float()), -x.float()).to(x.dtype),
+    ],
+)
+def test_products_and_choices_keep_digits(between):
+    torch.manual_seed(0)
+    model, x = Gelu(between), torch.randn(16, 24)
+    _, plan = train(model, {"x": x}, ON)
+    assert plan["narrowed"]
+    assert not plan["left_alone"]
+
+
 def test_it_is_off_where_there_is_no_generated_code_and_on_the_cpu():
     torch.manual_seed(0)
     model, x = Gelu(), torch.randn(16, 24)
