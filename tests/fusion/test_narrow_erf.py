@@ -8,9 +8,11 @@ import torch
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import magi_train
 from magi_train import Config, FusionConfig
+from magi_train.core.errors import PassError
 from magi_train.fusion.narrow_erf import one_plus_erf
 from tests.close import difference, relative_error
 from tests.models import MODELS, loss_of
@@ -180,6 +182,43 @@ def test_products_and_choices_keep_digits(between):
     _, plan = train(model, {"x": x}, ON)
     assert plan["narrowed"]
     assert not plan["left_alone"]
+
+
+class Checkpointed(nn.Module):
+    """A GELU that is computed again in the backward, here by hand or, in several, by a budget."""
+
+    def __init__(self, depth=1, wide=40):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(24, wide), nn.GELU(), nn.Linear(wide, 24)) for _ in range(depth)
+        )
+
+    def forward(self, x):
+        for block in self.blocks:
+            alone = len(self.blocks) == 1
+            x = x + (checkpoint(block, x, use_reentrant=False) if alone else block(x))
+        return x.float().square().mean()
+
+
+def test_a_gelu_that_is_computed_again_is_not_stored_in_float32():
+    torch.manual_seed(0)
+    model, x = Checkpointed(), torch.randn(64, 24)
+    with torch._inductor.config.patch(realize_opcount_threshold=30):  # as it is on GPUs
+        (_, plan), codes = run_and_get_code(lambda: train(model, {"x": x}, ON))
+    assert plan["narrowed"]
+    assert "empty_strided_cpu((64, 40), (40, 1), torch.bfloat16)" in "".join(codes)
+    assert "empty_strided_cpu((64, 40), (40, 1), torch.float32)" not in "".join(codes)
+
+
+def test_a_memory_budget_is_as_small_as_with_the_exact_one():
+    torch.manual_seed(0)
+    model, x = Checkpointed(depth=4, wide=96), torch.randn(4096, 24)
+    least = []
+    for config in (ON, OFF):
+        with pytest.raises(PassError, match="a step takes at least") as error:
+            train(model, {"x": x}, replace(config, memory_budget_gib=1e-3))
+        least.append(str(error.value).partition("at least ")[2].partition(" GiB")[0])
+    assert least[0] == least[1]
 
 
 def test_it_is_off_where_there_is_no_generated_code_and_on_the_cpu():
