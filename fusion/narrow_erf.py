@@ -12,7 +12,10 @@ of half a unit in the last place of bfloat16 (2e-3) and float16 (5e-4). For z be
 closer than `1 + erf(z)` in float32, which loses digits: 5e-2 at z = -3.5. The derivative has the
 same exponential; both are one expression in the kernel, a power of 2.
 
-Left alone, with the reason in the plan: where any reader is not rounded to 16 bits.
+Left alone, with the reason in the plan: where any reader is not rounded to 16 bits, or may lose
+digits before: near z = 0 the value is 1 within 4e-6, so `(1 + erf(z)) - 1` would be wrong in its
+first digits, and a comparison with 1 would turn. Products keep a relative error; of sums only the
+derivative's is taken, `(1 + erf(z)) / 2 + x exp(-z^2) / sqrt(2 pi)`.
 
 Source: the form of Abramowitz and Stegun 1964, 7.1.26; p and c are fits of our own, for the least
 relative error (theirs is for the least absolute one, with five terms).
@@ -20,6 +23,7 @@ relative error (theirs is for the least absolute one, with five terms).
 
 import math
 import sys
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +37,8 @@ SOURCE = source_fingerprint(sys.modules[__name__])
 
 aten = torch.ops.aten
 NARROW = (torch.bfloat16, torch.float16)
+CONVERT = torch.ops.prims.convert_element_type.default
+PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default)
 LOG2_E = math.log2(math.e)
 P = 0.435
 COEFFICIENTS = (
@@ -133,28 +139,67 @@ def _same_exponentials(x: Node, factor: float) -> list[Node]:
 
 def _why_not(erf: Node, reader: Node) -> str:
     """Return "" if `reader` is `1 + erf` and all that comes of it is rounded to 16 bits."""
-    value = erf.meta.get("val")
-    if not isinstance(value, torch.Tensor) or value.dtype is not torch.float32:
-        return f"it is in {getattr(value, 'dtype', None)}, not in float32"
+    for node in (erf, erf.args[0]):
+        value = node.meta.get("val") if isinstance(node, Node) else None
+        if not isinstance(value, torch.Tensor) or value.dtype is not torch.float32:
+            return f"it is in {getattr(value, 'dtype', None)}, not in float32"
     one = [a for a in reader.args if a is not erf]
     if reader.target is not aten.add.Tensor or one != [1] or reader.kwargs:
         return f"it is not added to 1, but read by {op_name(reader) or reader.op}"
-    return _wide_end(reader)
+    return _wide_end(reader, keeps=_keeps_digits)
 
 
-def _wide_end(start: Node) -> str:
-    """Return "" if all ways from `start` through element-wise ops end in 16 bits, else why not."""
+def _wide_end(
+    start: Node, keeps: Callable[[Node, Collection[Node]], bool] = lambda node, found: True
+) -> str:
+    """Return "" if all ways from `start` through element-wise ops end in 16 bits, else why not.
+
+    Args:
+        start: What is read.
+        keeps: Of an op, and the nodes that come of `start`: whether it loses no digits.
+    """
     seen, todo = {start}, [start]
     while todo:
         for user in todo.pop().users:
             value = user.meta.get("val")
-            if user in seen or (isinstance(value, torch.Tensor) and value.dtype in NARROW):
+            narrow = isinstance(value, torch.Tensor) and value.dtype in NARROW
+            if user in seen or (narrow and user.target is CONVERT):
                 continue
             if user.op == "output" or not is_pointwise(user):
                 return f"{op_name(user) or 'the output'} reads it without a rounding to 16 bits"
-            seen.add(user)
-            todo.append(user)
+            if not keeps(user, seen):
+                return f"{op_name(user)} reads it, and may lose digits or turn"
+            if not narrow:
+                seen.add(user)
+                todo.append(user)
     return ""
+
+
+def _keeps_digits(node: Node, found: Collection[Node]) -> bool:
+    """Return whether a relative error in some of its arguments, `found`, stays about as small."""
+    if node.target is CONVERT:
+        return bool(node.args[1].is_floating_point)  # type: ignore[union-attr]
+    if node.target is aten.where.self:
+        return node.args[0] not in found
+    if node.target is aten.add.Tensor:
+        other = [a for a in node.args if a not in found]
+        return len(other) == 1 and not node.kwargs and _of_exponential(other[0])
+    return node.target in PRODUCTS and not node.kwargs
+
+
+def _of_exponential(value: Any) -> bool:
+    """Return whether a value is a product with an exponential: the second part of a derivative."""
+    todo, seen = [value], set()
+    while todo:
+        node = todo.pop()
+        if not isinstance(node, Node) or node in seen:
+            continue
+        if node.target in (aten.exp.default, aten.exp2.default):
+            return True
+        seen.add(node)
+        if node.target in PRODUCTS or node.target is CONVERT:
+            todo += node.all_input_nodes
+    return False
 
 
 def _erf_of(addition: Node) -> Node:

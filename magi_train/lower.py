@@ -46,6 +46,7 @@ from magi_train.core.passes import (
 )
 from magi_train.core.report import PassRow, Report, write_atomically
 from magi_train.fusion import attach, partial_sums
+from magi_train.fusion.narrow_erf import NarrowErf
 from magi_train.memory import blocks as memory_blocks
 from magi_train.memory import budget, copies, cost, offload, peak, picture, remat, step
 from magi_train.memory.blocks import Turn, in_turn
@@ -60,6 +61,11 @@ READS = 8
 """What is computed of up to so many tensors, and read twice, is computed twice in generated code,
 instead of Inductor's 4: sums of the gradients of query, key, value and the residual, in front of a
 norm's backward. 1 % of a step of BERT-base on an H200."""
+
+OPERATIONS = 64
+"""The same holds for what takes up to so many operations, constants counted, instead of Inductor's
+30, where erf is computed by 36 (fusion/narrow_erf.py): a GELU that is computed again in the
+backward, under a memory budget or torch.utils.checkpoint, would be stored there in float32."""
 
 MEMORY = (memory_blocks, budget, copies, cost, offload, peak, picture, remat, step)
 SOURCES = source_fingerprint(sys.modules[__name__], compat, graph, in_graph, attach, *MEMORY)
@@ -355,6 +361,8 @@ def _lower(
         fusing = compat.fusions_in_place()
     elif lowered.context.device_type == "cuda":
         patches["realize_reads_threshold"] = READS
+    if any(isinstance(each, NarrowErf) for each in lowered.joint):
+        patches["realize_opcount_threshold"] = OPERATIONS
     if limit is not None and limit.room_bytes:
         patches["post_grad_custom_post_pass"] = _Pin(lowered)
     cached: Any = contextlib.nullcontext()

@@ -298,14 +298,14 @@ def _stored(
     over: list[set[int]] = []
     reads: dict[Node, set[Node]] = {}  # the tensors from which a node is computed where it is read
     same: dict[Node, set[Node]] = {}  # those of them that are read at the place that is written
-    count: dict[Node, int] = {}
+    inside: dict[Node, set[Node]] = {}  # what is computed with it there
     readers: Counter[tuple[int, int]] = Counter()
     for i, node in enumerate(order):
         facts = storages.facts(node)
         below = {r for a in facts.inputs for r in reads.get(a, {a})}
         alike = [a for a in facts.inputs if storages.facts(a).elements == facts.elements]
         close = {r for a in alike for r in same.get(a, {a})}
-        ops = 1 + sum(count.get(a, 0) for a in facts.inputs)
+        ops = {node}.union(*(inside.get(a, ()) for a in facts.inputs))
         here = True
         if facts.view:
             first = node.args[0] if node.args else None
@@ -313,14 +313,14 @@ def _stored(
         elif facts.pointwise and node not in kept:
             users = [u for u in node.users if u in place]
             most = MOST_READS if len(users) > 1 else MOST_READS_ONCE
-            again = len(below) <= most and (len(users) < 2 or ops <= MOST_OPS)
+            again = len(below) <= most and (len(users) < 2 or len(ops) <= MOST_OPS)
             here = not _is_inlined(node, place, kernels, kept, storages, anywhere=again)
         stored.append(here)
         if here and facts.generated and not facts.view:
             readers.update({(s, kernels[i]) for r in below for s in storages.of(r)})
         over.append({s for r in close for s in storages.of(r)} if facts.pointwise else set())
         if not here or facts.view:
-            reads[node], count[node] = below, ops
+            reads[node], inside[node] = below, ops
             same[node] = close if facts.pointwise or op_name(node) in SAME_ELEMENTS else set()
     alone = [{s for s in each if readers[s, kernels[i]] == 1} for i, each in enumerate(over)]
     return stored, alone

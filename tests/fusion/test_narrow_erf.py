@@ -8,9 +8,11 @@ import torch
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import magi_train
 from magi_train import Config, FusionConfig
+from magi_train.core.errors import PassError
 from magi_train.fusion.narrow_erf import one_plus_erf
 from tests.close import difference, relative_error
 from tests.models import MODELS, loss_of
@@ -140,6 +142,87 @@ def test_what_is_left_alone(between, autocast, why):
     else:
         assert len(plan["narrowed"]) == (why == "sum"), "what the derivative reads ends in 16 bits"
         assert any(why in reason for _, reason in plan["left_alone"])
+
+
+def half_cdf(x):
+    return 0.5 * (1 + torch.erf(x.float() * FACTOR))
+
+
+@pytest.mark.parametrize(
+    ("between", "why"),
+    [
+        (lambda x: (2 * half_cdf(x * 1e-3) - 1).to(x.dtype) * 1000, "digits"),
+        (lambda x: ((half_cdf(x + 1e-2) - half_cdf(x)) * 100).to(x.dtype), "digits"),
+        (lambda x: torch.log(2 * half_cdf(x * 1e-3)).to(x.dtype) * 1000, "digits"),
+        (lambda x: torch.where(half_cdf(F.relu(x)) > 0.5, x, 0.0).to(x.dtype), "digits"),
+        (lambda x: (2 * half_cdf(F.relu(x))).to(torch.int32).to(x.dtype) * x, "digits"),
+        (lambda x: torch.where(half_cdf(F.relu(x)).bool(), x, 0.0), "digits"),
+        (lambda x: (1 + torch.erf((x * 4).to(torch.int8))).to(x.dtype) * x, "int8"),
+        (lambda x: (1 + torch.erf(x > 0)).to(x.dtype) * x, "bool"),
+    ],
+)
+def test_what_would_lose_digits_is_left_alone(between, why):
+    """At 0 it is 4e-6 off 1: nothing in 16 bits, all of what is left after 1 is taken off."""
+    torch.manual_seed(0)
+    model, x = Gelu(between), torch.randn(16, 24)
+    got, plan = train(model, {"x": x}, ON)
+    want, _ = train(model, {"x": x}, OFF)
+    assert not plan["narrowed"]
+    assert any(why in reason for _, reason in plan["left_alone"])
+    assert difference(got, want) == 0
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: (x.float() * half_cdf(x)).to(x.dtype),
+        lambda x: F.dropout(F.gelu(x.float()), 0.5).to(x.dtype),
+        lambda x: torch.where(x > 0, F.gelu(x.float()), -x.float()).to(x.dtype),
+    ],
+)
+def test_products_and_choices_keep_digits(between):
+    torch.manual_seed(0)
+    model, x = Gelu(between), torch.randn(16, 24)
+    _, plan = train(model, {"x": x}, ON)
+    assert plan["narrowed"]
+    assert not plan["left_alone"]
+
+
+class Checkpointed(nn.Module):
+    """A GELU that is computed again in the backward, here by hand or, in several, by a budget."""
+
+    def __init__(self, depth=1, wide=40):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(24, wide), nn.GELU(), nn.Linear(wide, 24)) for _ in range(depth)
+        )
+
+    def forward(self, x):
+        for block in self.blocks:
+            alone = len(self.blocks) == 1
+            x = x + (checkpoint(block, x, use_reentrant=False) if alone else block(x))
+        return x.float().square().mean()
+
+
+def test_a_gelu_that_is_computed_again_is_not_stored_in_float32():
+    torch.manual_seed(0)
+    model, x = Checkpointed(), torch.randn(64, 24)
+    with torch._inductor.config.patch(realize_opcount_threshold=30):  # as it is on GPUs
+        (_, plan), codes = run_and_get_code(lambda: train(model, {"x": x}, ON))
+    assert plan["narrowed"]
+    assert "empty_strided_cpu((64, 40), (40, 1), torch.bfloat16)" in "".join(codes)
+    assert "empty_strided_cpu((64, 40), (40, 1), torch.float32)" not in "".join(codes)
+
+
+def test_a_memory_budget_is_as_small_as_with_the_exact_one():
+    torch.manual_seed(0)
+    model, x = Checkpointed(depth=4, wide=96), torch.randn(4096, 24)
+    least = []
+    for config in (ON, OFF):
+        with pytest.raises(PassError, match="a step takes at least") as error:
+            train(model, {"x": x}, replace(config, memory_budget_gib=1e-3))
+        least.append(str(error.value).partition("at least ")[2].partition(" GiB")[0])
+    assert least[0] == least[1]
 
 
 def test_it_is_off_where_there_is_no_generated_code_and_on_the_cpu():
