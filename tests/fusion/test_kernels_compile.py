@@ -23,4 +23,3 @@ def test_kernels_compile_with_16_byte_accesses():
     found = json.loads(done.stdout)
     assert [name for name in WIDE if not found[name]["loads"]] == []
     assert [n for n in WIDE if not found[n]["stores"]] == ["column_sums"], "a number a thread"
-    assert found["cross_entropy"]["registers"] <= 96, "of 80 it took a fifth longer than of 56"
