@@ -536,7 +536,7 @@ class Region:
             joint.append(Fp8Linears())
         narrow_erf = fusion is not None and fusion.narrow_erf
         if fusion is not None and fusion.narrow_erf is None:
-            narrow_erf = runtime.device_type == "cuda"
+            narrow_erf = runtime.device_type == "cuda" and not budgeted
         if narrow_erf and runtime.config.lowering == "inductor":
             joint.append(NarrowErf())
         backward = registered_passes(Stage.BACKWARD)

@@ -86,7 +86,8 @@ class FusionConfig:
     narrow_erf: bool | None = None
     """Compute the `1 + erf(z)` of GELU to the precision of the bfloat16 or float16 that it is
     rounded to (relative error 8e-6), in generated code. None: on CUDA devices, where the exact one
-    costs more than reading and writing."""
+    costs more than reading and writing; not with a memory budget, whose plans take each operation
+    for traffic."""
 
     narrow_gradients: bool = False
     """Leave the gradients of weights in bfloat16 where autocast's backward made them so, if the
