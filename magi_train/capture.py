@@ -114,6 +114,21 @@ def pre_grad_passes(config: Config, device_type: str, *, budgeted: bool) -> list
     return [*passes, *registered_passes(Stage.PRE_GRAD)]
 
 
+def narrows_erf(config: Config, device_type: str, *, budgeted: bool) -> bool:
+    """Return whether GELU's erf is computed to 16 bits: where `config` asks, else where it gains.
+
+    Args:
+        config: The settings.
+        device_type: Where the graph runs.
+        budgeted: Whether a memory budget limits the step.
+    """
+    if config.fusion is None or config.lowering != "inductor":
+        return False
+    if config.fusion.narrow_erf is None:
+        return device_type == "cuda" and not budgeted
+    return config.fusion.narrow_erf
+
+
 class Region:
     """One captured function of a model. Calling it runs the function.
 
@@ -534,10 +549,7 @@ class Region:
                 joint.append(MergeProjections(whole=runtime.fp8))
         if runtime.fp8:
             joint.append(Fp8Linears())
-        narrow_erf = fusion is not None and fusion.narrow_erf
-        if fusion is not None and fusion.narrow_erf is None:
-            narrow_erf = runtime.device_type == "cuda" and not budgeted
-        if narrow_erf and runtime.config.lowering == "inductor":
+        if narrows_erf(settings, runtime.device_type, budgeted=budgeted):
             joint.append(NarrowErf())
         backward = registered_passes(Stage.BACKWARD)
         narrow = [i for i, x in _examples(gm) if in_graph and runtime.narrow_gradients.takes(x)]

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import magi_train
 from magi_train import Config, FusionConfig
+from magi_train.capture import narrows_erf
 from magi_train.core.errors import PassError
 from magi_train.fusion.narrow_erf import one_plus_erf
 from tests.close import difference, relative_error
@@ -225,9 +226,19 @@ def test_a_memory_budget_is_as_small_as_with_the_exact_one():
     assert least[0] == least[1]
 
 
-def test_it_is_off_where_there_is_no_generated_code_and_on_the_cpu():
-    torch.manual_seed(0)
-    model, x = Gelu(), torch.randn(16, 24)
-    without = Config(fusion=ON.fusion, lowering="aot_eager", progress=False)
-    assert train(model, {"x": x}, without)[1] is None
-    assert train(model, {"x": x}, Config(progress=False))[1] is None
+@pytest.mark.parametrize(
+    ("wanted", "device", "budgeted", "lowering", "on"),
+    [
+        (None, "cuda", False, "inductor", True),
+        (None, "cuda", True, "inductor", False),  # its plans would take operations for traffic
+        (None, "cpu", False, "inductor", False),
+        (None, "cuda", False, "aot_eager", False),  # each operation would be a kernel
+        (True, "cpu", True, "inductor", True),
+        (True, "cuda", False, "aot_eager", False),
+        (False, "cuda", False, "inductor", False),
+    ],
+)
+def test_where_it_is_used(wanted, device, budgeted, lowering, on):
+    config = Config(fusion=FusionConfig(narrow_erf=wanted), lowering=lowering)
+    assert narrows_erf(config, device, budgeted=budgeted) == on
+    assert not narrows_erf(replace(config, fusion=None), device, budgeted=budgeted)
