@@ -327,14 +327,15 @@ class Reducer:
     def _go_on_after_error(self) -> None:
         """Leave a backward that raised before its end, and whose error was caught.
 
-        The buckets it sent must have partners: ranks that sent different numbers of them would from
-        now on add up different parameters.
+        Gradients of micro-batches before it are lost with it. The buckets it sent must have
+        partners: ranks that sent different numbers of them would from now on add up different
+        parameters.
 
         Raises:
             MagiError: Other ranks have sent more, or fewer.
         """
         state, self._backward = self._backward, None
-        if state is None or not state.sync or not state.flats:
+        if state is None or not state.sync:
             return
         sent = len(state.flats)
         answers = self.world.gather_after_error(sent, self._timeout_seconds)

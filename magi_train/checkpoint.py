@@ -39,6 +39,7 @@ from torch.optim import Optimizer
 from magi_train.comm import zero_files
 from magi_train.comm.broadcast import broadcast
 from magi_train.comm.zero import Zero
+from magi_train.core import compat
 from magi_train.core.errors import MagiError
 from magi_train.core.world import HEARTBEAT_SECONDS, World
 from magi_train.memory.sharded_optimizer import is_sharded
@@ -170,7 +171,7 @@ def load_checkpoint(
     _refuse_shards(optimizer)
     _must_be_whole(folder)
     saved = _parameters_with_state(folder, own) if optimizer is not None else set()
-    frozen = [p for n, p in own.named_parameters() if n in saved and not p.requires_grad]
+    frozen = [p for n, p in _named(own).items() if n in saved and not p.requires_grad]
     try:
         for p in frozen:  # torch leaves their state out
             p.requires_grad_(True)
@@ -195,15 +196,28 @@ def _load(
             set_optimizer_state_dict(own, optimizer, state["optimizer"], options=options)
 
 
+def _named(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by their names in checkpoints."""
+    return {compat.name_in_checkpoints(n): p for n, p in module.named_parameters()}
+
+
 def _parameters_with_state(folder: str | os.PathLike[str], module: nn.Module) -> set[str]:
     """Return the parameters that a checkpoint holds optimizer state of."""
-    names, found = {n for n, _ in module.named_parameters()}, set()
-    for key in FileSystemReader(Path(folder)).read_metadata().state_dict_metadata:
-        name = key.removeprefix(STATE_KEY) if key.startswith(STATE_KEY) else ""
+    names, found = _named(module), set()
+    held = FileSystemReader(Path(folder)).read_metadata().state_dict_metadata
+    keys = [key for key in held if key.startswith(STATE_KEY)]
+    for key in keys:
+        name = key.removeprefix(STATE_KEY)
         while name and name not in names:  # what follows is the state's own name
             name = name.rpartition(".")[0]
         found.add(name)
-    return found & names
+    if keys and not found & names.keys():
+        raise MagiError(
+            f"{folder} holds optimizer state of other parameters than the model's, for example "
+            f"{keys[0].removeprefix(STATE_KEY)}; load it without the optimizer, or into the model "
+            "that it was saved from"
+        )
+    return found & names.keys()
 
 
 def _state_to_fill(
@@ -216,16 +230,22 @@ def _state_to_fill(
     """
     if optimizer is None:
         return _state(module, None)
-    own = _own(module)
     every = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [p.grad for p in every]
-    if any(p not in optimizer.state for n, p in own.named_parameters() if n in saved):
-        optimizer.state.clear()
-        for p in every:
-            p.grad = None
-    state = _state(module, optimizer)
-    for p, gradient in zip(every, gradients, strict=True):
-        p.grad = gradient
+    mine = {id(p) for p in every}
+    wanted = [p for n, p in _named(_own(module)).items() if n in saved and id(p) in mine]
+    gradients, before = [p.grad for p in every], dict(optimizer.state)
+    try:
+        if any(p not in optimizer.state for p in wanted):
+            optimizer.state.clear()
+            for p in every:
+                p.grad = None
+        state = _state(module, optimizer)
+    except BaseException:
+        optimizer.state.update(before)
+        raise
+    finally:
+        for p, gradient in zip(every, gradients, strict=True):
+            p.grad = gradient
     held = state["optimizer"]["state"]  # of a parameter that never had a gradient none was saved
     state["optimizer"]["state"] = {n: each for n, each in held.items() if n in saved}
     return state

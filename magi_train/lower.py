@@ -65,7 +65,7 @@ norm's backward. 1 % of a step of BERT-base on an H200."""
 OPERATIONS = 64
 """The same holds for what takes up to so many operations, constants counted, instead of Inductor's
 30, where erf is computed by 36 (fusion/narrow_erf.py): a GELU that is computed again in the
-backward, under a memory budget or torch.utils.checkpoint, would be stored there in float32."""
+backward, in torch.utils.checkpoint for one, would be stored there in float32."""
 
 MEMORY = (memory_blocks, budget, copies, cost, offload, peak, picture, remat, step)
 SOURCES = source_fingerprint(sys.modules[__name__], compat, graph, in_graph, attach, *MEMORY)

@@ -97,7 +97,7 @@ def _cross_entropy(
 
 
 def padded(columns: int) -> int:
-    """Return the stride of gradients' rows in elements: a multiple of 128 bytes of bfloat16."""
+    """Return how many columns rows should have: up to a multiple of 128 bytes of bfloat16."""
     return -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 

@@ -32,6 +32,8 @@ is listed there, and capture then falls to the EAGER tier with a warning instead
 | torch.distributed.distributed_c10d._get_default_store | messages between ranks |
 | torch.distributed.fsdp._fully_shard._fsdp_api.AllGather, ReduceScatter | bounded waits in FSDP2 |
 | FSDPModule._get_fsdp_state()._state_ctx | whether a backward of FSDP2 raised |
+| torch._C._current_graph_task_id | whether a backward is running |
+| "_orig_mod.", "_checkpoint_wrapped_module." in names | what torch's checkpoints leave out |
 | placeholder._dynamo_source | a graph input that is no variable of the user's |
 | torch.amp.autocast_mode._enter_autocast | autocast inside of a captured graph |
 | output.meta["original_output_strides"] | what Inductor restores the layout of outputs to |
@@ -204,8 +206,18 @@ if not hasattr(torch.autograd.Variable, "_execution_engine"):
     _missing.append("torch.autograd.Variable._execution_engine")
 
 
+def name_in_checkpoints(name: str) -> str:
+    """Return a parameter's name as torch.distributed.checkpoint.state_dict writes it."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
 def backward_is_open(module: Any) -> bool:
-    """Return whether a backward of a `fully_shard`ed module has begun and not reached its end."""
+    """Return whether a backward of a `fully_shard`ed module was left before its end.
+
+    Not while one runs: a checkpointed module computes its forward again in there.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        return False
     context = getattr(module._get_fsdp_state(), "_state_ctx", None)
     return bool(getattr(context, "post_backward_final_callback_queued", False))
 

@@ -212,7 +212,10 @@ class World:
         if self.uses_nccl(device):
             work.wait()
             return
+        caught: float | None = None  # since when a rank has told of an error that was caught
         while True:
+            if self._stop.is_set():
+                raise MagiError(f"rank {self.rank} ended while a thread of it waited for {what}")
             try:
                 work.wait(timedelta(seconds=1))
                 return
@@ -221,7 +224,15 @@ class World:
                 if work.is_completed():
                     self._explain_broken(what, error)
                 self._check_finished(what)
-                self._check_caught(what)
+                alone = self._ranks_that_caught()
+                if alone and caught is None:
+                    caught = time.monotonic()  # this rank may be about to, when that has come
+                elif alone and caught is not None and time.monotonic() - caught > GRACE_SECONDS:
+                    self._give_up(
+                        f"the backward of ranks {alone} ended with an error that their program "
+                        f"caught, while rank {self.rank} still waits for {what}; catch it on every "
+                        "rank, or let it end the program"
+                    )
 
     def close(self) -> None:
         """Stop watching, and tell the others that this rank ended by itself."""
@@ -300,19 +311,17 @@ class World:
         deadline = time.monotonic() + GRACE_SECONDS
         while time.monotonic() < deadline:
             self._check_waiting(what)
-            if self._own_failure_told or not self._store.add(f"{self._prefix}/failures", 0):
+            try:
+                if self._own_failure_told or not self._store.add(f"{self._prefix}/failures", 0):
+                    return
+            except STORE_IS_GONE:  # its host has ended, and is named for that
                 return
             time.sleep(0.1)
 
-    def _check_caught(self, what: str) -> None:
-        key, others = self._caught + 1, [r for r in range(self.size) if r != self.rank]
-        alone = [r for r in others if self._is_set(f"{self._prefix}/caught/{r}/{key}")]
-        if alone:
-            self._give_up(
-                f"the backward of ranks {alone} ended with an error that their program caught, "
-                f"while rank {self.rank} still waits for {what}; catch it on every rank, or let it "
-                "end the program"
-            )
+    def _ranks_that_caught(self) -> list[int]:
+        """Return the other ranks that have left a backward which this one has not."""
+        others = [r for r in range(self.size) if r != self.rank]
+        return [r for r in others if self._is_set(f"{self._prefix}/caught/{r}/{self._caught + 1}")]
 
     # -- the watching thread -------------------------------------------------------------------
 

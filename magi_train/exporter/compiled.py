@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 MAX_SHAPES = 16
 """Further shapes run op by op: each is compiled by itself."""
 
-WITHOUT_KERNELS = ("cpu",)
-"""Devices for which code is generated as PyTorch would."""
+WITH_KERNELS = ("cuda",)
+"""Devices for which code is generated otherwise than PyTorch would: measured there."""
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -115,7 +115,7 @@ class Compiled:
                 spell_out(graph.graph)
                 graph.recompile()
                 options = self._options
-                if tensors[0].device.type not in WITHOUT_KERNELS:
+                if tensors[0].device.type in WITH_KERNELS:
                     options = {"joint_custom_pre_pass": _ShortErf(), **options}
                     if spread(graph):
                         options = {**options, **self._with_kernel}

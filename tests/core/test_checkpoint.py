@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from magi_train import MagiError, load_checkpoint, plain_state_dict, save_checkpoint
+from magi_train import MagiError, checkpoint, load_checkpoint, plain_state_dict, save_checkpoint
 from tests.ranks import values
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -99,6 +100,59 @@ def test_state_of_frozen_parameters_is_there_when_they_are_trained_again(before,
     module.first.requires_grad_(True)
     module.train_on(optimizer, range(2, 5))
     assert all(map(torch.equal, module.parameters(), want))
+
+
+def compiled_child(module):
+    module.first = torch.compile(module.first, backend="eager")
+
+
+def checkpointed_child(module):
+    module.first = checkpoint_wrapper(module.first)
+
+
+@pytest.mark.parametrize("wrap", [compiled_child, checkpointed_child])
+def test_state_of_wrapped_modules_is_read(wrap, tmp_path):
+    """Torch leaves the wrapper out of names in checkpoints."""
+
+    def made():
+        module, optimizer = late()
+        wrap(module)
+        return module, optimizer
+
+    module, optimizer = made()
+    module.train_on(optimizer, range(2))
+    save_checkpoint(tmp_path / "run", module, optimizer)
+    module.train_on(optimizer, range(2, 4))
+    want = [p.detach().clone() for p in module.parameters()]
+    module, optimizer = made()
+    load_checkpoint(tmp_path / "run", module, optimizer)
+    module.train_on(optimizer, range(2, 4))
+    assert all(map(torch.equal, module.parameters(), want))
+
+
+def test_optimizer_state_of_another_model_is_an_error(tmp_path):
+    module, optimizer = late()
+    module.train_on(optimizer, range(2))
+    save_checkpoint(tmp_path / "run", module, optimizer)
+    other = nn.Linear(2, 2)
+    with pytest.raises(MagiError, match=r"state of other parameters.* first\.\w+\."):
+        load_checkpoint(tmp_path / "run", other, torch.optim.AdamW(other.parameters()))
+
+
+def test_an_optimizer_of_some_parameters_keeps_its_state_if_loading_fails(tmp_path, monkeypatch):
+    module, optimizer = late()
+    module.train_on(optimizer, range(2))
+    save_checkpoint(tmp_path / "run", module, optimizer)
+    some = torch.optim.AdamW(module.first.parameters(), lr=0.1)
+    module.train_on(some, range(3))
+    before = {p: dict(state) for p, state in some.state.items()}
+    monkeypatch.setattr(checkpoint, "get_optimizer_state_dict", lambda *_: 1 / 0)
+    some.state.pop(module.first.bias)  # so that torch has to make state
+    before.pop(module.first.bias)
+    with pytest.raises(ZeroDivisionError):
+        load_checkpoint(tmp_path / "run", module, some)
+    assert {p: dict(state) for p, state in some.state.items()} == before
+    assert all(p.grad is not None for p in module.first.parameters())
 
 
 def test_what_lies_in_the_place_of_the_folder_is_replaced_time_after_time(tmp_path):

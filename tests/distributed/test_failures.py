@@ -246,10 +246,10 @@ def planned_failure(_):
     raise PlannedError
 
 
-def catches_in_step_three(rank, world_size, broken, compression=None):
+def catches_in_step_three(rank, world_size, broken, compression=None, bucket_mib=0.001):
     """`broken` names, for each rank, the parameter whose gradient is an error once, "" for none."""
     torch.manual_seed(0)
-    comm = CommConfig(compression=compression, bucket_mib=0.001)
+    comm = CommConfig(compression=compression, bucket_mib=bucket_mib)
     model = magi_train.prepare(Small(), config=Config(tier="eager", comm=comm, timeout_seconds=20))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     parameters = dict(model.named_parameters())
@@ -296,6 +296,13 @@ def test_an_error_in_the_backward_that_all_ranks_catch_costs_that_step_only(two_
 )
 def test_an_error_in_the_backward_that_ranks_catch_unequally_ends_all(broken, words, compression):
     for outcome in run_ranks(catches_in_step_three, broken, compression):
+        assert words in outcome.error, outcome.error
+
+
+def test_an_error_before_the_only_bucket_is_no_step_of_other_ranks():
+    """Else they would average their gradients with those of the step behind it."""
+    broken, words = ("", "a.bias"), "the backward of ranks [1] ended with an error"
+    for outcome in run_ranks(catches_in_step_three, broken, None, 1.0):
         assert words in outcome.error, outcome.error
 
 
