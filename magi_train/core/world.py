@@ -145,7 +145,7 @@ class World:
         A rank that still waits in that backward is told by `wait`, so that nobody waits for it.
 
         Raises:
-            RemoteRankError: A rank has caught nothing, or as `gather`.
+            MagiError: As `gather`: a rank that has caught nothing asks something else, or fails.
         """
         self._caught += 1
         self._store.set(f"{self._prefix}/caught/{self.rank}/{self._caught}", "1")
