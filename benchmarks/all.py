@@ -115,6 +115,7 @@ TASKS = (
     Task("zoo_timm", "benchmarks.zoo timm --device cuda --timeout 100", 1, 900),
     Task("fp8_training", "benchmarks.fp8_training", 1, 300),
     Task("cross_entropy", "benchmarks.cross_entropy", 1, 60),
+    Task("generated_code", "benchmarks.generated_code", 1, 60),
     Task("optimizer_step", "benchmarks.optimizer_step", 1, 60),
     Task("fp8_cast", "benchmarks.fp8_cast", 1, 60),
     Task("varlen_attention", "benchmarks.varlen_attention", 1, 60),
