@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from magi_train.core import settings
+from magi_train.core.config import SWITCHES
 from magi_train.core.record import Steps
 from magi_train.core.report import PassRow, Report
 from magi_train.integrations.advice import memory_advice, next_steps, size
@@ -21,14 +22,6 @@ MEANING = {
     "eager": "nothing is compiled, gradient hooks communicate",
     "": "no step has been taken",
 }
-SWITCH_OF = {
-    "canonicalize_attention": "attention",
-    "use_weight_shadows": "weight_shadows",
-    "merge_projections": "projections",
-    "patch_convolutions": "patches",
-}
-"""Passes that `Config(tune=True)` measures, and the names it knows them by."""
-
 OBSERVED = ("step_memory", "saved_activations", "unused_outputs")
 """Rows that tell of a graph, and change nothing."""
 
@@ -214,10 +207,10 @@ def _gain(row: PassRow, report: Report) -> str:
         return f"{plain:.4g} ms a call without, {replay:.4g} ms with"
     tuned = next((each.plan for each in report.rows if each.name == "tune"), {})
     times = tuned.get("milliseconds", {})
-    without, whole = times.get(f"without {SWITCH_OF.get(row.name)}"), times.get("all")
+    without, whole = times.get(f"without {SWITCHES.get(row.name)}"), times.get("all")
     if without is None or whole is None:
         return ""
-    verdict = "dropped" if SWITCH_OF[row.name] in tuned.get("dropped", []) else "kept"
+    verdict = "dropped" if SWITCHES[row.name] in tuned.get("dropped", []) else "kept"
     return f"{without - whole:+.3g} ms a step without it; {verdict}"
 
 

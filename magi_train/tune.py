@@ -24,7 +24,7 @@ import torch
 from torch.fx import GraphModule
 
 from magi_train.core import compat
-from magi_train.core.config import Config
+from magi_train.core.config import SWITCHES, Config
 from magi_train.core.report import PassRow, Report, write_atomically
 from magi_train.core.world import World
 from magi_train.lower import SOURCES
@@ -32,13 +32,6 @@ from magi_train.lower import SOURCES
 WARM, TIMED = 2, 5
 NOISE = 0.005
 """Part of a step's time; medians of five steps repeat to about half of that on an idle device."""
-SWITCHES = {
-    "canonicalize_attention": "attention",
-    "use_weight_shadows": "weight_shadows",
-    "merge_projections": "projections",
-    "patch_convolutions": "patches",
-}
-"""Row in the report, and the FusionConfig field that switches the pass."""
 
 
 def idle_clock() -> float:

@@ -79,7 +79,6 @@ is listed there, and capture then falls to the EAGER tier with a warning instead
 import contextlib
 import copy
 import functools
-import importlib
 import json
 import logging
 import math
@@ -343,12 +342,14 @@ def partial_sums_by(operator: str) -> Iterator[None]:
     Args:
         operator: Full name of an op, as generated code calls it.
     """
-    scheduling: Any = importlib.import_module("torch._inductor.codegen.simd").SIMDScheduling
+    from torch._inductor.codegen import simd
+    from torch._inductor.virtualized import V
+
+    scheduling: Any = simd.SIMDScheduling
     generate = getattr(scheduling, "_codegen_mix_order_reduction", None)
     if generate is None:
         yield
         return
-    from torch._inductor.virtualized import V
 
     @functools.wraps(generate)
     def generating(self: Any, *nodes: Any) -> Any:

@@ -99,6 +99,15 @@ class FusionConfig:
         _check_positive("FusionConfig", "loss_chunk_mib", self.loss_chunk_mib)
 
 
+SWITCHES = {
+    "canonicalize_attention": "attention",
+    "use_weight_shadows": "weight_shadows",
+    "merge_projections": "projections",
+    "patch_convolutions": "patches",
+}
+"""Of passes that `Config(tune=True)` measures: row in the report, and FusionConfig field."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CommConfig:
     """How gradients travel between ranks."""

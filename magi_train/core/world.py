@@ -214,8 +214,7 @@ class World:
             return
         caught: float | None = None  # since when a rank has told of an error that was caught
         while True:
-            if self._stop.is_set():
-                raise MagiError(f"rank {self.rank} ended while a thread of it waited for {what}")
+            self._check_open(what)
             try:
                 work.wait(timedelta(seconds=1))
                 return
@@ -225,9 +224,11 @@ class World:
                     self._explain_broken(what, error)
                 self._check_finished(what)
                 alone = self._ranks_that_caught()
-                if alone and caught is None:
+                if not alone:
+                    continue
+                if caught is None:
                     caught = time.monotonic()  # this rank may be about to, when that has come
-                elif alone and caught is not None and time.monotonic() - caught > GRACE_SECONDS:
+                elif time.monotonic() - caught > GRACE_SECONDS:
                     self._give_up(
                         f"the backward of ranks {alone} ended with an error that their program "
                         f"caught, while rank {self.rank} still waits for {what}; catch it on every "
@@ -303,6 +304,9 @@ class World:
     def _check_waiting(self, what: str) -> None:
         """Raise if another rank has failed, or this one has come to its end meanwhile."""
         self.check()
+        self._check_open(what)
+
+    def _check_open(self, what: str) -> None:
         if self._stop.is_set():
             raise MagiError(f"rank {self.rank} ended while a thread of it waited for {what}")
 

@@ -41,8 +41,9 @@ class _ShortErf(compat.CustomGraphPass):  # type: ignore[misc]
 
     def __call__(self, graph: Graph) -> None:
         erf, context, owner = NarrowErf(), PassContext(training=False), graph.owning_module
-        plan = None if owner is None else erf.plan(owner, context)
-        if plan is not None and owner is not None:
+        assert owner is not None, "Inductor's graphs have one"
+        plan = erf.plan(owner, context)
+        if plan is not None:
             erf.apply(owner, plan, context)
 
     def uuid(self) -> str:

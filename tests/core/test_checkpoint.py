@@ -67,14 +67,18 @@ def late():
     return module, torch.optim.AdamW(module.parameters(), lr=0.1)
 
 
+def saved_and_continued(folder, module, optimizer, saved_at, end):
+    """Train, save on the way; return the weights at the end."""
+    module.train_on(optimizer, range(saved_at))
+    save_checkpoint(folder, module, optimizer)
+    module.train_on(optimizer, range(saved_at, end))
+    return [p.detach().clone() for p in module.parameters()]
+
+
 @pytest.mark.parametrize("saved_at", [2, 4])
 @pytest.mark.parametrize("before", [[], [0], [4]], ids=["fresh", "less", "more"])
 def test_parameters_without_optimizer_state_have_none_afterwards(saved_at, before, tmp_path):
-    module, optimizer = late()
-    module.train_on(optimizer, range(saved_at))
-    save_checkpoint(tmp_path / "run", module, optimizer)
-    module.train_on(optimizer, range(saved_at, 6))
-    want = [p.detach().clone() for p in module.parameters()]
+    want = saved_and_continued(tmp_path / "run", *late(), saved_at, 6)
     module, optimizer = late()
     module.train_on(optimizer, before)  # leaves gradients
     load_checkpoint(tmp_path / "run", module, optimizer)
@@ -87,11 +91,7 @@ def test_parameters_without_optimizer_state_have_none_afterwards(saved_at, befor
 
 @pytest.mark.parametrize("before", [[], [0]], ids=["fresh", "running"])
 def test_state_of_frozen_parameters_is_there_when_they_are_trained_again(before, tmp_path):
-    module, optimizer = late()
-    module.train_on(optimizer, range(2))
-    save_checkpoint(tmp_path / "run", module, optimizer)
-    module.train_on(optimizer, range(2, 5))
-    want = [p.detach().clone() for p in module.parameters()]
+    want = saved_and_continued(tmp_path / "run", *late(), 2, 5)
     module, optimizer = late()
     module.train_on(optimizer, before)
     module.first.requires_grad_(False)
@@ -119,11 +119,7 @@ def test_state_of_wrapped_modules_is_read(wrap, tmp_path):
         wrap(module)
         return module, optimizer
 
-    module, optimizer = made()
-    module.train_on(optimizer, range(2))
-    save_checkpoint(tmp_path / "run", module, optimizer)
-    module.train_on(optimizer, range(2, 4))
-    want = [p.detach().clone() for p in module.parameters()]
+    want = saved_and_continued(tmp_path / "run", *made(), 2, 4)
     module, optimizer = made()
     load_checkpoint(tmp_path / "run", module, optimizer)
     module.train_on(optimizer, range(2, 4))
