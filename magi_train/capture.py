@@ -49,6 +49,7 @@ from magi_train.core.passes import (
     run_passes,
 )
 from magi_train.fusion.attention import CanonicalizeAttention, mask_inputs
+from magi_train.fusion.dropout import PackDropout
 from magi_train.fusion.fp8 import Fp8Linears
 from magi_train.fusion.loss import BUDGET_CHUNK_MIB, ChunkLinearCrossEntropy
 from magi_train.fusion.narrow_erf import NarrowErf
@@ -127,6 +128,15 @@ def narrows_erf(config: Config, device_type: str, *, budgeted: bool) -> bool:
     if config.fusion.narrow_erf is None:
         return device_type == "cuda" and not budgeted
     return config.fusion.narrow_erf
+
+
+def packs_dropout(config: Config, device_type: str) -> bool:
+    """Return whether dropout's masks are bits: where `config` asks, else where it gains."""
+    if config.fusion is None or config.lowering != "inductor":
+        return False
+    if config.fusion.packed_dropout is None:
+        return device_type == "cuda"
+    return config.fusion.packed_dropout
 
 
 class Region:
@@ -551,6 +561,8 @@ class Region:
             joint.append(Fp8Linears())
         if narrows_erf(settings, runtime.device_type, budgeted=budgeted):
             joint.append(NarrowErf())
+        if packs_dropout(settings, runtime.device_type):
+            joint.append(PackDropout())
         backward = registered_passes(Stage.BACKWARD)
         narrow = [i for i, x in _examples(gm) if in_graph and runtime.narrow_gradients.takes(x)]
         if narrow:

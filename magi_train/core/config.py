@@ -89,6 +89,11 @@ class FusionConfig:
     costs more than reading and writing; not with a memory budget, whose plans take each operation
     for traffic."""
 
+    packed_dropout: bool | None = None
+    """Draw the masks of large dropouts by a kernel of their own, eight elements of one call of
+    Philox, and keep 1 bit an element for the backward in place of a byte, in generated code. Other
+    random bits from the same seeds. None: on CUDA devices. True: wherever code is generated."""
+
     narrow_gradients: bool = False
     """Leave the gradients of weights in bfloat16 where autocast's backward made them so, if the
     optimizer's kernel takes them: the same values in half the memory. `.grad` is bfloat16 then;

@@ -62,7 +62,7 @@ def insert_computation(before: Node, function: Callable[..., Any], arguments: Se
     Args:
         before: Where to insert.
         function: Takes proxies; Python control flow is unrolled.
-        arguments: Nodes become proxies, other values go in as they are.
+        arguments: Nodes, in lists too, become proxies; other values go in as they are.
 
     Returns:
         The result of `function`, nodes for proxies.
@@ -70,7 +70,7 @@ def insert_computation(before: Node, function: Callable[..., Any], arguments: Se
     graph = before.graph
     old = set(graph.nodes)
     tracer = compat.GraphAppendingTracer(graph)
-    proxies = [Proxy(a, tracer) if isinstance(a, Node) else a for a in arguments]
+    proxies = map_arg(list(arguments), lambda n: Proxy(n, tracer))
     with graph.inserting_before(before):
         result = function(*proxies)
     for node in graph.nodes:
