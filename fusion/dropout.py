@@ -124,17 +124,18 @@ class PackDropout:
         gm.graph.eliminate_dead_code()
 
     def _why_not(self, draw: Node) -> str:
-        size, lookup, how = draw.args[:3]
+        size: Any = draw.args[0]
+        lookup, how = draw.args[1:3]
         kept = _compared(draw)
         if how != "rand" or kept is None:
             return "it is not compared with a probability, or read by more than that"
-        if op_name(lookup) != "inductor_lookup_seed":  # type: ignore[arg-type]
+        if not isinstance(lookup, Node) or op_name(lookup) != "inductor_lookup_seed":
             return "its seed is not one of PyTorch's seeds of a graph"
         p = kept.args[1]
         assert isinstance(p, float), "checked where it was found"
         if not LEAST <= p <= MOST:
             return f"16 bits do not hold a probability of {p:g} well"
-        last = size[-1] if size else 1  # type: ignore[index]
+        last = size[-1] if size else 1
         if not isinstance(last, int) or last % 8:
             return f"its last dimension, {last}, is no known multiple of 8"
         elements = compat.size_hint(draw.meta["val"].numel())
@@ -157,10 +158,10 @@ def _compared(draw: Node) -> Any:
 
 def _drawn(kept: Node) -> Node:
     """Return the random numbers that a node of the plan compares."""
-    node = kept.args[0]
-    assert isinstance(node, Node), "a tensor"
+    node = kept
     while op_name(node) != "inductor_random":
-        node = node.args[0]  # type: ignore[assignment]
+        assert isinstance(node.args[0], Node), "a tensor"
+        node = node.args[0]
     return node
 
 

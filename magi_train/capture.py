@@ -52,10 +52,12 @@ from magi_train.fusion.attention import CanonicalizeAttention, mask_inputs
 from magi_train.fusion.dropout import PackDropout
 from magi_train.fusion.fp8 import Fp8Linears
 from magi_train.fusion.loss import BUDGET_CHUNK_MIB, ChunkLinearCrossEntropy
+from magi_train.fusion.max_pool import MaxPoolBackward
 from magi_train.fusion.narrow_erf import NarrowErf
 from magi_train.fusion.narrow_gradients import SkipGradientCasts
 from magi_train.fusion.patches import PatchConvolutions
 from magi_train.fusion.projections import MergeProjections
+from magi_train.fusion.relu_masks import ReluMasks
 from magi_train.fusion.shadow import UseWeightShadows, shadow_graph
 from magi_train.lower import lower
 from magi_train.memory.blocks import Turn
@@ -130,13 +132,17 @@ def narrows_erf(config: Config, device_type: str, *, budgeted: bool) -> bool:
     return config.fusion.narrow_erf
 
 
-def packs_dropout(config: Config, device_type: str) -> bool:
-    """Return whether dropout's masks are bits: where `config` asks, else where it gains."""
+def generated_code_passes(config: Config, device_type: str) -> list[CachedPass[Any]]:
+    """Return the JOINT passes for generated code that run where `config` asks, else on CUDA."""
     if config.fusion is None or config.lowering != "inductor":
-        return False
-    if config.fusion.packed_dropout is None:
-        return device_type == "cuda"
-    return config.fusion.packed_dropout
+        return []
+    switches: dict[type[CachedPass[Any]], bool | None] = {
+        PackDropout: config.fusion.packed_dropout,
+        ReluMasks: config.fusion.relu_masks,
+        MaxPoolBackward: config.fusion.max_pool,
+    }
+    gains = device_type == "cuda"
+    return [each() for each, wanted in switches.items() if (gains if wanted is None else wanted)]
 
 
 class Region:
@@ -561,8 +567,7 @@ class Region:
             joint.append(Fp8Linears())
         if narrows_erf(settings, runtime.device_type, budgeted=budgeted):
             joint.append(NarrowErf())
-        if packs_dropout(settings, runtime.device_type):
-            joint.append(PackDropout())
+        joint.extend(generated_code_passes(settings, runtime.device_type))
         backward = registered_passes(Stage.BACKWARD)
         narrow = [i for i, x in _examples(gm) if in_graph and runtime.narrow_gradients.takes(x)]
         if narrow:

@@ -46,6 +46,7 @@ from magi_train.core.passes import (
 )
 from magi_train.core.report import PassRow, Report, write_atomically
 from magi_train.fusion import attach, partial_sums
+from magi_train.fusion.max_pool import MAX_POOL_BACKWARD, MaxPoolBackward
 from magi_train.fusion.narrow_erf import NarrowErf
 from magi_train.memory import blocks as memory_blocks
 from magi_train.memory import budget, copies, cost, offload, peak, picture, remat, step
@@ -371,8 +372,11 @@ def _lower(
     summing: Any = contextlib.nullcontext()
     if lowered.context.device_type == "cuda":
         summing = compat.partial_sums_by(partial_sums.OPERATOR)
+    whole: dict[str, Any] = {}
+    if any(isinstance(each, MaxPoolBackward) for each in lowered.joint):
+        whole["decompositions"] = compat.decompositions_without(MAX_POOL_BACKWARD)
     with compat.forced_backward_lowering(), fusing, cached, summing:
-        compiled = compat.compile_fx(gm, inputs, config_patches=patches)
+        compiled = compat.compile_fx(gm, inputs, config_patches=patches, **whole)
     return compiled, _remember(memory, lowered.report.rows)
 
 

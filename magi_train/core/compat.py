@@ -45,6 +45,8 @@ is listed there, and capture then falls to the EAGER tier with a warning instead
 | torch.aten._fused_sdp_choice | which attention kernel a call would take |
 | torch.aten._flash_attention_forward, _backward | attention with offsets and windows |
 | torch._functorch.partitioners.choose_saved_values_set | saving a set that was planned |
+| torch._inductor.decomposition.select_decomp_table | an op that lowering is to see whole |
+| torch._inductor.graph.GraphLowering.decide_layout_opt | whether code has channels innermost |
 | UntypedStorage._cdata, torch._C._has_storage | which fake tensors share memory |
 | torch.fx.proxy.GraphAppendingTracer | inserting what a function computes into a graph |
 | torch._C._storage_Use_Count | whether anybody else holds a tensor's memory |
@@ -705,6 +707,21 @@ def wrapper_like(kind: type[torch.Tensor], like: torch.Tensor) -> Any:
     return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
         kind, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
     )
+
+
+def decompositions_without(*packets: Any) -> dict[Any, Any] | None:
+    """Return Inductor's decompositions but for those of `packets`; None for its own table."""
+    select = _lookup("torch._inductor.decomposition", "select_decomp_table", required=False)
+    if select is None:
+        return None
+    return {op: f for op, f in select().items() if getattr(op, "overloadpacket", 0) not in packets}
+
+
+def wants_channels_last(gm: torch.fx.GraphModule) -> bool:
+    """Return whether Inductor would lay out AOTAutograd's graph with the channels innermost."""
+    lowering = _lookup("torch._inductor.graph", "GraphLowering", required=False)
+    decide = getattr(lowering, "decide_layout_opt", None)
+    return decide is not None and bool(decide(gm, is_inference=False))
 
 
 def size_hint(size: int | torch.SymInt) -> int | None:

@@ -94,6 +94,16 @@ class FusionConfig:
     Philox, and keep 1 bit an element for the backward in place of a byte, in generated code. Other
     random bits from the same seeds. None: on CUDA devices. True: wherever code is generated."""
 
+    relu_masks: bool | None = None
+    """Let the backward of a ReLU behind a BatchNorm compute its mask from the norm's input, which
+    is read there anyway, in generated code: one tensor less to read. None: on CUDA devices. True:
+    wherever code is generated."""
+
+    max_pool: bool | None = None
+    """Let a kernel take the backward of max-pooling over images, where generated code has the
+    channels innermost, and do not keep its input. None: on CUDA devices. True: wherever code is
+    generated."""
+
     narrow_gradients: bool = False
     """Leave the gradients of weights in bfloat16 where autocast's backward made them so, if the
     optimizer's kernel takes them: the same values in half the memory. `.grad` is bfloat16 then;

@@ -70,7 +70,7 @@ def insert_computation(before: Node, function: Callable[..., Any], arguments: Se
     graph = before.graph
     old = set(graph.nodes)
     tracer = compat.GraphAppendingTracer(graph)
-    proxies = map_arg(list(arguments), lambda n: Proxy(n, tracer))
+    proxies = pytree.tree_map(lambda a: Proxy(a, tracer) if isinstance(a, Node) else a, arguments)
     with graph.inserting_before(before):
         result = function(*proxies)
     for node in graph.nodes:

@@ -1,0 +1,149 @@
+"""The backward of max-pooling as a kernel of its own, which reads offsets and no input.
+
+PyTorch's backward takes the pooled input for its size only, so that it is kept for nothing, and
+generated code looks up the winners of each element one by one. The op here takes the offsets in
+windows that the forward keeps anyway, 1 byte each, and the size:
+
+    max_pool2d_with_indices_backward(dy, x, ..., indices(offsets))
+    -> max_pool_backward(dy, offsets, x.shape[2:], ...)
+
+Its kernel wants the channels innermost, as convolutions do: it is used where Inductor lays out the
+graph so. What it is given comes in that layout then, whatever strides this graph says.
+
+Left alone, with the reason in the plan: other layouts, dilated windows, small images.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from magi_train.core import compat
+from magi_train.core.graph import op_name
+from magi_train.core.passes import PassContext, Plan, Stage, source_fingerprint
+from magi_train.fusion.quantize import call_like
+
+SOURCE = source_fingerprint(sys.modules[__name__])
+MAX_POOL_BACKWARD = torch.ops.aten.max_pool2d_with_indices_backward
+"""Lowered as it is: from 2.13 on, Inductor would decompose it to atomic additions."""
+SMALLEST = 2**19
+"""Elements of an input from which the kernel gains."""
+
+_library = torch.library.Library("magi_train", "FRAGMENT")
+_library.define(
+    "max_pool_backward(Tensor dy, Tensor offsets, SymInt[] size, int[] kernel, int[] stride, "
+    "int[] padding) -> Tensor"
+)
+
+
+def _on_device(dy: Tensor, offsets: Tensor, size: list[int], *window: list[int]) -> Tensor:
+    from magi_train.fusion.kernels.max_pool_backward import max_pool_backward
+
+    with torch.cuda.device(dy.device):  # Triton launches on the current one
+        return max_pool_backward(dy, offsets, size, *window)
+
+
+def _on_host(dy: Tensor, offsets: Tensor, size: list[int], *window: list[int]) -> Tensor:
+    from magi_train.fusion.kernels.max_pool_backward import max_pool_backward_reference
+
+    return max_pool_backward_reference(dy, offsets, size, *window)
+
+
+def _fake(dy: Tensor, offsets: Tensor, size: list[int], *window: list[int]) -> Tensor:
+    made = dy.new_empty((*dy.shape[:2], *size))
+    return made.contiguous(memory_format=torch.channels_last)
+
+
+_library.impl("max_pool_backward", _on_device, "CUDA")
+_library.impl("max_pool_backward", _on_host, "CPU")
+_library.impl("max_pool_backward", _fake, "Meta")
+
+
+@dataclass(frozen=True)
+class MaxPoolPlan(Plan):
+    """Whose backward the kernel takes.
+
+    Attributes:
+        taken: Names of the backward's nodes.
+        left_alone: The other ones, each with the reason.
+    """
+
+    taken: tuple[str, ...]
+    left_alone: tuple[tuple[str, str], ...]
+
+
+class MaxPoolBackward:
+    """See the head of this module.
+
+    Args:
+        smallest: Elements of an input that is worth it.
+    """
+
+    name = "max_pool_backward"
+    stage = Stage.JOINT
+
+    def __init__(self, smallest: int = SMALLEST) -> None:
+        self.smallest = smallest
+
+    def uuid(self) -> str:
+        """Return what compiled code depends on."""
+        return f"{SOURCE}-{self.smallest}"
+
+    def plan(self, gm: GraphModule, context: PassContext) -> MaxPoolPlan | None:
+        """Return what the kernel takes; None in a graph that pools nothing."""
+        op = MAX_POOL_BACKWARD.default
+        pools = gm.graph.find_nodes(op="call_function", target=op)
+        if not pools:
+            return None
+        last = compat.wants_channels_last(gm)
+        found = {n: self._why_not(n, last) for n in pools}
+        taken = tuple(n.name for n, reason in found.items() if not reason)
+        return MaxPoolPlan(taken, tuple((n.name, r) for n, r in found.items() if r))
+
+    def apply(self, gm: GraphModule, plan: MaxPoolPlan, context: PassContext) -> None:
+        """Call the op in place of PyTorch's."""
+        by_name = {n.name: n for n in gm.graph.nodes}
+        for pool in (by_name[name] for name in plan.taken):
+            dy, _, kernel, stride, padding = pool.args[:5]
+            offsets, _, size = _indices_of(pool).args[:3]
+            arguments = (dy, offsets, size, kernel, stride or kernel, padding)
+            with gm.graph.inserting_before(pool):
+                new = call_like(pool, torch.ops.magi_train.max_pool_backward.default, *arguments)
+            values, keywords = new.meta[compat.STRIDES_OF_ARGUMENTS]
+            inner = [_channels_last(v) for v in values]
+            new.meta[compat.STRIDES_OF_ARGUMENTS] = (tuple(inner), keywords)
+            pool.replace_all_uses_with(new)
+            gm.graph.erase_node(pool)
+        gm.graph.eliminate_dead_code()
+
+    def _why_not(self, pool: Node, last: bool) -> str:
+        value, dilation = pool.meta["val"], pool.args[5]
+        if op_name(_indices_of(pool)) != "_low_memory_max_pool_offsets_to_indices":
+            return "its forward keeps no offsets"
+        if value.dim() != 4:
+            return f"it has {value.dim()} dimensions, not 4"
+        if not last:
+            return "the graph is not laid out with the channels innermost"
+        if any(d != 1 for d in dilation):  # type: ignore[union-attr]
+            return "its windows are dilated"
+        elements = compat.size_hint(value.numel())
+        if elements is None or elements < self.smallest:
+            return f"it has {elements} elements; from {self.smallest} on it gains"
+        return ""
+
+
+def _indices_of(pool: Node) -> Node:
+    indices = pool.args[7]
+    assert isinstance(indices, Node), "by the op's schema"
+    return indices
+
+
+def _channels_last(value: Any) -> Any:
+    """Return a fake tensor of four dimensions with the channels innermost, others as they are."""
+    if not isinstance(value, Tensor):
+        return value
+    with value.fake_mode:  # type: ignore[attr-defined]
+        return value.contiguous(memory_format=torch.channels_last)
