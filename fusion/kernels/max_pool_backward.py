@@ -20,6 +20,22 @@ ELEMENTS, WARPS = 1024, 4
 
 
 @triton.jit
+def _add_window(
+    total, dy, offsets, image, y, x, channel, inside, OH, OW, C,
+    h: tl.constexpr, w: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+):  # fmt: skip
+    """Add what one window each gives to the elements at its place (h, w)."""
+    if h >= 0 and h < KH and w >= 0 and w < KW:
+        there = (y >= 0) & (y < OH) & (x >= 0) & (x < OW)
+        at = ((image * OH + y) * OW + x)[:, None] * C + channel[None, :]
+        mask = inside & there[:, None]
+        won = tl.load(offsets + at, mask=mask, other=-1) == h * KW + w
+        gradient = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
+        total += tl.where(won, gradient, 0.0)
+    return total
+
+
+@triton.jit
 def _max_pool_backward(
     dy, offsets, dx, tiles, H, W, OH, OW, C,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
@@ -41,16 +57,10 @@ def _max_pool_backward(
             # Window o reaches from o S - P to o S - P + K: here it is tile + step.
             for i in tl.static_range(-((KH - 1) // SH) - 1, (PH + SH - 1) // SH + 1):
                 for j in tl.static_range(-((KW - 1) // SW) - 1, (PW + SW - 1) // SW + 1):
-                    h: tl.constexpr = a + PH - i * SH
-                    w: tl.constexpr = b + PW - j * SW
-                    if (h >= 0) & (h < KH) & (w >= 0) & (w < KW):
-                        y, x = row + i, column + j
-                        there = (y >= 0) & (y < OH) & (x >= 0) & (x < OW)
-                        at = ((image * OH + y) * OW + x)[:, None] * C + channel[None, :]
-                        mask = inside & there[:, None]
-                        won = tl.load(offsets + at, mask=mask, other=-1) == h * KW + w
-                        gradient = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
-                        total += tl.where(won, gradient, 0.0)
+                    total = _add_window(
+                        total, dy, offsets, image, row + i, column + j, channel, inside, OH, OW, C,
+                        a + PH - i * SH, b + PW - j * SW, KH, KW,
+                    )  # fmt: skip
             y, x = row * SH + a, column * SW + b
             at = ((image * H + y) * W + x)[:, None] * C + channel[None, :]
             mask = inside & ((y < H) & (x < W))[:, None]

@@ -22,8 +22,10 @@ from magi_train.fusion.kernels import (
     adamw,
     column_sums,
     cross_entropy,
+    dropout_bits,
     flash_decoding,
     fp8_cast,
+    max_pool_backward,
     sgd,
 )
 
@@ -77,6 +79,18 @@ KERNELS: dict[str, tuple[Any, str, dict[str, Any], int]] = {
         {"LARGEST": 448.0, "SMALLEST": 2.0**-6, "MANTISSA": 3, "FP8": tl.float8e4nv,
          "TILE_ROWS": 64, "TILE_COLUMNS": 64, "SPELLED_OUT": False},
         4,
+    ),
+    "dropout_bits": (
+        dropout_bits._dropout_bits,
+        "seeds *i64, bits *u8",
+        {"BLOCK": dropout_bits.BLOCK, "ROUNDS": dropout_bits.ROUNDS},
+        dropout_bits.WARPS,
+    ),
+    "max_pool_backward": (
+        max_pool_backward._max_pool_backward,
+        "dy *bf16, offsets *i8, dx *bf16, C i32:16",
+        {"KH": 3, "KW": 3, "SH": 2, "SW": 2, "PH": 1, "PW": 1, "TILES": 16, "CHANNELS": 64},
+        max_pool_backward.WARPS,
     ),
     "flash_decoding parts": (
         flash_decoding._parts,

@@ -10,7 +10,10 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
-WIDE = ("cross_entropy", "cross_entropy, all", "column_sums", "adamw", "sgd", "fp8_cast")
+WIDE = (
+    "cross_entropy", "cross_entropy, all", "column_sums", "adamw", "sgd", "fp8_cast",
+    "max_pool_backward",
+)  # fmt: skip
 
 
 def test_kernels_compile_with_16_byte_accesses():
