@@ -76,21 +76,14 @@ class DropoutPlan(Plan):
 
 
 class PackDropout:
-    """See the head of this module.
-
-    Args:
-        smallest: Elements of a mask that is worth it.
-    """
+    """See the head of this module."""
 
     name = "pack_dropout"
     stage = Stage.JOINT
 
-    def __init__(self, smallest: int = SMALLEST) -> None:
-        self.smallest = smallest
-
     def uuid(self) -> str:
         """Return what compiled code depends on."""
-        return f"{SOURCE}-{self.smallest}"
+        return SOURCE
 
     def plan(self, gm: GraphModule, context: PassContext) -> DropoutPlan | None:
         """Return what becomes bits; None in a graph that draws no random numbers."""
@@ -139,8 +132,8 @@ class PackDropout:
         if not isinstance(last, int) or last % 8:
             return f"its last dimension, {last}, is no known multiple of 8"
         elements = compat.size_hint(draw.meta["val"].numel())
-        if elements is None or elements < self.smallest:
-            return f"it has {elements} elements; from {self.smallest} on it gains"
+        if elements is None or elements < SMALLEST:
+            return f"it has {elements} elements; from {SMALLEST} on it gains"
         return ""
 
 

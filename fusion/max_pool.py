@@ -76,21 +76,14 @@ class MaxPoolPlan(Plan):
 
 
 class MaxPoolBackward:
-    """See the head of this module.
-
-    Args:
-        smallest: Elements of an input that is worth it.
-    """
+    """See the head of this module."""
 
     name = "max_pool_backward"
     stage = Stage.JOINT
 
-    def __init__(self, smallest: int = SMALLEST) -> None:
-        self.smallest = smallest
-
     def uuid(self) -> str:
         """Return what compiled code depends on."""
-        return f"{SOURCE}-{self.smallest}"
+        return SOURCE
 
     def plan(self, gm: GraphModule, context: PassContext) -> MaxPoolPlan | None:
         """Return what the kernel takes; None in a graph that pools nothing."""
@@ -130,8 +123,8 @@ class MaxPoolBackward:
         if any(d != 1 for d in dilation):  # type: ignore[union-attr]
             return "its windows are dilated"
         elements = compat.size_hint(value.numel())
-        if elements is None or elements < self.smallest:
-            return f"it has {elements} elements; from {self.smallest} on it gains"
+        if elements is None or elements < SMALLEST:
+            return f"it has {elements} elements; from {SMALLEST} on it gains"
         return ""
 
 

@@ -99,7 +99,7 @@ def _why_not(mask: Node, late: set[Node]) -> str:
             large.add(node)
     if len(large) != 1:
         return f"its input is computed from {len(large)} tensors of its size"
-    if not _is_read_late(large.pop(), late, seen):
+    if not _is_read_late(large.pop(), late, {*seen, relu}):
         return "the backward does not read what its input is computed from"
     return ""
 

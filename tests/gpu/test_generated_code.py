@@ -86,3 +86,64 @@ def test_column_sums():
         x = torch.randn(shape, device="cuda")
         limit = tolerance(torch.float32, shape[0])
         assert difference({"": column_sums(x)}, {"": x.double().sum(0)}) < limit
+
+
+def test_dropout_bits_and_max_pool_equal_their_references():
+    from magi_train.fusion.kernels import dropout_bits, max_pool_backward
+
+    seeds = torch.tensor([3, -(2**62)], device="cuda")
+    for shape in ([8, 512, 96], [1000, 33]):
+        got = dropout_bits.dropout_bits(seeds, 1, shape, 0.1)
+        want = dropout_bits.dropout_bits_reference(seeds.cpu(), 1, shape, 0.1)
+        assert torch.equal(got.cpu(), want)
+    torch.manual_seed(0)
+    for window in (((3, 3), (2, 2), (1, 1)), ((2, 2), (2, 2), (0, 0)), ((3, 2), (1, 3), (1, 0))):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(4, 72, 45, 62, device="cuda", dtype=dtype)
+            y, offsets = torch.ops.prims._low_memory_max_pool_with_offsets(
+                x, *window, (1, 1), False
+            )
+            dy = torch.randn_like(y)
+            got = max_pool_backward.max_pool_backward(dy, offsets, x.shape[2:], *window)
+            want = max_pool_backward.max_pool_backward_reference(
+                dy.double(), offsets, x.shape[2:], *window
+            )
+            assert difference({"": got}, {"": want}) < tolerance(dtype, 9, 1)
+
+
+def test_convolutions_and_dropout_train_as_without():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Sequential(
+                nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+                nn.MaxPool2d(3, 2, 1), nn.Conv2d(64, 64, 3, bias=False), nn.BatchNorm2d(64),
+                nn.ReLU(),
+            )  # fmt: skip
+            self.head = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return F.dropout(self.head(self.stem(x).flatten(2).transpose(1, 2)), 0.25)
+
+    torch.manual_seed(0)
+    model, x = Net().to("cuda"), torch.randn(16, 3, 64, 64, device="cuda")
+    off = FusionConfig(packed_dropout=False, max_pool=False, relu_masks=False)
+    found = {}
+    for name, fusion in (("on", FusionConfig()), ("off", off)):
+        torch._dynamo.reset()
+        found[name] = copy.deepcopy(model)
+        prepared = magi_train.prepare(found[name], config=Config(fusion=fusion, progress=False))
+        with torch.autocast("cuda", torch.bfloat16):
+            out = prepared(x)
+        (out.float() * (out != 0)).sum().backward()
+        rows = {row.name: row.plan for row in magi_train.report(prepared).rows}
+        assert abs((out == 0).double().mean() - 0.25) < 0.01
+        assert torch.equal(out == 0, prepared(x) == 0) is False
+        if name == "on":
+            assert rows["pack_dropout"]["packed"]
+            assert rows["max_pool_backward"]["taken"]
+            assert len(rows["relu_masks"]["from_input"]) == 2
+        else:
+            assert not {"pack_dropout", "max_pool_backward", "relu_masks"} & set(rows)
+    for name, got in found["on"].named_parameters():
+        assert got.grad.isfinite().all(), name
