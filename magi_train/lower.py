@@ -61,7 +61,9 @@ MIB = 2**20
 READS = 8
 """What is computed of up to so many tensors, and read twice, is computed twice in generated code,
 instead of Inductor's 4: sums of the gradients of query, key, value and the residual, in front of a
-norm's backward. 1 % of a step of BERT-base on an H200."""
+norm's backward. 1 % of a step of BERT-base on an H200. Not beside norms that sum over more than
+rows, which read all in two kernels and would compute it twice: ResNet-50 lost 10 %."""
+NORMS_OF_TWO_KERNELS = ("batch_norm", "instance_norm", "group_norm")
 
 OPERATIONS = 64
 """The same holds for what takes up to so many operations, constants counted, instead of Inductor's
@@ -360,7 +362,7 @@ def _lower(
     if limit is not None:  # Inductor keeps a buffer until a later one of its size takes it over
         patches["allow_buffer_reuse"] = False
         fusing = compat.fusions_in_place()
-    elif lowered.context.device_type == "cuda":
+    elif lowered.context.device_type == "cuda" and not _has_norm_of_two_kernels(gm):
         patches["realize_reads_threshold"] = READS
     if any(isinstance(each, NarrowErf) for each in lowered.joint):
         patches["realize_opcount_threshold"] = OPERATIONS
@@ -378,6 +380,15 @@ def _lower(
     with compat.forced_backward_lowering(), fusing, cached, summing:
         compiled = compat.compile_fx(gm, inputs, config_patches=patches, **whole)
     return compiled, _remember(memory, lowered.report.rows)
+
+
+def _has_norm_of_two_kernels(gm: GraphModule) -> bool:
+    return any(
+        op_name(node) in NORMS_OF_TWO_KERNELS
+        for module in gm.modules()
+        if isinstance(module, GraphModule)
+        for node in module.graph.nodes
+    )
 
 
 def _lower_without_code(

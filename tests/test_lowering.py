@@ -9,7 +9,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils.checkpoint import checkpoint
 
 import magi_train
-from magi_train import Config
+from magi_train import Config, lower
 from tests.close import difference, tolerance
 
 
@@ -93,3 +93,28 @@ def test_casts_that_products_read_are_written_in_the_shape_of_what_is_cast():
     _, codes = run_and_get_code(step)
     cast = "reinterpret_tensor(buf0, (35, 24), (24, 1), 0)"
     assert f"extern_kernels.mm({cast}, " in codes[-1], "a view of what has three dimensions"
+
+
+@pytest.mark.parametrize(
+    ("norm", "two"),
+    [
+        (nn.BatchNorm2d(8), True),
+        (nn.GroupNorm(2, 8), True),
+        (nn.InstanceNorm2d(8), True),
+        (nn.LayerNorm([8, 4, 4]), False),
+        (nn.RMSNorm([8, 4, 4]), False),
+    ],
+)
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_norms_that_read_all_twice_are_known(norm, two, checkpointed):
+    graphs = []
+
+    def backend(gm, inputs):
+        graphs.append(gm)
+        return gm
+
+    def run(x):
+        return checkpoint(norm, x, use_reentrant=False) if checkpointed else norm(x)
+
+    torch.compile(run, backend=backend)(torch.randn(2, 8, 4, 4))
+    assert any(lower._has_norm_of_two_kernels(gm) for gm in graphs) is two

@@ -117,10 +117,10 @@ def test_convolutions_and_dropout_train_as_without():
             super().__init__()
             self.stem = nn.Sequential(
                 nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
-                nn.MaxPool2d(3, 2, 1), nn.Conv2d(64, 64, 3, bias=False), nn.BatchNorm2d(64),
-                nn.ReLU(),
+                nn.MaxPool2d(3, 2, 1), nn.Conv2d(64, 256, 3, bias=False), nn.BatchNorm2d(256),
+                nn.ReLU(), nn.Conv2d(256, 256, 3, bias=False),
             )  # fmt: skip
-            self.head = nn.Linear(64, 64)
+            self.head = nn.Linear(256, 64)
 
         def forward(self, x):
             return F.dropout(self.head(self.stem(x).flatten(2).transpose(1, 2)), 0.25)
@@ -141,7 +141,7 @@ def test_convolutions_and_dropout_train_as_without():
         assert torch.equal(out == 0, prepared(x) == 0) is False
         if name == "on":
             assert rows["pack_dropout"]["packed"]
-            assert rows["max_pool_backward"]["taken"]
+            assert rows["max_pool_backward"]["taken"], rows["max_pool_backward"]
             assert len(rows["relu_masks"]["from_input"]) == 2
         else:
             assert not {"pack_dropout", "max_pool_backward", "relu_masks"} & set(rows)
