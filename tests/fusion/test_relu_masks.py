@@ -26,12 +26,12 @@ class Net(nn.Module):
         return self.second(self.middle(self.norm(y), y, self.other(x))).square().mean()
 
 
-def train(model, x, wanted=True, dtype=None):
+def train(model, x, wanted=True, dtype=torch.bfloat16):
     torch._dynamo.reset()
     model = copy.deepcopy(model)
     config = Config(fusion=FusionConfig(relu_masks=wanted), progress=False)
     prepared = magi_train.prepare(model, config=config)
-    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+    with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
         loss = prepared(x)
     loss.backward()
     rows = {r.name: r.plan for r in magi_train.report(prepared).rows}
@@ -52,52 +52,102 @@ def near_zero(model, x):
     return model, x
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("change", [lambda model, x: (model, x), near_zero])
-def test_gradients_are_as_near_float64_as_without(dtype, change):
+def far_from_zero(model, x):
+    """Let means be 30 times the deviations of what is normed."""
+    return model, 30 + x
+
+
+@pytest.mark.parametrize("change", [lambda model, x: (model, x), near_zero, far_from_zero])
+def test_gradients_are_as_near_float64_as_without(change):
     torch.manual_seed(0)
-    model, x = change(Net(lambda p, y, z: F.relu(p) + z), torch.randn(4, 3, 16, 16))
-    got, rows = train(model, x, dtype=dtype)
+    model, x = change(Net(lambda p, y, z: F.relu(p) + z), torch.randn(16, 3, 16, 16))
+    got, rows = train(model, x)
     assert len(rows["relu_masks"]["from_input"]) == 1
-    usual, others = train(model, x, wanted=False, dtype=dtype)
+    usual, others = train(model, x, wanted=False)
     assert "relu_masks" not in others
-    assert rows["saved_activations"] == others["saved_activations"]
-    if dtype is None:
-        assert difference(got, exact(model, x)) < tolerance(torch.float32)
-    assert relative_error(got, exact(model, x)) < 1.1 * relative_error(usual, exact(model, x))
+    vectors = 2 * 8 * 4 / 2**20
+    more = rows["saved_activations"]["saved_mib"] - others["saved_activations"]["saved_mib"]
+    assert more <= vectors + 0.001, "scale and shift of each channel"
+    eager = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = eager(x)
+    loss.backward()
+    plain = {n: p.grad for n, p in eager.named_parameters()}
+    want = exact(model, x)
+    # On the CPU statistics are rounded to 16 bits where code does not keep them in registers.
+    worse = max(relative_error(usual, want), relative_error(plain, want))
+    assert relative_error(got, want) < 1.1 * worse
+
+
+def test_forward_and_backward_take_the_same_side():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(8)
+    y = (10 + torch.randn(16, 8, 16, 16)).to(torch.bfloat16).requires_grad_()
+    prepared = magi_train.prepare(
+        nn.ModuleDict({"norm": norm}), config=Config(fusion=FusionConfig(relu_masks=True))
+    )
+    seen = {}
+
+    def loss(y):
+        z = F.relu(norm(y))
+        seen["z"] = z.detach()
+        return (z.float() ** 2 / 2).sum(), z
+
+    step = magi_train.prepare_step(loss, prepared)
+    value, z = step(y)
+    value.backward()
+    # The bias's gradient sums z where it is above 0; the norm's own gradients count no other.
+    want = z.detach().double().sum((0, 2, 3))
+    limit = tolerance(torch.float32, y[:, 0].numel())
+    assert difference({"": norm.bias.grad}, {"": want}) < limit
 
 
 def test_what_is_not_a_number_stays_so():
     torch.manual_seed(0)
-    x = torch.randn(4, 3, 16, 16)
+    x = torch.randn(16, 3, 16, 16)
     x[0, 0, 0, 0] = torch.nan
-    model = Net(lambda p, y, z: F.relu(p) + z)
-    got, _ = train(model, x)
-    assert all(g.isnan().any() for g in got.values())
+    got, _ = train(Net(lambda p, y, z: F.relu(p)), x)
+    assert all(got[n].isnan().any() for n in ("first.weight", "norm.weight", "second.weight"))
+
+
+def rounded(p):
+    return p.to(torch.bfloat16)
 
 
 @pytest.mark.parametrize(
-    ("middle", "norm", "said"),
+    ("middle", "norm", "dtype", "said"),
     [
-        (lambda p, y, z: F.relu(p + z), nn.BatchNorm2d, "2 tensors of its size"),
-        (lambda p, y, z: F.relu(F.avg_pool2d(p, 3, 1, 1)), nn.BatchNorm2d, "does not read"),
-        (lambda p, y, z: F.relu(p) + z, lambda channels: nn.Identity(), "does not read"),
+        (lambda p, y, z: F.relu(p + z), nn.BatchNorm2d, torch.bfloat16, "no multiple"),
+        (lambda p, y, z: F.relu(F.avg_pool2d(p, 3, 1, 1)), nn.BatchNorm2d, torch.bfloat16, "no mu"),
+        (lambda p, y, z: F.relu(p.tanh()), nn.BatchNorm2d, torch.bfloat16, "no multiple"),
+        (lambda p, y, z: F.relu(rounded(p) + p.mean()), nn.BatchNorm2d, torch.bfloat16, "no mu"),
+        (lambda p, y, z: F.relu(1 - p), nn.BatchNorm2d, torch.bfloat16, "no multiple"),
+        (lambda p, y, z: F.relu(p) + z, lambda c: nn.Identity(), torch.bfloat16, "no multiple"),
+        (lambda p, y, z: F.relu(p) + z, nn.BatchNorm2d, torch.float32, "float32, not from 16"),
     ],
-    ids=["residual", "pooled", "no norm"],
+    ids=["residual", "pooled", "curved", "rounded", "negated", "no norm", "float32"],
 )
-def test_what_is_left_alone(middle, norm, said):
+def test_what_is_left_alone(middle, norm, dtype, said):
     torch.manual_seed(0)
-    model, x = Net(middle, norm), torch.randn(4, 3, 16, 16)
-    got, rows = train(model, x)
+    model, x = Net(middle, norm), torch.randn(16, 3, 16, 16)
+    got, rows = train(model, x, dtype=dtype)
     assert not rows["relu_masks"]["from_input"]
     ((_, reason),) = rows["relu_masks"]["left_alone"]
     assert said in reason
-    assert difference(got, exact(model, x)) < tolerance(torch.float32)
+    usual, _ = train(model, x, wanted=False, dtype=dtype)
+    assert all(torch.equal(g, usual[n]) for n, g in got.items() if g is not None)
 
 
-def test_a_residual_of_the_input_itself_is_one_tensor():
-    torch.manual_seed(0)
-    model, x = Net(lambda p, y, z: F.relu(p + y) + z), torch.randn(4, 3, 16, 16)
-    got, rows = train(model, x)
-    assert len(rows["relu_masks"]["from_input"]) == 1
-    assert difference(got, exact(model, x)) < tolerance(torch.float32)
+def test_of_a_tensor_that_the_backward_does_not_read():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+            self.register_buffer("scale", torch.ones(8, 1, 1))
+
+        def forward(self, x):
+            return F.relu(self.conv(x) * self.scale + self.scale).sum()
+
+    _, rows = train(Scaled(), torch.randn(16, 3, 16, 16))
+    ((_, reason),) = rows["relu_masks"]["left_alone"]
+    assert "does not read" in reason
