@@ -74,9 +74,10 @@ def test_gradients_are_as_near_float64_as_without(change):
     loss.backward()
     plain = {n: p.grad for n, p in eager.named_parameters()}
     want = exact(model, x)
-    # On the CPU statistics are rounded to 16 bits where code does not keep them in registers.
+    # On the CPU, and there only, PyTorch's backward rounds the statistics to 16 bits, unless code
+    # keeps them in registers: usually it does, as it computes the mask of them. tests/gpu compares.
     worse = max(relative_error(usual, want), relative_error(plain, want))
-    assert relative_error(got, want) < 1.1 * worse
+    assert relative_error(got, want) < 2 * worse
 
 
 def test_forward_and_backward_take_the_same_side():
