@@ -371,7 +371,7 @@ def _lower(
     summing: Any = contextlib.nullcontext()
     if lowered.context.device_type == "cuda":
         summing = compat.partial_sums_by(partial_sums.OPERATOR)
-    with compat.forced_backward_lowering(), fusing, cached, summing:
+    with compat.forced_backward_lowering(), compat.writes_are_kept(), fusing, cached, summing:
         compiled = compat.compile_fx(gm, inputs, config_patches=patches)
     return compiled, _remember(memory, lowered.report.rows)
 
