@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from magi_train.comm.in_graph import PlaceCollectives
 from magi_train.comm.reducer import Reducer
@@ -39,6 +39,7 @@ from magi_train.core import compat
 from magi_train.core.config import Config
 from magi_train.core.errors import CaptureError, EagerOnlyError, MagiError
 from magi_train.core.facts import Assumptions, Facts, Inputs, Paths
+from magi_train.core.graph import example_value, outputs
 from magi_train.core.outputs import FindUnused, Outputs
 from magi_train.core.passes import (
     CachedPass,
@@ -529,6 +530,7 @@ class Region:
         """
         runtime = self.runtime
         _refuse_other_kinds(gm)
+        has_backward = _has_backward(gm)
         self._hooks = compat.hooks_of_modules(runtime.module)  # modules may have been added
         names = parameter_positions(gm, runtime.module)
         stable = {*names, *_buffer_positions(gm, runtime.module)}
@@ -600,7 +602,7 @@ class Region:
                 bounded = row.plan["planned_gib"] < row.plan["without_gib"]
                 runtime.memory.planned(row.plan["planned_gib"], bounded)
         plans = {row.name: row.plan for row in rows}
-        if collectives is None and FindUnused.name not in plans:
+        if collectives is None and has_backward and FindUnused.name not in plans:
             runtime.report.note(
                 f"{self.name}: compiled code came from a cache without the notes that lie beside "
                 "it, so outputs that a loss does not use may give zeros where there is no gradient"
@@ -766,6 +768,12 @@ def _examples(gm: GraphModule) -> list[tuple[int, Any]]:
     """Return (position, what Dynamo traced with) for each input of the graph."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     return [(i, compat.live_example(node)) for i, node in enumerate(placeholders)]
+
+
+def _has_backward(gm: GraphModule) -> bool:
+    """Return whether an output of Dynamo's graph needs a gradient."""
+    values = [example_value(n) for n in outputs(gm.graph) if isinstance(n, Node)]
+    return any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
 
 
 def _refuse_other_kinds(gm: GraphModule) -> None:

@@ -377,7 +377,8 @@ def _lower(
     whole: dict[str, Any] = {}
     if any(isinstance(each, MaxPoolBackward) for each in lowered.joint):
         whole["decompositions"] = compat.decompositions_without(MAX_POOL_BACKWARD)
-    with compat.forced_backward_lowering(), fusing, cached, summing:
+    kept = compat.writes_are_kept()
+    with compat.forced_backward_lowering(), kept, fusing, cached, summing:
         compiled = compat.compile_fx(gm, inputs, config_patches=patches, **whole)
     return compiled, _remember(memory, lowered.report.rows)
 

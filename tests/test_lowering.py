@@ -118,3 +118,29 @@ def test_norms_that_read_all_twice_are_known(norm, two, checkpointed):
 
     torch.compile(run, backend=backend)(torch.randn(2, 8, 4, 4))
     assert any(lower._has_norm_of_two_kernels(gm) for gm in graphs) is two
+
+
+class Upsampled(nn.Module):
+    """Its backward scatters into four buffers, whose sum a convolution reads in another layout."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.classes = nn.Linear(16, 16), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x, labels):
+        picture = self.linear(x).transpose(1, 2).reshape(4, 16, 8, 8)
+        logits = nn.functional.interpolate(self.classes(picture), size=(32, 32), mode="bilinear")
+        return nn.functional.cross_entropy(logits, labels)
+
+
+def test_what_generated_code_scatters_is_kept():
+    torch.manual_seed(0)
+    want, x, labels = Upsampled(), torch.randn(4, 64, 16), torch.randint(0, 2, (4, 32, 32))
+    got = copy.deepcopy(want)
+    model = magi_train.prepare(got, config=Config(tier="graph"))
+    for each in (want, model):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = each(x, labels)
+        loss.backward()
+    gradients = [{n: p.grad for n, p in m.named_parameters()} for m in (got, want)]
+    assert difference(*gradients) < tolerance(torch.bfloat16, 64)

@@ -802,3 +802,23 @@ def test_what_changes_in_every_step_is_named_and_given_up(caplog):
     assert len(notes) == 2
     ours = [r for r in caplog.records if r.name.startswith("magi_train")]
     assert len(ours) == 2  # not one in every step
+
+
+class ScalesItsInput(nn.Module):
+    """Has a part without gradients, in front of a line that cannot be captured."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x):
+        x = 2 * x + 1
+        torch._dynamo.graph_break()
+        return self.body(x)
+
+
+def test_a_part_without_gradients_is_no_code_of_a_cache():
+    error, report = beside_plain(ScalesItsInput, no_code())
+    assert error < LIMIT
+    assert report.tier == "region"
+    assert not report.notes

@@ -8,6 +8,7 @@ is listed there, and capture then falls to the EAGER tier with a warning instead
 | torch._inductor.compile_fx.compile_fx | lowering with our passes in Inductor's slots |
 | torch._inductor.custom_graph_pass.CustomGraphPass, CustomPartitionerFn | bases of those passes |
 | torch._inductor.choices.InductorChoices, virtualized.V.set_choices_handler | what is fused |
+| codegen.cpp.CppScheduling._can_fuse_nodes_with_compatible_ranges | what is not, on the CPU |
 | torch._inductor.runtime.cache_dir_utils.cache_dir | where PyTorch keeps compiled code |
 | torch._functorch._aot_autograd.descriptors | what graph inputs and outputs are gradients of |
 | torch._functorch.partitioners.min_cut_rematerialization_partition | the partition to bound |
@@ -328,6 +329,36 @@ def fusions_in_place() -> Iterator[None]:
 
     with V.set_choices_handler(InPlace()):
         yield
+
+
+@contextlib.contextmanager
+def writes_are_kept() -> Iterator[None]:
+    """Context in which Inductor's code for the CPU keeps what is scattered into a buffer.
+
+    To fuse loops over one range and over several (512 and 8 x 64), torch 2.13 works out again what
+    a node reads, and forgets that a buffer has been written to since: the node reads it as it was,
+    and the writes, which nobody reads then, are dropped. The backward of an upsampling gave zeros.
+    Nodes that read what has been written to are not fused this way.
+    """
+    from torch._inductor.codegen import cpp
+
+    scheduling: Any = cpp.CppScheduling
+    can_fuse = getattr(scheduling, "_can_fuse_nodes_with_compatible_ranges", None)
+    if can_fuse is None:
+        yield
+        return
+
+    @functools.wraps(can_fuse)
+    def can(self: Any, *nodes: Any) -> Any:
+        written = getattr(self.scheduler, "mutation_real_name", {})
+        read = {each.name for node in nodes for each in node.read_writes.reads}
+        return not read & written.keys() and can_fuse(self, *nodes)
+
+    scheduling._can_fuse_nodes_with_compatible_ranges = can
+    try:
+        yield
+    finally:
+        scheduling._can_fuse_nodes_with_compatible_ranges = can_fuse
 
 
 PARTIAL_SUMS = re.compile(r"^(\w+ = )(\w+\[.*\]\.view\(.*?\))\.sum\(dim=0\)(.*)$")

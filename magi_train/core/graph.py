@@ -114,16 +114,28 @@ def _fake_mode(graph: Graph) -> Any:
     raise AssertionError("a graph without a single fake tensor")
 
 
-def ancestors(node: Node) -> set[Node]:
-    """Return `node` and everything that it is computed from."""
+def ancestors(
+    node: Node, of: Callable[[Node], Iterable[Node]] = lambda n: n.all_input_nodes
+) -> set[Node]:
+    """Return `node` and everything that it is computed from; `of` says from what one node is."""
     seen: set[Node] = set()
     todo = [node]
     while todo:
         current = todo.pop()
         if current not in seen:
             seen.add(current)
-            todo += current.all_input_nodes
+            todo += of(current)
     return seen
+
+
+def _may_share(node: Node) -> list[Node]:
+    """Return the arguments whose memory a node may hand on.
+
+    What torch.export makes of `torch.tensor(...)` is a copy, though its fake value lies in the
+    storage of the constant.
+    """
+    copies = node.target is torch.ops.aten.lift_fresh_copy.default
+    return [] if copies else node.all_input_nodes
 
 
 def mutated(node: Node) -> list[Node]:
@@ -155,7 +167,8 @@ def aliased(node: Node) -> set[Node]:
     tensors, or that runs a graph, may share memory with anything that it is computed from.
     """
     memory = _memory(node)
-    return {n for n in ancestors(node) if not memory or not _memory(n) or memory & _memory(n)}
+    sources = ancestors(node, of=_may_share)
+    return {n for n in sources if not memory or not _memory(n) or memory & _memory(n)}
 
 
 def written(graph: Graph) -> set[Node]:
@@ -177,7 +190,7 @@ def aliasing(nodes: Iterable[Node], found: set[Node]) -> set[Node]:
     result = set()
     for node in nodes:
         reached = functools.reduce(
-            operator.or_, (behind[n] for n in node.all_input_nodes), bits.get(node, 0)
+            operator.or_, (behind[n] for n in _may_share(node)), bits.get(node, 0)
         )
         behind[node] = reached
         if not reached:

@@ -124,7 +124,8 @@ class Compiled:
                     graph, fullgraph=True, dynamic=False,
                     options={**options, "guard_filter_fn": _without_guards},
                 )  # fmt: skip
-                got = code(*self._first, *_apart(tensors))
+                with compat.writes_are_kept():
+                    got = code(*self._first, *_apart(tensors))
             except Exception as error:
                 raise ExportError(
                     f"the program cannot be compiled here ({type(error).__name__}: "

@@ -37,7 +37,8 @@ def compile_program(
     Raises:
         ExportError: This torch writes what it cannot load, or what computes something else.
     """
-    compat.aoti_compile(program, package_path=str(file), inductor_configs=dict(options))
+    with compat.writes_are_kept():
+        compat.aoti_compile(program, package_path=str(file), inductor_configs=dict(options))
     if compat.AOTI_LOADER_MAY_CRASH:
         check_loader(file)
     elif all(is_repeatable(node) for node in program.graph.nodes):

@@ -23,10 +23,13 @@ def graph_of_views(seed: int) -> Graph:
             nodes.append(node)
         for _ in range(25):
             source, other = choose.choices(nodes, k=2)
-            kind = choose.choice(["view", "view", "copy", "add", "unknown"])
+            kind = choose.choice(["view", "view", "copy", "add", "unknown", "lifted"])
             if kind == "add":
                 node = graph.call_function(torch.ops.aten.add.Tensor, (source, other))
                 node.meta["val"] = torch.empty(4, 4)
+            elif kind == "lifted":  # a copy, whose fake value lies in its argument's storage
+                node = graph.call_function(torch.ops.aten.lift_fresh_copy.default, (source,))
+                node.meta["val"] = source.meta.get("val")
             else:
                 node = graph.call_function(torch.ops.aten.t.default, (source,))
                 known = source.meta.get("val")

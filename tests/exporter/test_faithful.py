@@ -314,6 +314,27 @@ def test_each_shape_would_write_to_buffers_of_its_own(tmp_path):
         magi_train.load(tmp_path / "m.pt2", compile=True)
 
 
+class Tabulates(nn.Module):
+    """Makes tensors from numbers in each call, and writes to one of them."""
+
+    def forward(self, x):
+        factors = torch.tensor([1.0, 2.0])
+        factors[0] = torch.tensor(5.0)
+        return x * factors.mul_(3)
+
+
+@pytest.mark.parametrize(
+    ("target", "compiled"), [("program", False), ("program", True), ("pt2", False)]
+)
+def test_a_tensor_that_each_call_makes_anew_is_no_buffer(target, compiled, tmp_path):
+    path = tmp_path / "m.pt2"
+    magi_train.export(Tabulates(), (torch.ones(3, 2),), path, target=target)
+    run = magi_train.load(path, compile=compiled)
+    for i in range(3):
+        x = torch.full((3, 2), float(i))
+        assert torch.equal(run(x), Tabulates()(x))
+
+
 class Replacing(nn.Module):
     """Puts another tensor into a buffer's place, grown (a table) or changed (a count)."""
 
