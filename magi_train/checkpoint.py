@@ -206,6 +206,12 @@ def read_folder(
         held = own.state_dict()
         there = FileSystemReader(Path(folder)).read_metadata()
         own_names = {compat.name_in_checkpoints(n): n for n in held}
+        more = {_path(there, key)[1] for key in _keys_under(there, model)} - own_names.keys()
+        if strict and more:
+            raise MagiError(
+                f"{folder} holds {min(more)}, which {type(own).__name__} has not; load it into the "
+                "model that it was saved from, or take plain_state_dict()"
+            )
         tensors = {
             n: held[m]
             for n, m in own_names.items()
@@ -219,7 +225,7 @@ def read_folder(
         for key in itertools.chain.from_iterable(others.values()):
             state[key] = _empty(there, key)
         with _quiet():
-            load(state, checkpoint_id=Path(folder))
+            _load(state, folder)
             filled = {own_names[n]: value for n, value in tensors.items()}
             for n, keys in others.items():
                 if keys:
@@ -231,6 +237,15 @@ def read_folder(
     finally:
         for p in frozen:
             p.requires_grad_(False)
+
+
+def _load(state: dict[str, Any], folder: str | os.PathLike[str]) -> None:
+    """Fill `state` from a folder, in place; torch's own error is no Exception."""
+    try:
+        load(state, checkpoint_id=Path(folder))
+    except CheckpointException as error:
+        why = "; ".join(f"on rank {r}, {_cause(each)}" for r, each in error.failures.items())
+        raise MagiError(f"{folder} does not fit what it is read into: {why}") from error
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:
@@ -265,6 +280,11 @@ def _parameters_with_state(
     held = FileSystemReader(Path(folder)).read_metadata().state_dict_metadata
     before = f"{optimizer}.state."  # the parameter's name follows
     keys = [key for key in held if key.startswith(before)]
+    if not any(key.startswith(f"{optimizer}.") for key in held):
+        raise MagiError(
+            f"{folder} was saved without {optimizer.replace('_', ' ')}: load it without an "
+            "optimizer (in Lightning with load_state_dict() before fit, without ckpt_path)"
+        )
     for key in keys:
         name = key.removeprefix(before)
         while name and name not in names:  # what follows is the state's own name

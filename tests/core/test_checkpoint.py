@@ -231,3 +231,18 @@ def test_extra_state_that_torch_wrote_in_parts_is_put_together(tmp_path):
     load_checkpoint(tmp_path / "saved", other)
     assert repr(other.seen) == repr(plain_state_dict(tmp_path / "saved")["_extra_state"])
     assert repr(other.seen) == repr(module.seen)
+
+
+def test_a_checkpoint_of_something_else_is_refused_by_name(tmp_path):
+    """Without its optimizer, with a layer more, with a layer less, with another shape."""
+    saved = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    save_checkpoint(tmp_path / "saved", saved)
+    optimizer = torch.optim.AdamW(saved.parameters())
+    with pytest.raises(MagiError, match=r"saved was saved without optimizer: load it without"):
+        load_checkpoint(tmp_path / "saved", saved, optimizer)
+    with pytest.raises(MagiError, match=r"saved holds 1\.bias, which Sequential has not"):
+        load_checkpoint(tmp_path / "saved", saved[:1])
+    with pytest.raises(MagiError, match=r"does not fit .* Missing key .*2\.weight"):
+        load_checkpoint(tmp_path / "saved", nn.Sequential(*saved, nn.Linear(2, 2)))
+    with pytest.raises(MagiError, match=r"does not fit .* Size mismatch .*0\.weight"):
+        load_checkpoint(tmp_path / "saved", nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)))
