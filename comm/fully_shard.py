@@ -207,7 +207,7 @@ class FullyShard:
                 "use torch.autocast(..., torch.bfloat16), or gather_dtype=None"
             )
         if self._synced:  # as DDP, once a step
-            self._take_buffers()
+            self.take_buffers()
         self._buffers_due = True
         if self.sync != self._synced:
             assert isinstance(self._module, FSDPModule)
@@ -218,9 +218,10 @@ class FullyShard:
         """Take rank 0's buffers at the first forward without gradients since one with them."""
         if self._buffers_due:
             self._buffers_due = False
-            self._take_buffers()
+            self.take_buffers()
 
-    def _take_buffers(self) -> None:
+    def take_buffers(self) -> None:
+        """Take rank 0's buffers, unless the settings say that they are each rank's own."""
         if self._config.comm.broadcast_buffers:
             broadcast(self.world, [b for b in self._module.buffers() if not isinstance(b, DTensor)])
 
@@ -304,8 +305,13 @@ def _exchange(optimizer: Optimizer, new: dict[int, nn.Parameter]) -> None:
 def _cut(value: Any, old: Tensor, p: nn.Parameter) -> Any:
     if not isinstance(value, Tensor) or value.shape != old.shape or not isinstance(p, DTensor):
         return value
-    part = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
-    return part.to(local_part(p).device)  # with offload that is the host
+    return part_of(value, p)
+
+
+def part_of(whole: Tensor, like: DTensor) -> Tensor:
+    """Return this rank's part of a tensor that all ranks hold, cut as `like` is, in new memory."""
+    part = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return part.clone().to(local_part(like).device)  # with offload that is the host
 
 
 class _AllGather(compat.FSDPAllGather):  # type: ignore[misc]

@@ -69,6 +69,8 @@ logger = logging.getLogger(__name__)
 LEAST_GAIN = 0.02
 """Part of the backward that another plan must be predicted to save."""
 
+_Signature = tuple[tuple[bool, torch.dtype], ...]
+
 _reducers: "weakref.WeakValueDictionary[int, Reducer]" = weakref.WeakValueDictionary()
 _ordinals = itertools.count()
 
@@ -138,7 +140,7 @@ class Reducer:
         self.hooks_only = False
         self.steps_early, self.pending = False, cast("Pending | None", None)
         self._timeout_seconds = timeout_seconds
-        self._plans: dict[tuple[bool, ...], CommPlan] = {}
+        self._plans: dict[_Signature, CommPlan] = {}
         self.loss_scale: Callable[[], Scale] = lambda: 1.0
         self.compressor: Compressor | None = None
         self._link = link
@@ -190,7 +192,7 @@ class Reducer:
         """Make and agree on the plan for the parameters that are trainable now."""
         signature = self._trainable()
         if signature not in self._plans:
-            self._plans[signature] = self._agreed(self._new_plan(), sum(signature))
+            self._plans[signature] = self._agreed(self._new_plan())
         self._signature, self.plan = signature, self._plans[signature]
         self.plan_key = self.plan.fingerprint()
         self._make_compressor()
@@ -225,7 +227,8 @@ class Reducer:
         nodes = self._node_size
         return plan_buckets(named, self.config, size, self._link, self._ready, nodes)
 
-    def _agreed(self, plan: CommPlan, trainable: int) -> CommPlan:
+    def _agreed(self, plan: CommPlan) -> CommPlan:
+        trainable = sum(p.requires_grad for p in self.parameters.values())
         self.world.agree(
             "communication plan",
             {"fingerprint": plan.fingerprint(), "trainable": trainable},
@@ -261,7 +264,7 @@ class Reducer:
                 f"{1e3 * before:.1f} ms exposed, as predicted"
             )
             return
-        self._plans = {self._signature: self._agreed(plan, sum(self._signature))}
+        self._plans = {self._signature: self._agreed(plan)}
         self._flag_cache.clear()  # by the identity of buckets
         self._memory.forget()  # buckets of other sizes
         if self._meter is not None:
@@ -279,8 +282,9 @@ class Reducer:
         if before is not None and before.stateful:
             self.compressor.load(before.state())
 
-    def _trainable(self) -> tuple[bool, ...]:
-        return tuple(p.requires_grad for p in self.parameters.values())
+    def _trainable(self) -> _Signature:
+        """Return what a plan depends on: `Module.to` gives the same parameters another dtype."""
+        return tuple((p.requires_grad, p.dtype) for p in self.parameters.values())
 
     def broadcast_state(self) -> None:
         """Give every rank the parameters and buffers of rank 0."""

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import Optimizer
 
 from magi_train.capture import Region
@@ -74,7 +75,7 @@ def report(owner: Any) -> Report:
 
 
 class _Attached:
-    """Stands in for two methods of an Accelerator, and one of a Trainer."""
+    """Stands in for three methods of an Accelerator, and one of a Trainer."""
 
     def __init__(self, accelerator: Any, config: Config, trainer: Any) -> None:
         _refuse(accelerator, trainer)
@@ -88,6 +89,8 @@ class _Attached:
         accelerator._magi = self
         accelerator.prepare_model = self.prepare_model
         accelerator.prepare_optimizer = self.prepare_optimizer
+        self._join_uneven_inputs = accelerator.join_uneven_inputs
+        accelerator.join_uneven_inputs = self.join_uneven_inputs
         if trainer is not None:
             self._compute_loss = trainer.compute_loss
             trainer.compute_loss = functools.wraps(self._compute_loss)(
@@ -115,6 +118,28 @@ class _Attached:
         result.__dict__["no_sync"] = _NoSync(runtime)
         self._take_over()
         return result
+
+    def join_uneven_inputs(
+        self, joinables: list[Any], even_batches: bool | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Do what Accelerate's method does where it joins nothing; refuse to join.
+
+        Raises:
+            ValueError: Ranks may get other numbers of batches, and one of `joinables` is ours.
+        """
+        ours = [each for each in joinables if _is_ours(each)]
+        even = self.accelerator.even_batches if even_batches is None else even_batches
+        if ours and not even and self.accelerator.multi_device:
+            raise ValueError(
+                "join_uneven_inputs(even_batches=False) lets ranks take other numbers of steps, "
+                f"which a {type(ours[0]).__name__} that attach() prepared does not follow; leave "
+                "even_batches at True, or drop the last batches"
+            )
+        rest = [each for each in joinables if all(each is not mine for mine in ours)]
+        context: contextlib.AbstractContextManager[None] = self._join_uneven_inputs(
+            rest or [_JoinsNothing()], even_batches
+        )
+        return context
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Any:
         """Prepare as Accelerate does, and let one kernel take the steps."""
@@ -173,6 +198,31 @@ class _NoSync:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_sync_of_a_copy, ()
+
+
+def _is_ours(module: Any) -> bool:
+    return isinstance(getattr(module, "__dict__", {}).get("no_sync"), _NoSync)
+
+
+class _JoinsNothing(Joinable):
+    """Stands in for a model of ours where nothing is joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def join_hook(self, **_: Any) -> JoinHook:
+        """Return a hook that does nothing."""
+        return JoinHook()
+
+    @property
+    def join_device(self) -> torch.device:
+        """The host: nothing is sent."""
+        return torch.device("cpu")
+
+    @property
+    def join_process_group(self) -> Any:
+        """The default group."""
+        return torch.distributed.group.WORLD
 
 
 def _no_sync_of_a_copy() -> Any:

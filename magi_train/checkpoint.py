@@ -11,12 +11,13 @@ Engine "deepspeed" writes DeepSpeed's own files instead (comm/zero_files.py), un
 """
 
 import contextlib
+import itertools
 import os
 import pickle
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -43,9 +43,6 @@ from magi_train.core import compat
 from magi_train.core.errors import MagiError
 from magi_train.core.world import HEARTBEAT_SECONDS, World
 from magi_train.memory.sharded_optimizer import is_sharded
-
-STATE_KEY = "optimizer.state."
-"""What names of optimizer state begin with in a checkpoint; the parameter's name follows."""
 
 TIMEOUT_SECONDS = 600.0
 """How long a rank waits for the slowest writer."""
@@ -80,11 +77,12 @@ def save_checkpoint(
     if world.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
     broadcast(world, [b for b in _own(module).buffers() if not isinstance(b, DTensor)])
-    fresh = optimizer is not None and not optimizer.state
-    state = _state(module, optimizer)
-    if fresh and optimizer is not None:  # torch has filled it by a step on zeros
-        state["optimizer"]["state"] = {}
-        optimizer.state.clear()
+    _refuse_shards(optimizer)
+    held = module_state(module)
+    # a tuple is written as one: of a mapping torch would write the values, and its keys as text
+    state = {"model": {n: v if isinstance(v, Tensor) else (v,) for n, v in held.items()}}
+    if optimizer is not None:
+        state["optimizer"] = optimizer_state(module, optimizer)
     _together(world, "checkpoint begins", "")
     try:
         with _quiet():
@@ -167,33 +165,106 @@ def load_checkpoint(
             f"{folder} is a checkpoint of engine 'deepspeed', whose optimizer state only DeepSpeed "
             "reads; load its weights: model.load_state_dict(magi_train.plain_state_dict(folder))"
         )
-    own = _own(module)
     _refuse_shards(optimizer)
-    _must_be_whole(folder)
-    saved = _parameters_with_state(folder, own) if optimizer is not None else set()
-    frozen = [p for n, p in _named(own).items() if n in saved and not p.requires_grad]
-    try:
-        for p in frozen:  # torch leaves their state out
-            p.requires_grad_(True)
-        _load(folder, module, optimizer, saved)
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
+    read_folder(folder, module, {} if optimizer is None else {"optimizer": optimizer})
     shadows = getattr(module.__dict__.get("_magi_runtime"), "shadows", None)
     if shadows is not None:
         shadows.invalidate()
 
 
-def _load(
-    folder: str | os.PathLike[str], module: nn.Module, optimizer: Optimizer | None, saved: set[str]
+def read_folder(
+    folder: str | os.PathLike[str],
+    module: nn.Module,
+    optimizers: Mapping[str, Optimizer],
+    model: str = "model",
+    *,
+    strict: bool = True,
 ) -> None:
-    own, state = _own(module), _state_to_fill(module, optimizer, saved)
-    with _quiet():
+    """Read a folder of `torch.distributed.checkpoint`, on all ranks.
+
+    Args:
+        folder: What `module_state` and `optimizer_state` returned, written under names.
+        module: Gets its state, in place.
+        optimizers: By the names under which their state was written.
+        model: The name under which the module's state was written.
+        strict: The folder holds all of the module's state.
+
+    Raises:
+        MagiError: There is no whole checkpoint, or it holds the state of another model.
+    """
+    own = _own(module)
+    _must_be_whole(folder)
+    saved = {key: _parameters_with_state(folder, own, key) for key in optimizers}
+    names = set().union(*saved.values())
+    frozen = [p for n, p in _named(own).items() if n in names and not p.requires_grad]
+    try:
+        for p in frozen:  # torch leaves their state out
+            p.requires_grad_(True)
+        state: dict[str, Any] = {
+            key: _state_to_fill(own, optimizer, saved[key]) for key, optimizer in optimizers.items()
+        }
+        held = own.state_dict()
+        there = FileSystemReader(Path(folder)).read_metadata()
+        own_names = {compat.name_in_checkpoints(n): n for n in held}
+        more = {_path(there, key)[1] for key in _keys_under(there, model)} - own_names.keys()
+        if strict and more:
+            raise MagiError(
+                f"{folder} holds {min(more)}, which {type(own).__name__} has not; load it into the "
+                "model that it was saved from, or take plain_state_dict()"
+            )
+        tensors = {
+            n: held[m]
+            for n, m in own_names.items()
+            if isinstance(held[m], Tensor) and not n.endswith("_extra_state")  # of any shape
+        }
+        if not strict:
+            found = there.state_dict_metadata
+            tensors = {n: value for n, value in tensors.items() if f"{model}.{n}" in found}
+        state[model] = tensors
+        others = {n: _keys_under(there, f"{model}.{n}") for n in own_names.keys() - tensors.keys()}
+        for key in itertools.chain.from_iterable(others.values()):
+            state[key] = _empty(there, key)
+        with _quiet():
+            _load(state, folder)
+            filled = {own_names[n]: value for n, value in tensors.items()}
+            for n, keys in others.items():
+                if keys:
+                    filled[own_names[n]] = _unwrapped(_nested(there, {k: state[k] for k in keys}))
+            own.load_state_dict(filled, strict=strict)
+            for key, optimizer in optimizers.items():
+                options = StateDictOptions(strict=False)
+                set_optimizer_state_dict(own, optimizer, state[key], options=options)
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
+def _load(state: dict[str, Any], folder: str | os.PathLike[str]) -> None:
+    """Fill `state` from a folder, in place; torch's own error is no Exception."""
+    try:
         load(state, checkpoint_id=Path(folder))
-        set_model_state_dict(own, state["model"])
-        if optimizer is not None:
-            options = StateDictOptions(strict=False)
-            set_optimizer_state_dict(own, optimizer, state["optimizer"], options=options)
+    except CheckpointException as error:
+        why = "; ".join(f"on rank {r}, {_cause(each)}" for r, each in error.failures.items())
+        raise MagiError(f"{folder} does not fit what it is read into: {why}") from error
+
+
+def module_state(module: nn.Module) -> dict[str, Any]:
+    """Return a module's state by the names that checkpoints hold, the user's hooks included.
+
+    As torch's `get_model_state_dict`, which refuses what hooks add.
+    """
+    held = _own(module).state_dict()
+    return {compat.name_in_checkpoints(name): value for name, value in held.items()}
+
+
+def optimizer_state(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Return an optimizer's state by the parameters' names in checkpoints; nothing is changed."""
+    fresh = not optimizer.state
+    state: dict[str, Any] = get_optimizer_state_dict(_own(module), optimizer)
+    if fresh:  # torch has filled it by a step on zeros
+        state["state"] = {}
+        optimizer.state.clear()
+    return state
 
 
 def _named(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -201,63 +272,68 @@ def _named(module: nn.Module) -> dict[str, nn.Parameter]:
     return {compat.name_in_checkpoints(n): p for n, p in module.named_parameters()}
 
 
-def _parameters_with_state(folder: str | os.PathLike[str], module: nn.Module) -> set[str]:
-    """Return the parameters that a checkpoint holds optimizer state of."""
+def _parameters_with_state(
+    folder: str | os.PathLike[str], module: nn.Module, optimizer: str
+) -> set[str]:
+    """Return the parameters that a checkpoint holds state of, under the name of an optimizer."""
     names, found = _named(module), set()
     held = FileSystemReader(Path(folder)).read_metadata().state_dict_metadata
-    keys = [key for key in held if key.startswith(STATE_KEY)]
+    before = f"{optimizer}.state."  # the parameter's name follows
+    keys = [key for key in held if key.startswith(before)]
+    if not any(key.startswith(f"{optimizer}.") for key in held):
+        raise MagiError(
+            f"{folder} was saved without {optimizer.replace('_', ' ')}: load it without an "
+            "optimizer (in Lightning with load_state_dict() before fit, without ckpt_path)"
+        )
     for key in keys:
-        name = key.removeprefix(STATE_KEY)
+        name = key.removeprefix(before)
         while name and name not in names:  # what follows is the state's own name
             name = name.rpartition(".")[0]
         found.add(name)
     if keys and not found & names.keys():
         raise MagiError(
             f"{folder} holds optimizer state of other parameters than the model's, for example "
-            f"{keys[0].removeprefix(STATE_KEY)}; load it without the optimizer, or into the model "
+            f"{keys[0].removeprefix(before)}; load it without the optimizer, or into the model "
             "that it was saved from"
         )
     return found & names.keys()
 
 
-def _state_to_fill(
-    module: nn.Module, optimizer: Optimizer | None, saved: set[str]
-) -> dict[str, Any]:
+def _state_to_fill(module: nn.Module, optimizer: Optimizer, saved: set[str]) -> dict[str, Any]:
     """Return what a checkpoint is read into, with optimizer state of the parameters in `saved`.
 
     What the optimizer lacks of it torch makes by a step on zeros, but only while there is no
     gradient, and no state of any parameter.
     """
-    if optimizer is None:
-        return _state(module, None)
     every = [p for group in optimizer.param_groups for p in group["params"]]
     mine = {id(p) for p in every}
-    wanted = [p for n, p in _named(_own(module)).items() if n in saved and id(p) in mine]
+    wanted = [p for n, p in _named(module).items() if n in saved and id(p) in mine]
     gradients, before = [p.grad for p in every], dict(optimizer.state)
     try:
         if any(p not in optimizer.state for p in wanted):
             optimizer.state.clear()
             for p in every:
                 p.grad = None
-        state = _state(module, optimizer)
+        state: dict[str, Any] = get_optimizer_state_dict(module, optimizer)
     except BaseException:
         optimizer.state.update(before)
         raise
     finally:
         for p, gradient in zip(every, gradients, strict=True):
             p.grad = gradient
-    held = state["optimizer"]["state"]  # of a parameter that never had a gradient none was saved
-    state["optimizer"]["state"] = {n: each for n, each in held.items() if n in saved}
+    # of a parameter that never had a gradient none was saved
+    state["state"] = {n: each for n, each in state["state"].items() if n in saved}
     return state
 
 
-def plain_state_dict(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+def plain_state_dict(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Return a checkpoint's weights and buffers as `module.load_state_dict` takes them.
 
     Needs one process and host memory for the whole model, and no process group.
 
     Returns:
-        Whole tensors on the CPU, by their names in the plain module.
+        Whole tensors on the CPU, and what `get_extra_state` returned, by their names in the plain
+        module.
 
     Raises:
         MagiError: There is no whole checkpoint; names the folder.
@@ -266,15 +342,58 @@ def plain_state_dict(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
         return zero_files.plain(Path(folder))
     _must_be_whole(folder)
     reader = FileSystemReader(Path(folder))
-    found = reader.read_metadata().state_dict_metadata
-    names = [key for key in found if key.startswith("model.")]
-    state: dict[str, Any] = {}
-    for key in names:
-        entry: Any = found[key]
-        state[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    there = reader.read_metadata()
+    state = {key: _empty(there, key) for key in _keys_under(there, "model")}
     with _quiet():
         load(state, storage_reader=reader, no_dist=True)
-    return {key.removeprefix("model."): state[key] for key in names}
+    by_name: dict[str, dict[str, Any]] = {}
+    for key, value in state.items():
+        by_name.setdefault(_path(there, key)[1], {})[key] = value
+    return {name: _unwrapped(_nested(there, values)) for name, values in by_name.items()}
+
+
+def _keys_under(metadata: Metadata, name: str) -> list[str]:
+    """Return the keys of a checkpoint under which a value was written, or what it holds."""
+    found = metadata.state_dict_metadata
+    return [key for key in found if key == name or key.startswith(f"{name}.")]
+
+
+def _empty(metadata: Metadata, key: str) -> Tensor | None:
+    """Return what an entry of a checkpoint can be read into."""
+    entry = metadata.state_dict_metadata[key]
+    if not isinstance(entry, TensorStorageMetadata):
+        return None
+    return torch.empty(entry.size, dtype=entry.properties.dtype)
+
+
+def _path(metadata: Metadata, key: str) -> tuple[Any, ...]:
+    """Return where a key was: the part of the checkpoint, the name in it, and places below that."""
+    return tuple((metadata.planner_data or {}).get(key, tuple(key.split(".", 1))))
+
+
+def _nested(metadata: Metadata, values: Mapping[str, Any]) -> Any:
+    """Put together one value of a state dict, of which torch may have written parts."""
+    root: dict[Any, Any] = {}
+    for key, value in values.items():
+        place, (*above, last) = root, _path(metadata, key)[1:]
+        for part in above:
+            place = place.setdefault(part, {})
+        place[last] = value
+    (whole,) = root.values()
+    return _with_lists(whole)
+
+
+def _with_lists(value: Any) -> Any:
+    """Return nested dicts with a list for each whose keys are places."""
+    if not isinstance(value, dict) or not value:
+        return value
+    inner = {key: _with_lists(each) for key, each in value.items()}
+    return [inner[i] for i in sorted(inner)] if all(isinstance(i, int) for i in inner) else inner
+
+
+def _unwrapped(value: Any) -> Any:
+    """Return what `save_checkpoint` made a tuple of."""
+    return value[0] if isinstance(value, tuple) and len(value) == 1 else value
 
 
 @contextlib.contextmanager
@@ -289,16 +408,9 @@ def _quiet() -> Iterator[None]:
 def _own(module: nn.Module) -> nn.Module:
     """Return the module whose names a checkpoint holds."""
     runtime = module.__dict__.get("_magi_runtime")
-    return module if runtime is None else runtime.module
-
-
-def _state(module: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
-    own = _own(module)
-    _refuse_shards(optimizer)
-    state: dict[str, Any] = {"model": get_model_state_dict(own)}
-    if optimizer is not None:
-        state["optimizer"] = get_optimizer_state_dict(own, optimizer)
-    return state
+    if runtime is not None:
+        return runtime.module  # type: ignore[no-any-return]
+    return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
 
 
 def _refuse_shards(optimizer: Optimizer | None) -> None:

@@ -86,7 +86,8 @@ class Runtime:
         self.world: World = join_from_environment()
         _explain_uncaught()
         parameters = dict(module.named_parameters())
-        lazy = [n for n, p in parameters.items() if nn.parameter.is_lazy(p)]
+        every = itertools.chain(parameters.items(), module.named_buffers())
+        lazy = [n for n, tensor in every if nn.parameter.is_lazy(tensor)]
         if lazy:
             raise ValueError(
                 f"{lazy[0]} of {type(module).__name__} has no shape yet, as it belongs to a lazy "

@@ -95,6 +95,10 @@ def test_prepare_refuses_what_it_cannot_mean(prepared):
 def test_a_lazy_layer_is_named():
     with pytest.raises(ValueError, match=r"0\.weight of Sequential has no shape yet.*one batch"):
         magi_train.prepare(nn.Sequential(nn.LazyLinear(2)))
+    late = nn.Linear(2, 2)
+    late.register_buffer("mean", nn.UninitializedBuffer())
+    with pytest.raises(ValueError, match=r"mean of Linear has no shape yet.*one batch"):
+        magi_train.prepare(late)
 
 
 def test_prepare_gives_back_the_optimizer():

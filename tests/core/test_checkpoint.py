@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -188,3 +189,60 @@ def test_a_rename_that_fails_on_rank_0_is_raised_on_all_ranks(tmp_path, two_rank
         assert f"could not be renamed to {folder}: on rank 0, PermissionError: [Errno 13]" in said
     assert number_in(folder) == 1, "what was there before"
     assert number_in(tmp_path / ".run.partial") == 2
+
+
+class Remembers(nn.Linear):
+    """Holds more than tensors, and adds to its state by a hook."""
+
+    def __init__(self, seen=()):
+        super().__init__(2, 2)
+        self.seen = seen
+        self.register_state_dict_post_hook(lambda _, d, p, *__: d.update({f"{p}more": [1]}))
+        self.register_load_state_dict_pre_hook(lambda _, d, p, *__: d.pop(f"{p}more"))
+
+    def get_extra_state(self):
+        return self.seen
+
+    def set_extra_state(self, seen):
+        self.seen = seen
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [{0: [1, 2, 3], "a": {"b": torch.ones(2)}}, [torch.ones(1), 2], (1,), 5, {}, torch.ones(3)],
+    ids=["mapping", "list", "tuple", "number", "nothing", "tensor"],
+)
+def test_extra_state_and_what_hooks_add_come_back_as_they_were(seen, tmp_path):
+    """Into a module that has seen nothing; torch would write a mapping's keys as text."""
+    module, other, plain = Remembers(seen), nn.Sequential(Remembers()), Remembers()
+    save_checkpoint(tmp_path / "saved", nn.Sequential(module))
+    load_checkpoint(tmp_path / "saved", other)
+    nn.Sequential(plain).load_state_dict(plain_state_dict(tmp_path / "saved"))
+    for loaded in (other[0], plain):
+        assert repr(loaded.seen) == repr(seen)
+        assert torch.equal(loaded.weight, module.weight)
+
+
+def test_extra_state_that_torch_wrote_in_parts_is_put_together(tmp_path):
+    """As Lightning's folders hold it, and ours of an earlier version did."""
+    module, other = Remembers({"a": [torch.ones(1), {"b": 2}], "c": 3}), Remembers()
+    held = {name: value for name, value in module.state_dict().items()}
+    dcp.save({"model": held}, checkpoint_id=tmp_path / "saved", no_dist=True)
+    load_checkpoint(tmp_path / "saved", other)
+    assert repr(other.seen) == repr(plain_state_dict(tmp_path / "saved")["_extra_state"])
+    assert repr(other.seen) == repr(module.seen)
+
+
+def test_a_checkpoint_of_something_else_is_refused_by_name(tmp_path):
+    """Without its optimizer, with a layer more, with a layer less, with another shape."""
+    saved = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    save_checkpoint(tmp_path / "saved", saved)
+    optimizer = torch.optim.AdamW(saved.parameters())
+    with pytest.raises(MagiError, match=r"saved was saved without optimizer: load it without"):
+        load_checkpoint(tmp_path / "saved", saved, optimizer)
+    with pytest.raises(MagiError, match=r"saved holds 1\.bias, which Sequential has not"):
+        load_checkpoint(tmp_path / "saved", saved[:1])
+    with pytest.raises(MagiError, match=r"does not fit .* Missing key .*2\.weight"):
+        load_checkpoint(tmp_path / "saved", nn.Sequential(*saved, nn.Linear(2, 2)))
+    with pytest.raises(MagiError, match=r"does not fit .* Size mismatch .*0\.weight"):
+        load_checkpoint(tmp_path / "saved", nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)))

@@ -433,9 +433,13 @@ def hook_a_weight(model):
     model.a.weight.register_hook(lambda g: g.clamp(-1e-3, 1e-3))
 
 
+def to_double(model):
+    model.double()
+
+
 @pytest.mark.parametrize("tier", ["graph", "eager"])
 @pytest.mark.parametrize(
-    "change", [freeze_unused, replace_layer, load_assigned, add_layer, hook_a_weight]
+    "change", [freeze_unused, replace_layer, load_assigned, add_layer, hook_a_weight, to_double]
 )
 def test_a_model_that_changes_between_steps(change, tier, two_ranks):
     for worst in values(two_ranks(changed_between_steps, change, tier)):

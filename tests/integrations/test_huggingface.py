@@ -15,6 +15,7 @@ from magi_train import CommConfig, Config, MagiError
 from magi_train.integrations.huggingface import attach, report
 from tests.close import difference, tolerance
 from tests.integrations.huggingface_script import losses, make
+from tests.ranks import values
 
 pytest.importorskip("accelerate", reason="pip install 'magi-train[huggingface]'")
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of transformers, about itself
@@ -150,6 +151,28 @@ def test_refusals(tmp_path):
     late.train()
     with pytest.raises(ValueError, match="prepared already"):
         attach(late)
+
+
+def joins(rank, _):
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerate.Accelerator, "multi_device", True)  # as on GPUs: not on CPUs
+        accelerator = attach(accelerate.Accelerator(cpu=True))
+        model = accelerator.prepare(torch.nn.Linear(2, 2))
+        entered = 0
+        for even in (None, True):
+            with accelerator.join_uneven_inputs([model], even_batches=even):
+                entered += 1
+        with pytest.raises(ValueError, match="which a Linear that attach"):
+            accelerator.join_uneven_inputs([model], even_batches=False)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    return entered
+
+
+def test_uneven_inputs_are_joined_where_that_means_nothing(two_ranks):
+    """Accelerate asks a joinable for its hook even where all ranks get the same batches."""
+    assert values(two_ranks(joins)) == [2, 2]
 
 
 @pytest.mark.full
