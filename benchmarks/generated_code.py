@@ -5,7 +5,8 @@
 GELU of 12608 x 4096 numbers of bfloat16 and its backward (fusion/narrow_erf.py) beside the exact
 ones and a copy; the sums of two matrices of partial sums (fusion/kernels/column_sums.py); the patch
 embedding of ViT-L/16 for 64 images as a convolution and as a product (fusion/patches.py); and the
-products of a loss with BERT's vocabulary, as it is and with columns of zeros (fusion/chunked.py).
+products of a loss with BERT's vocabulary, as it is and with columns of zeros (fusion/chunked.py);
+dropout's bits (fusion/dropout.py); the backward of max-pooling (fusion/max_pool.py).
 """
 
 import math
@@ -115,11 +116,57 @@ def products() -> dict[str, Callable[[], Any]]:
     }
 
 
+def masks() -> dict[str, Callable[[], Any]]:
+    """Dropout of 16384 x 768 numbers and a norm behind it, its mask drawn where it is read or not."""
+    from magi_train.fusion.kernels.dropout_bits import dropout_bits
+
+    seeds = torch.zeros(1, dtype=torch.int64, device="cuda")
+    x = torch.randn(16384, 768, device="cuda", dtype=torch.bfloat16)
+    places = torch.arange(8, device="cuda")
+
+    @torch.compile
+    def usual(x: Tensor) -> tuple[Tensor, Tensor]:
+        kept = torch.rand_like(x) > 0.1
+        return F.layer_norm((x * kept / 0.9).float(), (768,)), kept
+
+    @torch.compile
+    def unpacked(x: Tensor, bits: Tensor) -> Tensor:
+        kept = ((bits.unsqueeze(-1) >> places) & 1 != 0).view(x.shape)
+        return F.layer_norm((x * kept / 0.9).float(), (768,))
+
+    bits = dropout_bits(seeds, 0, [16384, 96], 0.1)
+    return {
+        "dropout's bits": lambda: dropout_bits(seeds, 0, [16384, 96], 0.1),
+        "dropout and norm, with bits": lambda: unpacked(x, bits),
+        "dropout and norm, Inductor": lambda: usual(x),
+    }
+
+
+def pools() -> dict[str, Callable[[], Any]]:
+    """The backward of a ResNet's max-pooling for 256 images."""
+    from torch._inductor import inductor_prims  # noqa: F401  (defines the op)
+
+    from magi_train.fusion.kernels.max_pool_backward import max_pool_backward
+
+    window = ((3, 3), (2, 2), (1, 1))
+    x = torch.randn(256, 64, 112, 112, device="cuda", dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y, offsets = torch.ops.prims._low_memory_max_pool_with_offsets(x, *window, (1, 1), False)
+    dy, indices = torch.randn_like(y), F.max_pool2d(x, *window, return_indices=True)[1]
+    out = torch.empty_like(x)
+    eager = torch.ops.aten.max_pool2d_with_indices_backward
+    return {
+        "copy of what is pooled": lambda: out.copy_(x),
+        "max-pooling's backward, ours": lambda: max_pool_backward(dy, offsets, (112, 112), *window),
+        "max-pooling's backward, eager": lambda: eager(dy, x, *window, (1, 1), False, indices),
+    }
+
+
 def main() -> None:
     """Measure all, print them, write JSON."""
     options = records.parser_of(__doc__).parse_args()
     rows = []
-    for make in (gelus, sums, stems, products):
+    for make in (gelus, sums, stems, products, masks, pools):
         for name, function in make().items():
             rows.append({"what": name, "microseconds": 1e3 * median_ms(function)})
             print(f"{rows[-1]['microseconds']:9.1f} us  {name}", flush=True)
