@@ -117,7 +117,7 @@ def products() -> dict[str, Callable[[], Any]]:
 
 
 def masks() -> dict[str, Callable[[], Any]]:
-    """Dropout of 16384 x 768 numbers and a norm behind it, its mask drawn where it is read or not."""
+    """Dropout of 16384 x 768 numbers and a norm behind it; its mask drawn there, or read."""
     from magi_train.fusion.kernels.dropout_bits import dropout_bits
 
     seeds = torch.zeros(1, dtype=torch.int64, device="cuda")
