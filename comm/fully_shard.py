@@ -355,3 +355,14 @@ class _ReduceScatter(compat.FSDPReduceScatter):  # type: ignore[misc]
         work = _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=True)
         what = f"the gradients of a block ({input_tensor.numel()} numbers)"
         self.world.wait(work, output_tensor.device, what)
+
+
+def explain_mixed(error: BaseException) -> None:
+    """Say, in a note, what torch's error means where whole tensors meet parts of weights."""
+    if "mixed torch.Tensor and DTensor" in str(error) and not getattr(error, "__notes__", None):
+        error.add_note(
+            "magi-train: engine 'fsdp2' keeps parts of the weights on each rank; they are whole in "
+            "the forward of their block (of the model, for weights of no block). Compute with them "
+            "there, or with p.full_tensor(), on all ranks, of each that is a DTensor; under "
+            "engine='magi' weights are whole"
+        )

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from magi_train.comm.codecs.compressor import STATEFUL
-from magi_train.comm.fully_shard import FullyShard, device_for, local_part
+from magi_train.comm.fully_shard import FullyShard, device_for, explain_mixed, local_part
 from magi_train.comm.link import link_for
 from magi_train.comm.plan import CommPlan, num_bytes
 from magi_train.comm.reducer import Reducer
@@ -426,7 +426,10 @@ def _resident_mib(
 
 @functools.cache
 def _explain_uncaught() -> None:
-    """Explain allocations that fail in a backward; behind World, whose hook then tells the rest."""
+    """Explain errors that leave a program; behind World, whose hook then tells the rest.
+
+    Allocations that fail in a backward, and computing with parts of weights.
+    """
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -435,6 +438,8 @@ def _explain_uncaught() -> None:
             explain(
                 error, getattr(trained[-1], "memory", None)
             )  # one that failed half-way has none
+        if any(isinstance(getattr(each, "reducer", None), FullyShard) for each in trained):
+            explain_mixed(error)
         previous(kind, error, trace)
 
     sys.excepthook = hook

@@ -3,6 +3,7 @@
 import contextlib
 import resource
 import signal
+import sys
 import time
 
 import pytest
@@ -437,6 +438,27 @@ def goes_on_after_an_error(_, __):
 def test_a_backward_that_raised_is_not_gone_on_from():
     for outcome in run_ranks(goes_on_after_an_error):
         assert outcome.error.startswith("MagiError: the last backward ended with an error that was")
+
+
+def regularizes_parts(rank, _):
+    model = magi_train.prepare(make("blocks"), config=FSDP2)
+    loss = model(tokens(0), tokens(1))
+    said = []
+    for part in (lambda p: p, whole):
+        try:
+            penalty = sum((part(p).square().sum() for p in model.parameters()), loss)
+        except RuntimeError as error:
+            sys.excepthook(RuntimeError, error, None)  # as at the end of a script
+            said += error.__notes__
+    loss.backward()
+    return said, float(penalty) > float(loss)
+
+
+def test_weights_outside_of_their_block_are_explained(two_ranks):
+    for said, grew in values(two_ranks(regularizes_parts)):
+        (note,) = said
+        assert "they are whole in the forward of their block" in note
+        assert grew, "whole weights can be added up"
 
 
 def stops_early(rank, _):
