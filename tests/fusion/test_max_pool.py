@@ -104,7 +104,7 @@ def test_a_convolutional_net_trains_with_it():
     [
         (nn.MaxPool2d(3, 2, dilation=2), 64, "dilated"),
         (nn.MaxPool2d(3, 2), 16, "32768 elements; from 524288"),
-        (nn.MaxPool2d(7, 2), 64, "keeps no offsets"),
+        pytest.param(nn.MaxPool2d(7, 2), 64, "keeps no offsets", marks=pytest.mark.full),
     ],
 )
 def test_what_is_left_alone_is_right_all_the_same(pool, size, said):

@@ -119,7 +119,13 @@ def rounded(p):
     ("middle", "norm", "dtype", "said"),
     [
         (lambda p, y, z: F.relu(p + z), nn.BatchNorm2d, torch.bfloat16, "no multiple"),
-        (lambda p, y, z: F.relu(F.avg_pool2d(p, 3, 1, 1)), nn.BatchNorm2d, torch.bfloat16, "no mu"),
+        pytest.param(
+            lambda p, y, z: F.relu(F.avg_pool2d(p, 3, 1, 1)),
+            nn.BatchNorm2d,
+            torch.bfloat16,
+            "no multiple",
+            marks=pytest.mark.full,
+        ),  # fmt: skip
         (lambda p, y, z: F.relu(p.tanh()), nn.BatchNorm2d, torch.bfloat16, "no multiple"),
         (lambda p, y, z: F.relu(rounded(p) + p.mean()), nn.BatchNorm2d, torch.bfloat16, "no mu"),
         (lambda p, y, z: F.relu(1 - p), nn.BatchNorm2d, torch.bfloat16, "no multiple"),
