@@ -125,7 +125,7 @@ def rounded(p):
             torch.bfloat16,
             "no multiple",
             marks=pytest.mark.full,
-        ),  # fmt: skip
+        ),
         (lambda p, y, z: F.relu(p.tanh()), nn.BatchNorm2d, torch.bfloat16, "no multiple"),
         (lambda p, y, z: F.relu(rounded(p) + p.mean()), nn.BatchNorm2d, torch.bfloat16, "no mu"),
         (lambda p, y, z: F.relu(1 - p), nn.BatchNorm2d, torch.bfloat16, "no multiple"),
