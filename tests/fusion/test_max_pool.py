@@ -118,6 +118,26 @@ def test_what_is_left_alone_is_right_all_the_same(pool, size, said):
     assert difference(got, exact(model, x)) < tolerance(torch.float32, 8 * size * size)
 
 
+def test_windows_of_one_number_for_both_sides():
+    class Sides(nn.Module):
+        def forward(self, x):
+            return F.max_pool2d(F.max_pool2d(x, (3,), (1,), (1,)), [2])
+
+    torch.manual_seed(0)
+    model, x = Pooled(Sides()), torch.randn(8, 3, 64, 64)
+    got, plan, _ = train(model, x)
+    assert len(plan["taken"]) == 2
+    assert difference(got, exact(model, x)) < tolerance(torch.float32, 8 * 64 * 64)
+
+
+def test_float64_stays_so():
+    torch.manual_seed(0)
+    model, x = Pooled().double(), torch.randn(8, 3, 64, 64).double()
+    got, plan, _ = train(model, x)
+    assert "float64" in plan["left_alone"][0][1]
+    assert difference(got, exact(model, x)) < tolerance(torch.float64, 8 * 64 * 64)
+
+
 def test_a_graph_without_channels_last_is_left_alone(monkeypatch):
     monkeypatch.setattr(compat, "wants_channels_last", lambda gm: False)
     _, plan, code = train(Pooled(channels=24), torch.randn(8, 3, 64, 64))

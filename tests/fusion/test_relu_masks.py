@@ -115,6 +115,11 @@ def rounded(p):
     return p.to(torch.bfloat16)
 
 
+def norm_of_rows(channels):
+    """A norm whose factors, of rows times of columns, are as many as the elements."""
+    return nn.LayerNorm(2 * channels)
+
+
 @pytest.mark.parametrize(
     ("middle", "norm", "dtype", "said"),
     [
@@ -124,9 +129,10 @@ def rounded(p):
         (lambda p, y, z: F.relu(rounded(p) + p.mean()), nn.BatchNorm2d, torch.bfloat16, "no mu"),
         (lambda p, y, z: F.relu(1 - p), nn.BatchNorm2d, torch.bfloat16, "no multiple"),
         (lambda p, y, z: F.relu(p) + z, lambda c: nn.Identity(), torch.bfloat16, "no multiple"),
+        (lambda p, y, z: F.relu(p) + z, norm_of_rows, torch.bfloat16, "no multiple"),
         (lambda p, y, z: F.relu(p) + z, nn.BatchNorm2d, torch.float32, "float32, not from 16"),
     ],
-    ids=["residual", "pooled", "curved", "rounded", "negated", "no norm", "float32"],
+    ids=["residual", "pooled", "curved", "rounded", "negated", "no norm", "of rows", "float32"],
 )
 def test_what_is_left_alone(middle, norm, dtype, said):
     torch.manual_seed(0)
