@@ -83,7 +83,7 @@ class ReluMasks:
             if getattr(n.args[0], "target", None) is aten.relu.default and n.args[1] == 0
         ]
         late = graph.descendants(graph.tangents(gm.graph)) if masks else set()
-        found = {mask: _why_not(mask, late) for mask in masks if late}
+        found = {mask: _why_not(mask, late) for mask in masks if mask.users.keys() & late}
         changed = tuple(mask.name for mask, reason in found.items() if not reason)
         left = tuple((mask.name, reason) for mask, reason in found.items() if reason)
         return ReluPlan(changed, left) if found else None

@@ -145,6 +145,24 @@ def test_what_is_left_alone(middle, norm, dtype, said):
     assert all(torch.equal(g, usual[n]) for n, g in got.items() if g is not None)
 
 
+def test_a_mask_of_the_models_own_is_left_alone():
+    def counted(p, y, z):
+        kept = F.relu(p)
+        return kept + z + (kept <= 0).float().mean()
+
+    torch.manual_seed(0)
+    model, x = Net(counted), torch.randn(16, 3, 16, 16)
+    got, rows = train(model, x)
+    assert len(rows["relu_masks"]["from_input"]) == 1
+    assert not rows["relu_masks"]["left_alone"]
+    usual, others = train(model, x, wanted=False)
+    vectors = 2 * 8 * 4 / 2**20
+    more = rows["saved_activations"]["saved_mib"] - others["saved_activations"]["saved_mib"]
+    assert more <= vectors + 0.001, "no mask"
+    want = exact(model, x)
+    assert relative_error(got, want) < 2 * relative_error(usual, want)
+
+
 def test_of_a_tensor_that_the_backward_does_not_read():
     class Scaled(nn.Module):
         def __init__(self):
