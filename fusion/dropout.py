@@ -138,7 +138,7 @@ class PackDropout:
 
 
 def _compared(draw: Node) -> Any:
-    """Return the one node `draw > p` that reads it, as floats of any size; None if there is none."""
+    """Return the one node `draw > p` that reads it, as floats of any dtype, or None."""
     reader = draw
     while len(reader.users) == 1:
         reader = next(iter(reader.users))

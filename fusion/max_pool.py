@@ -99,11 +99,12 @@ class MaxPoolBackward:
     def apply(self, gm: GraphModule, plan: MaxPoolPlan, context: PassContext) -> None:
         """Call the op in place of PyTorch's."""
         by_name = {n.name: n for n in gm.graph.nodes}
+        for name in (*plan.taken, *(name for name, _ in plan.left_alone)):
+            _spell_out(by_name[name])
         for pool in (by_name[name] for name in plan.taken):
             dy, _, kernel, stride, padding = pool.args[:5]
             offsets, _, size = _indices_of(pool).args[:3]
-            windows = [_pair(each) for each in (kernel, stride or kernel, padding)]
-            arguments = (dy, offsets, size, *windows)
+            arguments = (dy, offsets, size, kernel, stride, padding)
             with gm.graph.inserting_before(pool):
                 new = call_like(pool, torch.ops.magi_train.max_pool_backward.default, *arguments)
             values, keywords = new.meta[compat.STRIDES_OF_ARGUMENTS]
@@ -131,9 +132,15 @@ class MaxPoolBackward:
         return ""
 
 
-def _pair(lengths: Any) -> list[int]:
-    """Return height and width of what may be given as one number for both."""
-    return [*lengths] * (2 // len(lengths))
+def _spell_out(pool: Node) -> None:
+    """Give a window's height and width where one number is for both, or none for its stride.
+
+    PyTorch's decomposition takes these forms, Inductor's lowering of the op as it is does not.
+    """
+    kernel: Any = pool.args[2]
+    for place, given in enumerate((kernel, pool.args[3] or kernel, *pool.args[4:6]), start=2):
+        assert isinstance(given, list | tuple), "by the op's schema"
+        pool.update_arg(place, [*given] * (2 // len(given)))
 
 
 def _indices_of(pool: Node) -> Node:

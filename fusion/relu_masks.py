@@ -197,7 +197,7 @@ def _is_read_late(source: Node, late: set[Node], but: set[Node]) -> bool:
 
 def _elements(*nodes: Node) -> int:
     """Return the elements of what tensors are broadcast to; 0 if not known, or of no tensor."""
-    values = [n.meta.get("val") for n in nodes]
+    values: list[Any] = [n.meta.get("val") for n in nodes]
     if not all(isinstance(v, torch.Tensor) for v in values):
         return 0
     shapes = [[compat.size_hint(s) or 0 for s in reversed(v.shape)] for v in values]
