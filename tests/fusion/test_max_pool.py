@@ -139,6 +139,21 @@ def test_float64_stays_so():
     assert difference(got, exact(model, x)) < tolerance(torch.float64, 8 * 64 * 64)
 
 
+def test_code_is_taken_from_pytorchs_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    hits = torch._dynamo.utils.counters["aot_autograd"]
+    before, x = hits["autograd_cache_hit"], torch.randn(8, 3, 64, 64)
+    for cached in (False, True):
+        torch._dynamo.reset()
+        config = Config(fusion=FusionConfig(max_pool=True), progress=False)
+        prepared = magi_train.prepare(Pooled(), config=config)
+        prepared(x).backward()
+        (row,) = [r for r in magi_train.report(prepared).rows if r.name == "max_pool_backward"]
+        assert len(row.plan["taken"]) == 1
+        assert row.cached == cached
+    assert hits["autograd_cache_hit"] == before + 1
+
+
 def test_a_graph_without_channels_last_is_left_alone(monkeypatch):
     monkeypatch.setattr(compat, "wants_channels_last", lambda gm: False)
     _, plan, code = train(Pooled(channels=24), torch.randn(8, 3, 64, 64))
