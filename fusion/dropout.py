@@ -138,13 +138,13 @@ class PackDropout:
 
 
 def _compared(draw: Node) -> Any:
-    """Return the one node `draw > p` that reads it, behind a cast or not; None if there is none."""
+    """Return the one node `draw > p` that reads it, as floats of any dtype, or None."""
     reader = draw
     while len(reader.users) == 1:
         reader = next(iter(reader.users))
         if reader.target is aten.gt.Scalar and isinstance(reader.args[1], float):
             return reader
-        if reader.target not in CASTS:
+        if reader.target not in CASTS or not reader.meta["val"].is_floating_point():
             break
     return None
 

@@ -10,7 +10,7 @@ windows that the forward keeps anyway, 1 byte each, and the size:
 Its kernel wants the channels innermost, as convolutions do: it is used where Inductor lays out the
 graph so. What it is given comes in that layout then, whatever strides this graph says.
 
-Left alone, with the reason in the plan: other layouts, dilated windows, small images.
+Left alone, with the reason in the plan: other layouts, dilated windows, small images, float64.
 """
 
 import sys
@@ -53,8 +53,8 @@ def _on_host(dy: Tensor, offsets: Tensor, size: list[int], *window: list[int]) -
 
 
 def _fake(dy: Tensor, offsets: Tensor, size: list[int], *window: list[int]) -> Tensor:
-    made = dy.new_empty((*dy.shape[:2], *size))
-    return made.contiguous(memory_format=torch.channels_last)
+    shape, last = (*dy.shape[:2], *size), torch.channels_last
+    return torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=last)
 
 
 _library.impl("max_pool_backward", _on_device, "CUDA")
@@ -99,10 +99,12 @@ class MaxPoolBackward:
     def apply(self, gm: GraphModule, plan: MaxPoolPlan, context: PassContext) -> None:
         """Call the op in place of PyTorch's."""
         by_name = {n.name: n for n in gm.graph.nodes}
+        for name in (*plan.taken, *(name for name, _ in plan.left_alone)):
+            _spell_out(by_name[name])
         for pool in (by_name[name] for name in plan.taken):
             dy, _, kernel, stride, padding = pool.args[:5]
             offsets, _, size = _indices_of(pool).args[:3]
-            arguments = (dy, offsets, size, kernel, stride or kernel, padding)
+            arguments = (dy, offsets, size, kernel, stride, padding)
             with gm.graph.inserting_before(pool):
                 new = call_like(pool, torch.ops.magi_train.max_pool_backward.default, *arguments)
             values, keywords = new.meta[compat.STRIDES_OF_ARGUMENTS]
@@ -120,12 +122,25 @@ class MaxPoolBackward:
             return f"it has {value.dim()} dimensions, not 4"
         if not last:
             return "the graph is not laid out with the channels innermost"
+        if value.dtype is torch.float64:
+            return "it is in float64, and the kernel adds up in float32"
         if any(d != 1 for d in dilation):  # type: ignore[union-attr]
             return "its windows are dilated"
         elements = compat.size_hint(value.numel())
         if elements is None or elements < SMALLEST:
             return f"it has {elements} elements; from {SMALLEST} on it gains"
         return ""
+
+
+def _spell_out(pool: Node) -> None:
+    """Give a window's height and width where one number is for both, or none for its stride.
+
+    PyTorch's decomposition takes these forms, Inductor's lowering of the op as it is does not.
+    """
+    kernel: Any = pool.args[2]
+    for place, given in enumerate((kernel, pool.args[3] or kernel, *pool.args[4:6]), start=2):
+        assert isinstance(given, list | tuple), "by the op's schema"
+        pool.update_arg(place, [*given] * (2 // len(given)))
 
 
 def _indices_of(pool: Node) -> Node:

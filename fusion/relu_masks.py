@@ -19,6 +19,8 @@ multiple of one tensor plus a constant of each channel (a residual is a second t
 read in place of z), or of a tensor that the backward does not read.
 """
 
+import itertools
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,7 +83,7 @@ class ReluMasks:
             if getattr(n.args[0], "target", None) is aten.relu.default and n.args[1] == 0
         ]
         late = graph.descendants(graph.tangents(gm.graph)) if masks else set()
-        found = {mask: _why_not(mask, late) for mask in masks if late}
+        found = {mask: _why_not(mask, late) for mask in masks if mask.users.keys() & late}
         changed = tuple(mask.name for mask, reason in found.items() if not reason)
         left = tuple((mask.name, reason) for mask, reason in found.items() if reason)
         return ReluPlan(changed, left) if found else None
@@ -140,21 +142,22 @@ def _affine(node: Any) -> _Affine | None:
             return None
         if step is not None:
             by = node.args[0] if node.args[1] is large[0] else node.args[1]
-            if not _is_small(by, size) or (step == "sub" and by is node.args[0]):
+            if not _is_wide(by) or (step == "sub" and by is node.args[0]):
                 return None
             steps.insert(0, (step, by))
         through.append(node)
         node = large[0]
     kinds = {name for name, _ in steps}
-    enough = "mul" in kinds and kinds != {"mul"}
+    # Constants of each row times constants of each column, a LayerNorm's, are a full tensor.
+    small = _elements(*(by for _, by in steps)) * SMALL <= size
+    enough = "mul" in kinds and kinds != {"mul"} and small
     return _Affine(node, tuple(steps), frozenset(through)) if enough else None
 
 
-def _is_small(node: Any, size: int) -> bool:
-    """Return whether something is a float32 tensor of few elements."""
+def _is_wide(node: Any) -> bool:
+    """Return whether something is a float32 tensor."""
     value = node.meta.get("val") if isinstance(node, Node) else None
-    is_wide = isinstance(value, torch.Tensor) and value.dtype is torch.float32
-    return is_wide and _elements(node) * SMALL <= size
+    return isinstance(value, torch.Tensor) and value.dtype is torch.float32
 
 
 def _folded(steps: Sequence[tuple[str, Node]], *factors: Any) -> tuple[Any, Any]:
@@ -192,6 +195,10 @@ def _is_read_late(source: Node, late: set[Node], but: set[Node]) -> bool:
     return False
 
 
-def _elements(node: Node) -> int:
-    value = node.meta.get("val")
-    return (compat.size_hint(value.numel()) or 0) if isinstance(value, torch.Tensor) else 0
+def _elements(*nodes: Node) -> int:
+    """Return the elements of what tensors are broadcast to; 0 if not known, or of no tensor."""
+    values: list[Any] = [n.meta.get("val") for n in nodes]
+    if not all(isinstance(v, torch.Tensor) for v in values):
+        return 0
+    shapes = [[compat.size_hint(s) or 0 for s in reversed(v.shape)] for v in values]
+    return math.prod(max(sizes) for sizes in itertools.zip_longest(*shapes, fillvalue=1))

@@ -740,12 +740,26 @@ def wrapper_like(kind: type[torch.Tensor], like: torch.Tensor) -> Any:
     )
 
 
+class _DecompositionsWithout(dict[Any, Any]):
+    """Inductor's decompositions but for those of `packets`; keys of caches hold their names.
+
+    PyTorch pickles the table for its key, and takes nothing from its cache if it cannot: some
+    decompositions are functions of C++.
+    """
+
+    def __init__(self, table: dict[Any, Any], packets: tuple[Any, ...]) -> None:
+        kept = {op: f for op, f in table.items() if getattr(op, "overloadpacket", 0) not in packets}
+        super().__init__(kept)
+        self.packets = packets
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, (f"without {', '.join(map(str, self.packets))}",)
+
+
 def decompositions_without(*packets: Any) -> dict[Any, Any] | None:
     """Return Inductor's decompositions but for those of `packets`; None for its own table."""
     select = _lookup("torch._inductor.decomposition", "select_decomp_table", required=False)
-    if select is None:
-        return None
-    return {op: f for op, f in select().items() if getattr(op, "overloadpacket", 0) not in packets}
+    return None if select is None else _DecompositionsWithout(select(), packets)
 
 
 def wants_channels_last(gm: torch.fx.GraphModule) -> bool:

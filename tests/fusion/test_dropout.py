@@ -212,6 +212,21 @@ def test_the_region_tier_and_the_seed():
     assert not all(torch.equal(first[n], g) for n, g in gradients(model).items())
 
 
+def test_numbers_that_are_cut_off_are_left_alone():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(ROWS, WIDTH))
+
+        def forward(self, x):
+            return x * self.weight * (torch.rand_like(x).int() > 0.5)
+
+    model = Model()
+    prepared, _ = train(model, torch.ones(ROWS, WIDTH))
+    assert not plan_of(prepared)["packed"]
+    assert not model.weight.grad.any()
+
+
 def test_batches_of_changing_sizes():
     class Rows(nn.Module):
         def __init__(self):

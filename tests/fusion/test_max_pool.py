@@ -118,6 +118,42 @@ def test_what_is_left_alone_is_right_all_the_same(pool, size, said):
     assert difference(got, exact(model, x)) < tolerance(torch.float32, 8 * size * size)
 
 
+@pytest.mark.parametrize(("size", "taken"), [(64, 2), (16, 0)])
+def test_windows_of_one_number_for_both_sides(size, taken):
+    class Sides(nn.Module):
+        def forward(self, x):
+            return F.max_pool2d(F.max_pool2d(x, (3,), (1,), (1,)), [2])
+
+    torch.manual_seed(0)
+    model, x = Pooled(Sides()), torch.randn(8, 3, size, size)
+    got, plan, _ = train(model, x)
+    assert len(plan["taken"]) == taken
+    assert difference(got, exact(model, x)) < tolerance(torch.float32, 8 * size * size)
+
+
+def test_float64_stays_so():
+    torch.manual_seed(0)
+    model, x = Pooled().double(), torch.randn(8, 3, 64, 64).double()
+    got, plan, _ = train(model, x)
+    assert "float64" in plan["left_alone"][0][1]
+    assert difference(got, exact(model, x)) < tolerance(torch.float64, 8 * 64 * 64)
+
+
+def test_code_is_taken_from_pytorchs_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    hits = torch._dynamo.utils.counters["aot_autograd"]
+    before, x = hits["autograd_cache_hit"], torch.randn(8, 3, 64, 64)
+    for cached in (False, True):
+        torch._dynamo.reset()
+        config = Config(fusion=FusionConfig(max_pool=True), progress=False)
+        prepared = magi_train.prepare(Pooled(), config=config)
+        prepared(x).backward()
+        (row,) = [r for r in magi_train.report(prepared).rows if r.name == "max_pool_backward"]
+        assert len(row.plan["taken"]) == 1
+        assert row.cached == cached
+    assert hits["autograd_cache_hit"] == before + 1
+
+
 def test_a_graph_without_channels_last_is_left_alone(monkeypatch):
     monkeypatch.setattr(compat, "wants_channels_last", lambda gm: False)
     _, plan, code = train(Pooled(channels=24), torch.randn(8, 3, 64, 64))

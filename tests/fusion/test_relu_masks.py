@@ -115,6 +115,11 @@ def rounded(p):
     return p.to(torch.bfloat16)
 
 
+def norm_of_rows(channels):
+    """A norm whose factors, of rows times of columns, are as many as the elements."""
+    return nn.LayerNorm(2 * channels)
+
+
 @pytest.mark.parametrize(
     ("middle", "norm", "dtype", "said"),
     [
@@ -130,9 +135,10 @@ def rounded(p):
         (lambda p, y, z: F.relu(rounded(p) + p.mean()), nn.BatchNorm2d, torch.bfloat16, "no mu"),
         (lambda p, y, z: F.relu(1 - p), nn.BatchNorm2d, torch.bfloat16, "no multiple"),
         (lambda p, y, z: F.relu(p) + z, lambda c: nn.Identity(), torch.bfloat16, "no multiple"),
+        (lambda p, y, z: F.relu(p) + z, norm_of_rows, torch.bfloat16, "no multiple"),
         (lambda p, y, z: F.relu(p) + z, nn.BatchNorm2d, torch.float32, "float32, not from 16"),
     ],
-    ids=["residual", "pooled", "curved", "rounded", "negated", "no norm", "float32"],
+    ids=["residual", "pooled", "curved", "rounded", "negated", "no norm", "of rows", "float32"],
 )
 def test_what_is_left_alone(middle, norm, dtype, said):
     torch.manual_seed(0)
@@ -143,6 +149,24 @@ def test_what_is_left_alone(middle, norm, dtype, said):
     assert said in reason
     usual, _ = train(model, x, wanted=False, dtype=dtype)
     assert all(torch.equal(g, usual[n]) for n, g in got.items() if g is not None)
+
+
+def test_a_mask_of_the_models_own_is_left_alone():
+    def counted(p, y, z):
+        kept = F.relu(p)
+        return kept + z + (kept <= 0).float().mean()
+
+    torch.manual_seed(0)
+    model, x = Net(counted), torch.randn(16, 3, 16, 16)
+    got, rows = train(model, x)
+    assert len(rows["relu_masks"]["from_input"]) == 1
+    assert not rows["relu_masks"]["left_alone"]
+    usual, others = train(model, x, wanted=False)
+    vectors = 2 * 8 * 4 / 2**20
+    more = rows["saved_activations"]["saved_mib"] - others["saved_activations"]["saved_mib"]
+    assert more <= vectors + 0.001, "no mask"
+    want = exact(model, x)
+    assert relative_error(got, want) < 2 * relative_error(usual, want)
 
 
 def test_of_a_tensor_that_the_backward_does_not_read():
