@@ -10,7 +10,8 @@ windows that the forward keeps anyway, 1 byte each, and the size:
 Its kernel wants the channels innermost, as convolutions do: it is used where Inductor lays out the
 graph so. What it is given comes in that layout then, whatever strides this graph says.
 
-Left alone, with the reason in the plan: other layouts, dilated windows, small images, float64.
+Left alone, with the reason in the plan: other layouts, dilated windows, float64, images that are
+small or of sizes that are not known. In a graph that pools no other ones, all is PyTorch's.
 """
 
 import sys
@@ -22,13 +23,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from magi_train.core import compat
-from magi_train.core.graph import op_name
+from magi_train.core.graph import nested_nodes, op_name
 from magi_train.core.passes import PassContext, Plan, Stage, source_fingerprint
 from magi_train.fusion.quantize import call_like
 
 SOURCE = source_fingerprint(sys.modules[__name__])
-MAX_POOL_BACKWARD = torch.ops.aten.max_pool2d_with_indices_backward
-"""Lowered as it is: from 2.13 on, Inductor would decompose it to atomic additions."""
+OPERATOR = torch.ops.aten.max_pool2d_with_indices_backward
+"""From torch 2.13 on, Inductor decomposes it to atomic additions, unless it is told not to."""
 SMALLEST = 2**19
 """Elements of an input from which the kernel gains."""
 
@@ -75,6 +76,33 @@ class MaxPoolPlan(Plan):
     left_alone: tuple[tuple[str, str], ...]
 
 
+def may_take(gm: GraphModule) -> bool:
+    """Return whether a graph of Dynamo's pools images of a known size that the kernel is for.
+
+    Only then is PyTorch's backward lowered whole: where it is not taken, it keeps its input.
+    """
+    pooled = [
+        n.args[0] if n.args else n.kwargs.get("input")
+        for n in nested_nodes(gm)
+        if op_name(n) in ("max_pool2d", "max_pool2d_with_indices")
+    ]
+    values = [x.meta.get("example_value") for x in pooled if isinstance(x, Node)]
+    return any(isinstance(v, Tensor) and not _unfit(v) for v in values)
+
+
+def _unfit(pooled: Tensor) -> str:
+    """Return why the kernel does not take what is pooled, "" if it does."""
+    if pooled.dim() != 4:
+        return f"it has {pooled.dim()} dimensions, not 4"
+    if pooled.dtype is torch.float64:
+        return "it is in float64, and the kernel adds up in float32"
+    if not isinstance(pooled.numel(), int):
+        return "its size is not known when it is compiled"
+    if pooled.numel() < SMALLEST:
+        return f"it has {pooled.numel()} elements; from {SMALLEST} on it gains"
+    return ""
+
+
 class MaxPoolBackward:
     """See the head of this module."""
 
@@ -87,7 +115,7 @@ class MaxPoolBackward:
 
     def plan(self, gm: GraphModule, context: PassContext) -> MaxPoolPlan | None:
         """Return what the kernel takes; None in a graph that pools nothing."""
-        op = MAX_POOL_BACKWARD.default
+        op = OPERATOR.default
         pools = gm.graph.find_nodes(op="call_function", target=op)
         if not pools:
             return None
@@ -115,21 +143,14 @@ class MaxPoolBackward:
         gm.graph.eliminate_dead_code()
 
     def _why_not(self, pool: Node, last: bool) -> str:
-        value, dilation = pool.meta["val"], pool.args[5]
+        dilation: Any = pool.args[5]
         if op_name(_indices_of(pool)) != "_low_memory_max_pool_offsets_to_indices":
             return "its forward keeps no offsets"
-        if value.dim() != 4:
-            return f"it has {value.dim()} dimensions, not 4"
         if not last:
             return "the graph is not laid out with the channels innermost"
-        if value.dtype is torch.float64:
-            return "it is in float64, and the kernel adds up in float32"
-        if any(d != 1 for d in dilation):  # type: ignore[union-attr]
+        if any(d != 1 for d in dilation):
             return "its windows are dilated"
-        elements = compat.size_hint(value.numel())
-        if elements is None or elements < SMALLEST:
-            return f"it has {elements} elements; from {SMALLEST} on it gains"
-        return ""
+        return _unfit(pool.meta["val"])
 
 
 def _spell_out(pool: Node) -> None:

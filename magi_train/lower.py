@@ -45,8 +45,8 @@ from magi_train.core.passes import (
     source_fingerprint,
 )
 from magi_train.core.report import PassRow, Report, write_atomically
-from magi_train.fusion import attach, partial_sums
-from magi_train.fusion.max_pool import MAX_POOL_BACKWARD, MaxPoolBackward
+from magi_train.fusion import attach, max_pool, partial_sums
+from magi_train.fusion.max_pool import MaxPoolBackward
 from magi_train.fusion.narrow_erf import NarrowErf
 from magi_train.memory import blocks as memory_blocks
 from magi_train.memory import budget, copies, cost, offload, peak, picture, remat, step
@@ -375,8 +375,8 @@ def _lower(
     if lowered.context.device_type == "cuda":
         summing = compat.partial_sums_by(partial_sums.OPERATOR)
     whole: dict[str, Any] = {}
-    if any(isinstance(each, MaxPoolBackward) for each in lowered.joint):
-        whole["decompositions"] = compat.decompositions_without(MAX_POOL_BACKWARD)
+    if any(isinstance(each, MaxPoolBackward) for each in lowered.joint) and max_pool.may_take(gm):
+        whole["decompositions"] = compat.decompositions_without(max_pool.OPERATOR)
     kept = compat.writes_are_kept()
     with compat.forced_backward_lowering(), kept, fusing, cached, summing:
         compiled = compat.compile_fx(gm, inputs, config_patches=patches, **whole)
@@ -384,12 +384,7 @@ def _lower(
 
 
 def _has_norm_of_two_kernels(gm: GraphModule) -> bool:
-    return any(
-        op_name(node) in NORMS_OF_TWO_KERNELS
-        for module in gm.modules()
-        if isinstance(module, GraphModule)
-        for node in module.graph.nodes
-    )
+    return any(op_name(node) in NORMS_OF_TWO_KERNELS for node in graph.nested_nodes(gm))
 
 
 def _lower_without_code(

@@ -5,7 +5,7 @@ import heapq
 import itertools
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +276,13 @@ def run_nodes(
         else:
             raise ValueError(f"cannot execute {node.op} node {node.name}")
     return values
+
+
+def nested_nodes(gm: GraphModule) -> Iterator[Node]:
+    """Yield the nodes of a graph and of the graphs that it calls."""
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            yield from module.graph.nodes
 
 
 def outputs(graph: Graph) -> list[Any]:
