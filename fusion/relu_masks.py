@@ -16,7 +16,8 @@ times that.
 
 Left alone, with the reason in the plan: a y that is not in 16 bits; activations whose input is no
 multiple of one tensor plus a constant of each channel (a residual is a second tensor, and would be
-read in place of z), or of a tensor that the backward does not read.
+read in place of z), of a tensor that the backward does not read, or of one that no kernel is known
+to write: forward and backward would see it rounded and not.
 """
 
 import itertools
@@ -121,6 +122,8 @@ def _why_not(mask: Node, late: set[Node]) -> str:
         return "its input is no multiple of one tensor plus a constant of each channel"
     if affine.source.meta["val"].dtype not in NARROW:
         return f"its input is computed from {affine.source.meta['val'].dtype}, not from 16 bits"
+    if is_pointwise(affine.source):
+        return "its input is computed element by element, where code may not round to 16 bits"
     if not _is_read_late(affine.source, late, {*affine.through, relu}):
         return "the backward does not read what its input is computed from"
     return ""
@@ -134,8 +137,10 @@ def _affine(node: Any) -> _Affine | None:
     while node.target in STEPS or node.target in graph.CASTS:
         dtype = node.meta["val"].dtype
         step = STEPS.get(node.target)
+        if step is not None and dtype is not torch.float32:
+            break
         # What is rounded to 16 bits and multiplied keeps its sign, what is added to may not.
-        if dtype is not torch.float32 and (step or any(name != "mul" for name, _ in steps)):
+        if dtype is not torch.float32 and any(name != "mul" for name, _ in steps):
             return None
         large = [a for a in node.all_input_nodes if _elements(a) == size]
         if len(large) != 1 or node.kwargs.get("alpha", 1) != 1:

@@ -169,6 +169,21 @@ def test_a_mask_of_the_models_own_is_left_alone():
     assert relative_error(got, want) < 2 * relative_error(usual, want)
 
 
+def test_of_a_sum_that_code_may_not_round():
+    class Summed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.other = (nn.Conv2d(3, 8, 3, bias=False) for _ in range(2))
+            self.norm = nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return F.relu(self.norm(self.first(x) + self.other(x))).square().sum()
+
+    _, rows = train(Summed(), torch.randn(16, 3, 16, 16))
+    ((_, reason),) = rows["relu_masks"]["left_alone"]
+    assert "may not round" in reason
+
+
 def test_of_a_tensor_that_the_backward_does_not_read():
     class Scaled(nn.Module):
         def __init__(self):
