@@ -36,6 +36,9 @@ SMALLEST = 2**19
 LEAST, MOST = 2.0**-9, 1 - 2.0**-5
 """Probabilities in between are met within 2^-9 of themselves, and scales within 2^-12."""
 
+UNPACKED = "magi_train_unpacked_mask"
+"""In the meta of a mask that is read from bits."""
+
 _library = torch.library.Library("magi_train", "FRAGMENT")
 _library.define("dropout_bits(Tensor seeds, int index, SymInt[] shape, float p) -> Tensor")
 
@@ -112,6 +115,7 @@ class PackDropout:
             kwargs = {"start": 8 * number, "step": 1, "dtype": torch.int32, "device": device}
             places = insert_call(kept, prims.iota.default, (8,), {**kwargs, "requires_grad": False})
             new = insert_computation(kept, _unpacked, (bits, places, size))
+            new.meta[UNPACKED] = True
             kept.replace_all_uses_with(new)
             gm.graph.erase_node(kept)
         gm.graph.eliminate_dead_code()

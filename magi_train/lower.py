@@ -45,7 +45,7 @@ from magi_train.core.passes import (
     source_fingerprint,
 )
 from magi_train.core.report import PassRow, Report, write_atomically
-from magi_train.fusion import attach, max_pool, partial_sums
+from magi_train.fusion import attach, dropout, max_pool, partial_sums
 from magi_train.fusion.max_pool import MaxPoolBackward
 from magi_train.fusion.narrow_erf import NarrowErf
 from magi_train.memory import blocks as memory_blocks
@@ -151,6 +151,8 @@ class _PostGrad(_Slot):
         _note_saved(self.lowered, graph)
         progress.at_stage("backward" if is_backward(graph) else "forward")
         owner = graph.owning_module
+        if not is_backward(graph):
+            _write_masks_in_forward(graph)
         if owner is not None and is_backward(graph):
             _cast_where_computed(graph)
             run_passes(self.lowered.backward, owner, self.lowered.context, self.lowered.report)
@@ -202,6 +204,17 @@ class _Joint(compat.CustomPartitionerFn):  # type: ignore[misc]
         _check_what_is_written_over(written, cut[1].graph)
         _note_picture(lowered, cut, serves)
         return cut
+
+
+def _write_masks_in_forward(forward: Graph) -> None:
+    """Have dropout's masks be nodes of their own for the scheduler, which takes them into a kernel.
+
+    Read from bits inside of a norm's sums they would make these look as if they did not read rows,
+    and Inductor would sum in a loop, and read all a second time for the result.
+    """
+    for node in forward.nodes:
+        if dropout.UNPACKED in node.meta:
+            node.meta[compat.IN_MEMORY] = True
 
 
 def _cast_where_computed(backward: Graph) -> None:

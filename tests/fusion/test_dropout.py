@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import magi_train
-from magi_train import Config, FusionConfig
+from magi_train import Config, FusionConfig, lower
 from magi_train.capture import generated_code_passes
-from magi_train.fusion.dropout import SMALLEST, PackDropout
+from magi_train.core import compat
+from magi_train.fusion.dropout import SMALLEST, UNPACKED, PackDropout
 
 pytest.importorskip("triton")
 from magi_train.fusion.kernels import dropout_bits as kernels
@@ -120,6 +121,16 @@ def test_each_of_several_masks_is_saved_as_bits():
     (saved,) = [r for r in magi_train.report(prepared).rows if r.name == "saved_activations"]
     floats = 4 * ROWS * WIDTH * 4 / 2**20  # at most: what each product's gradient needs
     assert saved.plan["saved_mib"] <= floats + 4 * ROWS * WIDTH / 8 / 2**20 + 0.001
+
+
+def test_masks_are_written_in_the_forward_and_read_from_bits_in_the_backward(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    graphs = []
+    monkeypatch.setattr(lower, "_note_saved", lambda _, graph: graphs.append(graph))
+    train(Dropped(), torch.ones(ROWS, WIDTH))
+    found = [[n for n in graph.nodes if UNPACKED in n.meta] for graph in graphs]
+    assert [len(masks) for masks in found] == [1, 1]
+    assert [bool(masks[0].meta.get(compat.IN_MEMORY)) for masks in found] == [True, False]
 
 
 def test_other_sizes_and_probabilities_are_left_alone():
