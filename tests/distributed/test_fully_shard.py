@@ -452,8 +452,8 @@ def adds_to_parts(rank, _):
     return said, len(sums) == len(list(model.parameters()))
 
 
-def test_weights_outside_of_their_block_are_explained(two_ranks):
-    for said, all_added in values(two_ranks(adds_to_parts)):
+def test_weights_outside_of_their_block_are_explained():
+    for said, all_added in values(run_ranks(adds_to_parts)):
         (note,) = said
         assert "they are whole in the forward of their block" in note
         assert all_added, "to whole weights one can"
