@@ -299,17 +299,18 @@ def _exchange(optimizer: Optimizer, new: dict[int, nn.Parameter]) -> None:
             group["params"][i] = p
             if old in optimizer.state:
                 state = optimizer.state.pop(old)
-                optimizer.state[p] = {k: _cut(v, old, p) for k, v in state.items()}
+                optimizer.state[p] = {k: part_of(v, p) for k, v in state.items()}
 
 
-def _cut(value: Any, old: Tensor, p: nn.Parameter) -> Any:
-    if not isinstance(value, Tensor) or value.shape != old.shape or not isinstance(p, DTensor):
-        return value
-    return part_of(value, p)
+def part_of(whole: Any, like: Any) -> Any:
+    """Return this rank's part, in new memory, of what is cut as `like` is; else `whole` itself.
 
-
-def part_of(whole: Tensor, like: DTensor) -> Tensor:
-    """Return this rank's part of a tensor that all ranks hold, cut as `like` is, in new memory."""
+    Args:
+        whole: A tensor that all ranks hold, of the shape that `like` has on all together.
+        like: A DTensor.
+    """
+    if not isinstance(whole, Tensor) or not isinstance(like, DTensor) or whole.shape != like.shape:
+        return whole
     part = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
     return part.clone().to(local_part(like).device)  # with offload that is the host
 

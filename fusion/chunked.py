@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from magi_train.fusion.attach import attach_gradients
+from magi_train.fusion.kernel_ops import define
 
 _library = torch.library.Library("magi_train", "FRAGMENT")
 _library.define("copy_after(Tensor x, Tensor[] done) -> Tensor")
@@ -32,19 +33,6 @@ copy_after = torch.ops.magi_train.copy_after.default
 """`(x, done) -> x`, once all of `done` lies in memory. Without it Inductor may compute all chunks
 side by side in one kernel, or behind the last chunk what it still needs every chunk's logits for:
 the losses and the sum of the weight's gradient."""
-
-_library.define(
-    "cross_entropy(Tensor logits, Tensor labels, int ignore_index, float smoothing, float inner, "
-    "float? outer, int vocabulary) -> (Tensor, Tensor)",
-    tags=(torch.Tag.flexible_layout,),
-)
-
-
-def _on_device(*arguments: Any) -> tuple[Tensor, Tensor]:
-    from magi_train.fusion.kernels.cross_entropy import cross_entropy
-
-    with torch.cuda.device(arguments[0].device):  # Triton launches on the current one
-        return cross_entropy(*arguments)
 
 
 def _on_host(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -61,11 +49,13 @@ def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return losses, logits.new_empty_strided(logits.shape, (padded(logits.shape[1]), 1))
 
 
-_library.impl("cross_entropy", _on_device, "CUDA")
-_library.impl("cross_entropy", _on_host, "CPU")
-_library.impl("cross_entropy", _fake, "Meta")
-
-cross_entropy = torch.ops.magi_train.cross_entropy.default
+cross_entropy = define(
+    "cross_entropy(Tensor logits, Tensor labels, int ignore_index, float smoothing, float inner, "
+    "float? outer, int vocabulary) -> (Tensor, Tensor)",
+    _fake,
+    on_host=_on_host,
+    tags=(torch.Tag.flexible_layout,),
+)
 """`(logits [t, c], labels [t], ...) -> (float32 [t], [t, c])`, see kernels/cross_entropy.py."""
 
 ALIGNED_ROWS, ROUNDED_FROM = 128, 1024

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from magi_train.core.graph import (
+    HALF,
     attribute,
     example_value,
     insert_attribute,
@@ -165,7 +166,7 @@ def _new_weights(gm: GraphModule, source: Node, norm: Node) -> tuple[Tensor, Ten
 
 def _no_gain(nodes: list[Node], context: PassContext) -> str:
     """Return why another layout would gain nothing, "" if it would."""
-    half = example_value(nodes[0]).dtype in (torch.bfloat16, torch.float16)
+    half = example_value(nodes[0]).dtype in HALF
     if context.device_type != "cpu" and not half:
         return "float32 convolutions gain nothing on this device"
     shapes = [example_value(n.args[1]).shape for n in nodes]  # type: ignore[arg-type]

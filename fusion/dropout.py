@@ -26,6 +26,7 @@ from torch.fx import GraphModule, Node
 from magi_train.core import compat
 from magi_train.core.graph import CASTS, insert_call, insert_computation, op_name
 from magi_train.core.passes import PassContext, Plan, Stage, source_fingerprint
+from magi_train.fusion.kernel_ops import define
 from magi_train.fusion.quantize import call_like
 
 SOURCE = source_fingerprint(sys.modules[__name__])
@@ -39,30 +40,15 @@ LEAST, MOST = 2.0**-9, 1 - 2.0**-5
 UNPACKED = "magi_train_unpacked_mask"
 """In the meta of a mask that is read from bits."""
 
-_library = torch.library.Library("magi_train", "FRAGMENT")
-_library.define("dropout_bits(Tensor seeds, int index, SymInt[] shape, float p) -> Tensor")
-
-
-def _on_device(seeds: Tensor, index: int, shape: list[int], p: float) -> Tensor:
-    from magi_train.fusion.kernels.dropout_bits import dropout_bits
-
-    with torch.cuda.device(seeds.device):  # Triton launches on the current one
-        return dropout_bits(seeds, index, shape, p)
-
-
-def _on_host(seeds: Tensor, index: int, shape: list[int], p: float) -> Tensor:
-    from magi_train.fusion.kernels.dropout_bits import dropout_bits_reference
-
-    return dropout_bits_reference(seeds, index, shape, p)
-
 
 def _fake(seeds: Tensor, index: int, shape: list[int], p: float) -> Tensor:
     return seeds.new_empty(shape, dtype=torch.uint8)
 
 
-_library.impl("dropout_bits", _on_device, "CUDA")
-_library.impl("dropout_bits", _on_host, "CPU")
-_library.impl("dropout_bits", _fake, "Meta")
+dropout_bits = define(
+    "dropout_bits(Tensor seeds, int index, SymInt[] shape, float p) -> Tensor", _fake
+)
+"""`(seeds [n], index, shape, p) -> uint8 shape`, see kernels/dropout_bits.py."""
 
 
 @dataclass(frozen=True)
@@ -104,16 +90,18 @@ class PackDropout:
         """Draw bits in place of numbers."""
         by_name = {n.name: n for n in gm.graph.nodes}
         for number, kept in enumerate(by_name[name] for name in plan.packed):
-            size, lookup = _drawn(kept).args[:2]
+            drawn = _drawn(kept)
+            size: Any = drawn.args[0]
+            lookup = drawn.args[1]
             assert isinstance(lookup, Node), "of inductor_random"
-            arguments = (*lookup.args, _bytes_of(size), kept.args[1])
+            arguments = (*lookup.args, [*size[:-1], size[-1] // 8], kept.args[1])
             with gm.graph.inserting_before(kept):
-                bits = call_like(kept, torch.ops.magi_train.dropout_bits.default, *arguments)
-            device = bits.meta["val"].device
+                bits = call_like(kept, dropout_bits, *arguments)
             # Each mask has places of its own: the partitioner would save what is unpacked by places
             # that another mask, far ahead, has read. Of each only the last three bits count.
-            kwargs = {"start": 8 * number, "step": 1, "dtype": torch.int32, "device": device}
-            places = insert_call(kept, prims.iota.default, (8,), {**kwargs, "requires_grad": False})
+            kwargs = {"start": 8 * number, "step": 1, "dtype": torch.int32,
+                      "device": bits.meta["val"].device, "requires_grad": False}  # fmt: skip
+            places = insert_call(kept, prims.iota.default, (8,), kwargs)
             new = insert_computation(kept, _unpacked, (bits, places, size))
             new.meta[UNPACKED] = True
             kept.replace_all_uses_with(new)
@@ -160,11 +148,6 @@ def _drawn(kept: Node) -> Node:
         assert isinstance(node.args[0], Node), "a tensor"
         node = node.args[0]
     return node
-
-
-def _bytes_of(size: Any) -> list[Any]:
-    """Return the shape of the bits of a mask."""
-    return [*size[:-1], size[-1] // 8]
 
 
 def _unpacked(bits: Any, places: Any, size: Any) -> Any:

@@ -25,6 +25,7 @@ from torch.fx import GraphModule, Node
 from magi_train.core import compat
 from magi_train.core.graph import nested_nodes, op_name
 from magi_train.core.passes import PassContext, Plan, Stage, source_fingerprint
+from magi_train.fusion.kernel_ops import define
 from magi_train.fusion.quantize import call_like
 
 SOURCE = source_fingerprint(sys.modules[__name__])
@@ -33,34 +34,18 @@ OPERATOR = torch.ops.aten.max_pool2d_with_indices_backward
 SMALLEST = 2**19
 """Elements of an input from which the kernel gains."""
 
-_library = torch.library.Library("magi_train", "FRAGMENT")
-_library.define(
-    "max_pool_backward(Tensor dy, Tensor offsets, SymInt[] size, int[] kernel, int[] stride, "
-    "int[] padding) -> Tensor"
-)
-
-
-def _on_device(dy: Tensor, offsets: Tensor, size: list[int], *window: list[int]) -> Tensor:
-    from magi_train.fusion.kernels.max_pool_backward import max_pool_backward
-
-    with torch.cuda.device(dy.device):  # Triton launches on the current one
-        return max_pool_backward(dy, offsets, size, *window)
-
-
-def _on_host(dy: Tensor, offsets: Tensor, size: list[int], *window: list[int]) -> Tensor:
-    from magi_train.fusion.kernels.max_pool_backward import max_pool_backward_reference
-
-    return max_pool_backward_reference(dy, offsets, size, *window)
-
 
 def _fake(dy: Tensor, offsets: Tensor, size: list[int], *window: list[int]) -> Tensor:
     shape, last = (*dy.shape[:2], *size), torch.channels_last
     return torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=last)
 
 
-_library.impl("max_pool_backward", _on_device, "CUDA")
-_library.impl("max_pool_backward", _on_host, "CPU")
-_library.impl("max_pool_backward", _fake, "Meta")
+max_pool_backward = define(
+    "max_pool_backward(Tensor dy, Tensor offsets, SymInt[] size, int[] kernel, int[] stride, "
+    "int[] padding) -> Tensor",
+    _fake,
+)
+"""`(dy, offsets, size, kernel, stride, padding) -> dx`, see kernels/max_pool_backward.py."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +100,7 @@ class MaxPoolBackward:
 
     def plan(self, gm: GraphModule, context: PassContext) -> MaxPoolPlan | None:
         """Return what the kernel takes; None in a graph that pools nothing."""
-        op = OPERATOR.default
-        pools = gm.graph.find_nodes(op="call_function", target=op)
+        pools = gm.graph.find_nodes(op="call_function", target=OPERATOR.default)
         if not pools:
             return None
         last = compat.wants_channels_last(gm)
@@ -134,7 +118,7 @@ class MaxPoolBackward:
             offsets, _, size = _indices_of(pool).args[:3]
             arguments = (dy, offsets, size, kernel, stride, padding)
             with gm.graph.inserting_before(pool):
-                new = call_like(pool, torch.ops.magi_train.max_pool_backward.default, *arguments)
+                new = call_like(pool, max_pool_backward, *arguments)
             values, keywords = new.meta[compat.STRIDES_OF_ARGUMENTS]
             inner = [_channels_last(v) for v in values]
             new.meta[compat.STRIDES_OF_ARGUMENTS] = (tuple(inner), keywords)

@@ -30,13 +30,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from magi_train.core.graph import insert_computation, is_pointwise, op_name
+from magi_train.core.graph import HALF, insert_computation, is_pointwise, op_name
 from magi_train.core.passes import PassContext, Plan, Stage, source_fingerprint
 
 SOURCE = source_fingerprint(sys.modules[__name__])
 
 aten = torch.ops.aten
-NARROW = (torch.bfloat16, torch.float16)
 CONVERT = torch.ops.prims.convert_element_type.default
 PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default)
 LOG2_E = math.log2(math.e)
@@ -162,7 +161,7 @@ def _wide_end(
     while todo:
         for user in todo.pop().users:
             value = user.meta.get("val")
-            narrow = isinstance(value, torch.Tensor) and value.dtype in NARROW
+            narrow = isinstance(value, torch.Tensor) and value.dtype in HALF
             if user in seen or (narrow and user.target is CONVERT):
                 continue
             if user.op == "output" or not is_pointwise(user):

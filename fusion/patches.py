@@ -32,6 +32,7 @@ from torch.fx import GraphModule, Node
 
 from magi_train.core import compat
 from magi_train.core.graph import (
+    HALF,
     example_value,
     insert_computation,
     layout,
@@ -44,7 +45,6 @@ from magi_train.fusion.convolutions import CONVOLUTIONS, MANY_CHANNELS
 
 SMALLEST_PATCH = 32
 """Numbers of a patch, over all channels, from which a product gains."""
-HALF = (torch.bfloat16, torch.float16)
 ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 DEFAULTS: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 

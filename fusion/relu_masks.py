@@ -33,7 +33,7 @@ from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from magi_train.core import compat, graph
-from magi_train.core.graph import insert_computation, is_pointwise, is_view
+from magi_train.core.graph import HALF, insert_computation, is_pointwise, is_view
 from magi_train.core.passes import PassContext, Plan, Stage, source_fingerprint
 
 SOURCE = source_fingerprint(sys.modules[__name__])
@@ -42,7 +42,6 @@ STEPS = {aten.mul.Tensor: "mul", aten.add.Tensor: "add", aten.sub.Tensor: "sub"}
 
 SMALL = 16
 """What has a sixteenth of the elements or fewer counts as free to read: statistics, weights."""
-NARROW = (torch.bfloat16, torch.float16)
 
 
 class _Affine(NamedTuple):
@@ -120,7 +119,7 @@ def _why_not(mask: Node, late: set[Node]) -> str:
     affine = _affine(relu.args[0])
     if affine is None:
         return "its input is no multiple of one tensor plus a constant of each channel"
-    if affine.source.meta["val"].dtype not in NARROW:
+    if affine.source.meta["val"].dtype not in HALF:
         return f"its input is computed from {affine.source.meta['val'].dtype}, not from 16 bits"
     if is_pointwise(affine.source):
         return "its input is computed element by element, where code may not round to 16 bits"

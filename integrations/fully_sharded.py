@@ -202,7 +202,9 @@ class MagiFullyShardedMixin:
         """Take weights and optimizer state out of a file that holds them whole."""
         strategy: Any = self
         held = strategy.model.state_dict()
-        cut = {name: _cut(value, held.get(name)) for name, value in found.pop("state_dict").items()}
+        cut = {
+            name: part_of(value, held.get(name)) for name, value in found.pop("state_dict").items()
+        }
         strategy.model.load_state_dict(cut, strict=strict)
         saved = found.pop("optimizer_states", [])
         if len(saved) < len(strategy.optimizers):
@@ -252,12 +254,6 @@ def _whole_on(wanted: bool, parts: Mapping[str, Any]) -> dict[str, Any]:
     return whole
 
 
-def _cut(whole: Any, like: Any) -> Any:
-    """Return this rank's part of what is cut in the model, and anything else as it is."""
-    fits = isinstance(whole, Tensor) and isinstance(like, DTensor) and whole.shape == like.shape
-    return part_of(whole, like) if fits else whole
-
-
 def _cut_state(whole: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return an optimizer's whole state with this rank's parts, none of it in the file's memory."""
     numbers = [n for group in whole["param_groups"] for n in group["params"]]
@@ -265,7 +261,7 @@ def _cut_state(whole: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[
     owner = dict(zip(numbers, mine, strict=False))  # torch refuses what does not match
 
     def own(value: Any, p: Any) -> Any:
-        part = _cut(value, p)
+        part = part_of(value, p)
         return part.clone() if part is value and isinstance(value, Tensor) else part
 
     parts = {

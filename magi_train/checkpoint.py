@@ -194,7 +194,8 @@ def read_folder(
     """
     own = _own(module)
     _must_be_whole(folder)
-    saved = {key: _parameters_with_state(folder, own, key) for key in optimizers}
+    there = FileSystemReader(Path(folder)).read_metadata()
+    saved = {key: _parameters_with_state(folder, there, own, key) for key in optimizers}
     names = set().union(*saved.values())
     frozen = [p for n, p in _named(own).items() if n in names and not p.requires_grad]
     try:
@@ -204,7 +205,6 @@ def read_folder(
             key: _state_to_fill(own, optimizer, saved[key]) for key, optimizer in optimizers.items()
         }
         held = own.state_dict()
-        there = FileSystemReader(Path(folder)).read_metadata()
         own_names = {compat.name_in_checkpoints(n): n for n in held}
         more = {_path(there, key)[1] for key in _keys_under(there, model)} - own_names.keys()
         if strict and more:
@@ -273,11 +273,11 @@ def _named(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _parameters_with_state(
-    folder: str | os.PathLike[str], module: nn.Module, optimizer: str
+    folder: str | os.PathLike[str], there: Metadata, module: nn.Module, optimizer: str
 ) -> set[str]:
     """Return the parameters that a checkpoint holds state of, under the name of an optimizer."""
     names, found = _named(module), set()
-    held = FileSystemReader(Path(folder)).read_metadata().state_dict_metadata
+    held = there.state_dict_metadata
     before = f"{optimizer}.state."  # the parameter's name follows
     keys = [key for key in held if key.startswith(before)]
     if not any(key.startswith(f"{optimizer}.") for key in held):

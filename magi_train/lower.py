@@ -46,7 +46,6 @@ from magi_train.core.passes import (
 )
 from magi_train.core.report import PassRow, Report, write_atomically
 from magi_train.fusion import attach, dropout, max_pool, partial_sums
-from magi_train.fusion.max_pool import MaxPoolBackward
 from magi_train.fusion.narrow_erf import NarrowErf
 from magi_train.memory import blocks as memory_blocks
 from magi_train.memory import budget, copies, cost, offload, peak, picture, remat, step
@@ -149,11 +148,12 @@ class _PostGrad(_Slot):
 
     def __call__(self, graph: Graph) -> None:
         _note_saved(self.lowered, graph)
-        progress.at_stage("backward" if is_backward(graph) else "forward")
+        backward = is_backward(graph)
+        progress.at_stage("backward" if backward else "forward")
         owner = graph.owning_module
-        if not is_backward(graph):
+        if not backward:
             _write_masks_in_forward(graph)
-        if owner is not None and is_backward(graph):
+        elif owner is not None:
             _cast_where_computed(graph)
             run_passes(self.lowered.backward, owner, self.lowered.context, self.lowered.report)
         if self.lowered.collectives is not None:
@@ -231,7 +231,7 @@ def _cast_where_computed(backward: Graph) -> None:
         views = list(node.users)
         if (
             isinstance(value, torch.Tensor)
-            and value.dtype in (torch.bfloat16, torch.float16)
+            and value.dtype in graph.HALF
             and value.ndim > 2
             and all(is_view(v) or op_name(v) in ("reshape", "_unsafe_view") for v in views)
             and any(is_compute(reader) for v in views for reader in v.users)
@@ -387,12 +387,15 @@ def _lower(
     summing: Any = contextlib.nullcontext()
     if lowered.context.device_type == "cuda":
         summing = compat.partial_sums_by(partial_sums.OPERATOR)
-    whole: dict[str, Any] = {}
-    if any(isinstance(each, MaxPoolBackward) for each in lowered.joint) and max_pool.may_take(gm):
-        whole["decompositions"] = compat.decompositions_without(max_pool.OPERATOR)
+    decompositions = None
+    pools = any(isinstance(each, max_pool.MaxPoolBackward) for each in lowered.joint)
+    if pools and max_pool.may_take(gm):
+        decompositions = compat.decompositions_without(max_pool.OPERATOR)
     kept = compat.writes_are_kept()
     with compat.forced_backward_lowering(), kept, fusing, cached, summing:
-        compiled = compat.compile_fx(gm, inputs, config_patches=patches, **whole)
+        compiled = compat.compile_fx(
+            gm, inputs, config_patches=patches, decompositions=decompositions
+        )
     return compiled, _remember(memory, lowered.report.rows)
 
 

@@ -292,6 +292,17 @@ def without_joint_cache() -> Any:
 
 
 @contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Context in which `owner` has another attribute `name`."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
 def fusions_in_place() -> Iterator[None]:
     """Context in which Inductor fuses no two kernels if more is made early than the fusion saves.
 
@@ -331,8 +342,7 @@ def fusions_in_place() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def writes_are_kept() -> Iterator[None]:
+def writes_are_kept() -> contextlib.AbstractContextManager[None]:
     """Context in which Inductor's code for the CPU keeps what is scattered into a buffer.
 
     To fuse loops over one range and over several (512 and 8 x 64), torch 2.13 works out again what
@@ -342,11 +352,10 @@ def writes_are_kept() -> Iterator[None]:
     """
     from torch._inductor.codegen import cpp
 
-    scheduling: Any = cpp.CppScheduling
-    can_fuse = getattr(scheduling, "_can_fuse_nodes_with_compatible_ranges", None)
+    name = "_can_fuse_nodes_with_compatible_ranges"
+    can_fuse: Any = getattr(cpp.CppScheduling, name, None)
     if can_fuse is None:
-        yield
-        return
+        return contextlib.nullcontext()
 
     @functools.wraps(can_fuse)
     def can(self: Any, *nodes: Any) -> Any:
@@ -354,11 +363,7 @@ def writes_are_kept() -> Iterator[None]:
         read = {each.name for node in nodes for each in node.read_writes.reads}
         return not read & written.keys() and can_fuse(self, *nodes)
 
-    scheduling._can_fuse_nodes_with_compatible_ranges = can
-    try:
-        yield
-    finally:
-        scheduling._can_fuse_nodes_with_compatible_ranges = can_fuse
+    return _replaced(cpp.CppScheduling, name, can)
 
 
 PARTIAL_SUMS = re.compile(r"^(\w+ = )(\w+\[.*\]\.view\(.*?\))\.sum\(dim=0\)(.*)$")
@@ -366,8 +371,7 @@ PARTIAL_SUMS = re.compile(r"^(\w+ = )(\w+\[.*\]\.view\(.*?\))\.sum\(dim=0\)(.*)$
 over their rows: gradients of a norm's weight and bias. It has (result, partial sums, the rest)."""
 
 
-@contextlib.contextmanager
-def partial_sums_by(operator: str) -> Iterator[None]:
+def partial_sums_by(operator: str) -> contextlib.AbstractContextManager[None]:
     """Context in which Inductor's code calls `operator(matrix)` for the sums of PARTIAL_SUMS.
 
     Code that is generated in another way, in another version, stays as it is.
@@ -378,11 +382,10 @@ def partial_sums_by(operator: str) -> Iterator[None]:
     from torch._inductor.codegen import simd
     from torch._inductor.virtualized import V
 
-    scheduling: Any = simd.SIMDScheduling
-    generate = getattr(scheduling, "_codegen_mix_order_reduction", None)
+    name = "_codegen_mix_order_reduction"
+    generate: Any = getattr(simd.SIMDScheduling, name, None)
     if generate is None:
-        yield
-        return
+        return contextlib.nullcontext()
 
     @functools.wraps(generate)
     def generating(self: Any, *nodes: Any) -> Any:
@@ -400,11 +403,7 @@ def partial_sums_by(operator: str) -> Iterator[None]:
         finally:
             del wrapper.writeline
 
-    scheduling._codegen_mix_order_reduction = generating
-    try:
-        yield
-    finally:
-        scheduling._codegen_mix_order_reduction = generate
+    return _replaced(simd.SIMDScheduling, name, generating)
 
 
 def call_captured(
@@ -587,19 +586,13 @@ def capture_settings() -> Any:
     return dynamo_config.patch({_IGNORED_LOGGING: methods})
 
 
-@contextlib.contextmanager
-def saving(names: Collection[str]) -> Iterator[None]:
+def saving(names: Collection[str]) -> contextlib.AbstractContextManager[None]:
     """Context in which the partitioner saves the nodes `names`, and inputs, for the backward."""
 
     def chosen(graph: torch.fx.Graph, info: Any, **_: Any) -> list[torch.fx.Node]:
         return [*info.inputs, *(node for node in graph.nodes if node.name in names)]
 
-    before = partitioners.choose_saved_values_set
-    partitioners.choose_saved_values_set = chosen
-    try:
-        yield
-    finally:
-        partitioners.choose_saved_values_set = before
+    return _replaced(partitioners, "choose_saved_values_set", chosen)
 
 
 @contextlib.contextmanager
@@ -609,14 +602,11 @@ def without_data() -> Iterator[None]:
     def left_alone(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return tensor
 
-    name = "_no_grad_trunc_normal_"
-    before = getattr(torch.nn.init, name)
-    setattr(torch.nn.init, name, left_alone)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield
-    finally:
-        setattr(torch.nn.init, name, before)
+    with (
+        _replaced(torch.nn.init, "_no_grad_trunc_normal_", left_alone),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        yield
 
 
 _FLOAT32_ON_CUDA = (

@@ -21,6 +21,8 @@ from magi_train.core.errors import PassError
 _PACKAGE = str(Path(__file__).parents[1])
 CASTS = (torch.ops.prims.convert_element_type.default, torch.ops.aten._to_copy.default)
 """A change of dtype in AOTAutograd's graphs: Inductor decomposes the second into the first."""
+HALF = (torch.bfloat16, torch.float16)
+"""The dtypes of 16 bits that autocast computes in."""
 SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 """Ops there whose result is their argument."""
 IN_PLACE_OPERATORS = {
