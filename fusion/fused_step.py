@@ -9,13 +9,14 @@ part, so that the map from blocks to tensors stays as it is.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from magi_train.fusion.ahead import compile_ahead, wait
 from magi_train.fusion.kernels.adamw import AdamSettings, adamw
 from magi_train.fusion.kernels.multi_tensor import AddressTable, Row, StepScalars, interpreted
 from magi_train.fusion.kernels.sgd import SgdSettings, sgd
@@ -253,6 +254,7 @@ class FusedStep:
 
     def run(self, optimizer: Optimizer, taken: list[tuple[int, list[Tensor]]]) -> None:
         """Step every parameter of `taken` that has a gradient."""
+        wait(type(self.algorithm).__name__)
         shadowed: list[Tensor] = []
         self.steps += 1
         for index, parameters in taken:
@@ -271,6 +273,32 @@ class FusedStep:
                 shadowed += launch.shadowed
         if shadowed and self.on_written is not None:
             self.on_written(shadowed)
+
+    def compile_ahead(
+        self, optimizer: Optimizer, dtypes: Sequence[tuple[torch.dtype, torch.dtype | None]]
+    ) -> None:
+        """Let kernels compile, for each group that they take, before there are gradients.
+
+        Args:
+            optimizer: The one that was taken over.
+            dtypes: Of gradients and of shadows, of each kernel that steps will launch.
+        """
+        for group in optimizer.param_groups:
+            p = next((p for p in group["params"] if self.why_never(p, group) is None), None)
+            if p is None or p.device.type != "cuda":
+                continue
+            for grad, shadow in dtypes:
+                launch = partial(self._launch_on_nothing, group, p.device, grad, shadow)
+                variant = (id(self), grad, shadow)
+                compile_ahead(type(self.algorithm).__name__, p.device, launch, variant)
+
+    def _launch_on_nothing(
+        self, group: Group, device: torch.device, grad: torch.dtype, shadow: torch.dtype | None
+    ) -> None:
+        table = AddressTable([1], device)
+        table.update([None])
+        scalars = StepScalars(drift=self.drift)
+        self.algorithm.launch(table, group, scalars, grad, shadow)
 
     def _scalars(self, optimizer: Optimizer, device: torch.device) -> StepScalars:
         # GradScaler sets the first two on an optimizer that scales by itself
