@@ -329,8 +329,10 @@ class Runtime:
             shadows: Of which dtype the graph reads shadows.
             narrow: Whether it gives gradients in that dtype, too.
         """
-        dtypes = [(shadows, shadows)] if shadows is not None and narrow else []
-        dtypes += [(torch.float32, shadow) for shadow in dict.fromkeys((shadows, None))]
+        dtypes: list[tuple[torch.dtype, torch.dtype | None]] = []
+        if shadows is not None:
+            dtypes += [(shadows, shadows)] * narrow + [(torch.float32, shadows)]
+        dtypes.append((torch.float32, None))
         for optimizer in filter(None, (reference() for reference in self.optimizers)):
             compile_steps(optimizer, dtypes)
 
