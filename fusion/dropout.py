@@ -17,7 +17,6 @@ multiple of 8; probabilities that 16 bits do not hold well; draws with other rea
 
 import sys
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -93,7 +92,7 @@ class PackDropout:
         by_name = {n.name: n for n in gm.graph.nodes}
         for device in {by_name[name].meta["val"].device for name in plan.packed}:
             if device.type == "cuda":
-                compile_ahead("dropout_bits", device, partial(_first_launch, device))
+                compile_ahead("dropout_bits", device, _on_nothing)
         for number, kept in enumerate(by_name[name] for name in plan.packed):
             drawn = _drawn(kept)
             size: Any = drawn.args[0]
@@ -134,7 +133,7 @@ class PackDropout:
         return ""
 
 
-def _first_launch(device: torch.device) -> None:
+def _on_nothing(device: torch.device) -> None:
     from magi_train.fusion.kernels.dropout_bits import dropout_bits
 
     dropout_bits(torch.zeros(1, dtype=torch.int64, device=device), 0, [16], 0.5)

