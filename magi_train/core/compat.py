@@ -85,8 +85,8 @@ import copy
 import functools
 import json
 import logging
-import os
 import math
+import os
 import re
 import time
 import warnings
