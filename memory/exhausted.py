@@ -12,6 +12,8 @@ from magi_train.core.hardware import device_memory_bytes
 from magi_train.memory.step import GIB, StepMemory, measured_peak, usable_bytes
 
 HEAD = "magi-train:"
+NOT_FULL = 0.05
+"""Part of the peak in segments that are not full from which on they are named."""
 
 
 def is_exhausted(error: BaseException | None) -> bool:
@@ -33,10 +35,13 @@ def explain(error: BaseException, memory: StepMemory | None) -> None:
     peak = measured_peak()
     usable = usable_bytes(device_memory_bytes()) if torch.cuda.is_initialized() else None
     budget, planned = (memory.budget_bytes, memory.planned_bytes) if memory else (None, 0)
-    error.add_note(f"{HEAD} {advice(peak, usable, budget, planned)}")
+    held = torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0
+    error.add_note(f"{HEAD} {advice(peak, usable, budget, planned, held)}")
 
 
-def advice(peak: int | None, usable: int | None, budget: int | None, planned: int) -> str:
+def advice(
+    peak: int | None, usable: int | None, budget: int | None, planned: int, held: int = 0
+) -> str:
     """Return what happened and what to set, from bytes.
 
     Args:
@@ -44,6 +49,7 @@ def advice(peak: int | None, usable: int | None, budget: int | None, planned: in
         usable: What "auto" lets a step take of the device; None without one.
         budget: `Config.memory_budget_gib`; None without one.
         planned: The planned peak under it; 0 before there is a plan.
+        held: What the allocator holds of the device.
     """
     measured = "" if peak is None else f" at a peak of {peak / GIB:.4g} GiB so far"
     said = f"an allocation failed{measured}"
@@ -59,5 +65,11 @@ def advice(peak: int | None, usable: int | None, budget: int | None, planned: in
         said += (
             f"; planned were {planned / GIB:.4g} GiB under a budget of {budget / GIB:.4g} GiB. Set "
             f"Config(memory_budget_gib={lower / GIB:.4g}), or free what else is on the device"
+        )
+    spare = held - peak if peak else 0
+    if peak and spare > NOT_FULL * peak:
+        said += (
+            f". {spare / GIB:.4g} GiB lie in segments that were not full: with "
+            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the environment they may serve"
         )
     return f"{said}. A smaller batch helps as well; `magi explain --fits` says what fits"

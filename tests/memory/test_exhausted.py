@@ -75,6 +75,13 @@ def test_the_budget_to_ask_for(peak, usable, budget, planned, want):
     assert all(part in text for part in want), text
 
 
+@pytest.mark.parametrize(("held", "named"), [(0, False), (73, False), (74, True)])
+def test_segments_that_were_not_full_are_named(held, named):
+    text = advice(70 * GIB, 76 * GIB, 74 * GIB, 72 * GIB, held * GIB)
+    assert ("4 GiB lie in segments that were not full" in text) == named
+    assert ("expandable_segments:True" in text) == named
+
+
 def one_rank_runs_out(rank, world_size):
     module = trained()
     loss = module(tokens(0), tokens(0))
