@@ -61,10 +61,11 @@ def compile_ahead(
 
 
 def wait(kernel: str) -> None:
-    """Return once nothing of that name is being compiled."""
+    """Return once nothing of that name is being compiled; what has not begun will not."""
     if _running:
         for future in _running.pop(kernel, ()):
-            future.result()
+            if not future.cancel():
+                future.result()
 
 
 def wait_for_all() -> None:

@@ -153,6 +153,11 @@ class Sgd:
         sgd(table, settings, scalars, grad_dtype, shadow_dtype)
 
 
+def _kernel(algorithm: Algorithm, grad: torch.dtype, shadow: torch.dtype | None) -> str:
+    """Return what the kernel of such a launch is called where it compiles ahead."""
+    return f"{type(algorithm).__name__}, {grad}, {shadow}"
+
+
 def _on_nothing(
     algorithm: Algorithm, group: Group, looks: bool, grad_dtype: torch.dtype,
     shadow_dtype: torch.dtype | None, device: torch.device,
@@ -265,12 +270,12 @@ class FusedStep:
 
     def run(self, optimizer: Optimizer, taken: list[tuple[int, list[Tensor]]]) -> None:
         """Step every parameter of `taken` that has a gradient."""
-        wait(type(self.algorithm).__name__)
         shadowed: list[Tensor] = []
         self.steps += 1
         for index, parameters in taken:
             group = optimizer.param_groups[index]
             for (device, dtype), launch in self._launches(optimizer, group, parameters).items():
+                wait(_kernel(self.algorithm, dtype, launch.shadow_dtype))
                 key, numels = (index, device, dtype), tuple(p.numel() for p in parameters)
                 table = self.tables.get(key)
                 if table is None or table.numels != numels:
@@ -302,8 +307,8 @@ class FusedStep:
                 continue
             for grad, shadow in dtypes:
                 known = (self.algorithm, settings, self.drift is not None, grad, shadow)
-                kernel, variant = type(self.algorithm).__name__, (id(self), grad, shadow)
-                compile_ahead(kernel, p.device, partial(_on_nothing, *known), variant)
+                kernel = _kernel(self.algorithm, grad, shadow)
+                compile_ahead(kernel, p.device, partial(_on_nothing, *known), id(self))
 
     def _scalars(self, optimizer: Optimizer, device: torch.device) -> StepScalars:
         # GradScaler sets the first two on an optimizer that scales by itself

@@ -33,35 +33,54 @@ def asked(monkeypatch):
     return calls
 
 
+def idle():
+    """Return once the thread has done what it was given until now."""
+    ahead._thread().submit(int).result()
+
+
 def test_a_kernel_is_launched_once_in_another_thread_for_each_variant():
     threads = []
+
+    def launch(device):
+        threads.append(threading.current_thread())
+
     for variant in (1, 2, 1):
-        ahead.compile_ahead(
-            "k", HOST, lambda device: threads.append(threading.current_thread()), variant
-        )
-    ahead.wait("k")
+        ahead.compile_ahead("k", HOST, launch, variant)
+    idle()
     assert len(threads) == 2
     assert threading.current_thread() not in threads
 
 
-def test_whoever_needs_a_kernel_waits_for_it_and_for_no_other():
-    go, done = threading.Event(), []
-    ahead.compile_ahead("first", HOST, lambda device: done.append("first"))
-    ahead.compile_ahead("second", HOST, lambda device: (go.wait(60), done.append("second")))
-    ahead.wait("first")
-    ahead.wait("of another name")
-    assert done == ["first"]
-    go.set()
-    ahead.wait("second")
-    assert done == ["first", "second"]
+def test_what_is_being_compiled_is_waited_for_and_what_has_not_begun_will_not():
+    began, go, done = threading.Event(), threading.Event(), []
+
+    def long(device):
+        began.set()
+        go.wait(60)
+        done.append("long")
+
+    ahead.compile_ahead("long", HOST, long)
+    ahead.compile_ahead("behind", HOST, lambda device: done.append("behind"))
+    ahead.compile_ahead("other", HOST, lambda device: done.append("other"))
+    began.wait(60)
+    ahead.wait("behind")
+    ahead.wait("of no such name")
+    assert not done
+    threading.Timer(0.1, go.set).start()
+    ahead.wait("long")
+    assert done[0] == "long"
+    idle()
+    assert done == ["long", "other"]
 
 
-def test_all_are_waited_for_before_a_graph_is_captured():
+def test_nothing_is_compiled_while_a_graph_is_captured():
     done = []
     for number in range(3):
         ahead.compile_ahead(f"k{number}", HOST, lambda device: done.append(1))
     ahead.wait_for_all()
-    assert len(done) == 3
+    before = len(done)
+    idle()
+    assert len(done) == before
 
 
 def test_a_failure_is_left_to_who_needs_the_kernel():
@@ -69,6 +88,7 @@ def test_a_failure_is_left_to_who_needs_the_kernel():
         raise RuntimeError("no compiler")
 
     ahead.compile_ahead("k", HOST, fails)
+    idle()
     ahead.wait("k")  # nothing raised
 
 
@@ -88,11 +108,9 @@ def test_an_op_waits_for_its_kernel(monkeypatch):
     monkeypatch.setattr(kernel_ops.importlib, "import_module", lambda name: module)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     kernel_ops.define("dropout_bits(Tensor seeds) -> Tensor", lambda x: x)
-    ahead.compile_ahead("dropout_bits", HOST, lambda device: order.append("compiled"))
-    monkeypatch.setattr(kernel_ops, "wait", lambda name: (order.append(name), ahead.wait(name)))
+    monkeypatch.setattr(kernel_ops, "wait", order.append)
     functions["CUDA"](torch.zeros(1))
-    assert sorted(order[:2]) == ["compiled", "dropout_bits"]
-    assert order[2] == "launched"
+    assert order == ["dropout_bits", "launched"]
 
 
 def test_another_process_compiles_for_a_device_that_is_not_here(tmp_path, monkeypatch):
@@ -142,9 +160,22 @@ def test_an_optimizer_expects_each_kernel_that_its_groups_take(asked, monkeypatc
     step = fused_step.FusedStep(fused_step.Adam(), lambda p: None, None, None, print)
     pairs = [(torch.bfloat16, torch.bfloat16), (torch.float32, None)]
     step.compile_ahead(SimpleNamespace(param_groups=groups), pairs)
-    assert [(kernel, kind, variant[1:]) for kernel, kind, _, variant in asked] == [
-        ("Adam", "cuda", pair) for pair in pairs
-    ]
+    assert [(kernel, kind) for kernel, kind, *_ in asked] == [
+        ("Adam, torch.bfloat16, torch.bfloat16", "cuda"), ("Adam, torch.float32, None", "cuda")
+    ]  # fmt: skip
+
+
+def test_a_step_waits_for_the_kernel_that_it_launches(monkeypatch):
+    monkeypatch.setattr(fused_step, "DEVICES", ("cpu",))
+    waited = []
+    monkeypatch.setattr(fused_step, "wait", waited.append)
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    step = fused_step.FusedStep(fused_step.Sgd(), lambda p: None, None, None, print)
+    taken, _ = step.divide(optimizer)
+    step.run(optimizer, taken)
+    assert waited == [fused_step._kernel(step.algorithm, torch.float32, None)]
 
 
 def test_the_early_launch_of_an_optimizers_kernel_changes_nothing():
