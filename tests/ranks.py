@@ -101,8 +101,10 @@ def _child(joined: tuple[Any, ...], fn: Any, args: Any) -> None:
 def _serve(joined: tuple[Any, ...], pipe: Any) -> None:
     _join(*joined)
     rank, world_size = joined[:2]
+    variables = dict(os.environ)
     while (work := pipe.recv()) is not None:
         torch._dynamo.reset()
+        _set_environment(variables)  # the work before may have changed them
         pipe.send(_call(work[0], rank, world_size, *work[1]))
     os._exit(0)
 
