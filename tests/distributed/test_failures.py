@@ -179,7 +179,7 @@ def slow_compile(rank, world_size):
 
     def slowly(*args, **kwargs):
         if rank == 1:
-            time.sleep(world.SILENCE_SECONDS + 2)
+            time.sleep(world.SILENCE_SECONDS + 4)
         return compile_graph(*args, **kwargs)
 
     region.compile_graph = slowly
