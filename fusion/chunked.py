@@ -16,12 +16,14 @@ pads a copy of the logits' gradient (16384 tokens of width 768, bfloat16, H200).
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from magi_train.fusion.ahead import compile_ahead
 from magi_train.fusion.attach import attach_gradients
 from magi_train.fusion.kernel_ops import define
 
@@ -171,6 +173,21 @@ def chunked_cross_entropy(
     return attach_gradients(
         total.to(recipe.out), scale, [t for t, _ in pairs], [g for _, g in pairs]
     )
+
+
+def expect_kernel(recipe: Recipe, device: torch.device) -> None:
+    """Let the kernel of a loss compile ahead."""
+    steps = recipe.soft_cap()
+    assert steps is not None, "planned for"
+    arguments = (recipe.ignore_index, recipe.smoothing, *steps)
+    compile_ahead("cross_entropy", device, partial(_on_nothing, arguments), arguments)
+
+
+def _on_nothing(arguments: tuple[Any, ...], device: torch.device) -> None:
+    from magi_train.fusion.kernels.cross_entropy import ROW_ALIGNMENT, cross_entropy
+
+    logits = torch.empty(1, ROW_ALIGNMENT, dtype=torch.bfloat16, device=device)
+    cross_entropy(logits, torch.zeros(1, dtype=torch.int64, device=device), *arguments)
 
 
 def chunk_bounds(size: Any, chunks: int, *, static: bool) -> list[tuple[Any, Any]]:

@@ -26,6 +26,7 @@ from torch.fx import GraphModule, Node
 from magi_train.core import compat
 from magi_train.core.graph import CASTS, insert_call, insert_computation, op_name
 from magi_train.core.passes import PassContext, Plan, Stage, source_fingerprint
+from magi_train.fusion.ahead import compile_ahead
 from magi_train.fusion.kernel_ops import define
 from magi_train.fusion.quantize import call_like
 
@@ -89,6 +90,9 @@ class PackDropout:
     def apply(self, gm: GraphModule, plan: DropoutPlan, context: PassContext) -> None:
         """Draw bits in place of numbers."""
         by_name = {n.name: n for n in gm.graph.nodes}
+        for device in {by_name[name].meta["val"].device for name in plan.packed}:
+            if device.type == "cuda":
+                compile_ahead("dropout_bits", device, _on_nothing)
         for number, kept in enumerate(by_name[name] for name in plan.packed):
             drawn = _drawn(kept)
             size: Any = drawn.args[0]
@@ -127,6 +131,12 @@ class PackDropout:
         if elements is None or elements < SMALLEST:
             return f"it has {elements} elements; from {SMALLEST} on it gains"
         return ""
+
+
+def _on_nothing(device: torch.device) -> None:
+    from magi_train.fusion.kernels.dropout_bits import dropout_bits
+
+    dropout_bits(torch.zeros(1, dtype=torch.int64, device=device), 0, [16], 0.5)
 
 
 def _compared(draw: Node) -> Any:

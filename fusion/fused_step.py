@@ -9,13 +9,14 @@ part, so that the map from blocks to tensors stays as it is.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from magi_train.fusion.ahead import compile_ahead, wait
 from magi_train.fusion.kernels.adamw import AdamSettings, adamw
 from magi_train.fusion.kernels.multi_tensor import AddressTable, Row, StepScalars, interpreted
 from magi_train.fusion.kernels.sgd import SgdSettings, sgd
@@ -152,6 +153,17 @@ class Sgd:
         sgd(table, settings, scalars, grad_dtype, shadow_dtype)
 
 
+def _on_nothing(
+    algorithm: Algorithm, group: Group, looks: bool, grad_dtype: torch.dtype,
+    shadow_dtype: torch.dtype | None, device: torch.device,
+) -> None:  # fmt: skip
+    """Launch an algorithm's kernel on a row that takes no part."""
+    table = AddressTable([1], device)
+    table.update([None])
+    drift = torch.zeros(1, dtype=torch.int32, device=device) if looks else None
+    algorithm.launch(table, group, StepScalars(drift=drift), grad_dtype, shadow_dtype)
+
+
 @dataclass
 class Launch:
     """The rows of one launch.
@@ -253,6 +265,7 @@ class FusedStep:
 
     def run(self, optimizer: Optimizer, taken: list[tuple[int, list[Tensor]]]) -> None:
         """Step every parameter of `taken` that has a gradient."""
+        wait(type(self.algorithm).__name__)
         shadowed: list[Tensor] = []
         self.steps += 1
         for index, parameters in taken:
@@ -271,6 +284,26 @@ class FusedStep:
                 shadowed += launch.shadowed
         if shadowed and self.on_written is not None:
             self.on_written(shadowed)
+
+    def compile_ahead(
+        self, optimizer: Optimizer, dtypes: Sequence[tuple[torch.dtype, torch.dtype | None]]
+    ) -> None:
+        """Let kernels compile, for each group that they take, before there are gradients.
+
+        Args:
+            optimizer: The one that was taken over.
+            dtypes: Of gradients and of shadows, of each kernel that steps will launch.
+        """
+        for group in optimizer.param_groups:
+            p = next((p for p in group["params"] if self.why_never(p, group) is None), None)
+            settings = {k: v for k, v in group.items() if k != "params"}
+            held = any(isinstance(v, Tensor) for v in settings.values())
+            if p is None or p.device.type != "cuda" or held:  # no other process may have these
+                continue
+            for grad, shadow in dtypes:
+                known = (self.algorithm, settings, self.drift is not None, grad, shadow)
+                kernel, variant = type(self.algorithm).__name__, (id(self), grad, shadow)
+                compile_ahead(kernel, p.device, partial(_on_nothing, *known), variant)
 
     def _scalars(self, optimizer: Optimizer, device: torch.device) -> StepScalars:
         # GradScaler sets the first two on an optimizer that scales by itself

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from magi_train.fusion.ahead import wait
+
 _library = torch.library.Library("magi_train", "FRAGMENT")
 
 
@@ -35,6 +37,7 @@ def define(
         return getattr(module, name + suffix)  # type: ignore[no-any-return]
 
     def on_device(*arguments: Any) -> Any:
+        wait(name)
         with torch.cuda.device(arguments[0].device):  # Triton launches on the current one
             return kernel()(*arguments)
 

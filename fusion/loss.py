@@ -33,7 +33,12 @@ from torch.fx import GraphModule, Node
 from magi_train.core import compat
 from magi_train.core.graph import erase_unused, example_value, insert_call, insert_computation
 from magi_train.core.passes import PassContext, Plan, Stage
-from magi_train.fusion.chunked import Recipe, chunk_bounds, chunked_cross_entropy
+from magi_train.fusion.chunked import (
+    Recipe,
+    chunk_bounds,
+    chunked_cross_entropy,
+    expect_kernel,
+)
 from magi_train.fusion.loss_match import ANCHORS, Match, match_loss
 from magi_train.fusion.verified import Draw, Region, Small, autocast_at, prove, slice_region
 
@@ -128,7 +133,6 @@ class ChunkLinearCrossEntropy:
         size = self._size(match, _has_kernel(match.recipe, context))
         if isinstance(size, str):
             return size
-        match = replace(match, recipe=replace(match.recipe, kernel=size.kernel))
         return _proven(gm, match, region) or size
 
     def _size(self, match: Match, kernel: bool) -> ChunkedLoss | str:
@@ -200,7 +204,7 @@ def _proven(gm: GraphModule, match: Match, region: Region) -> str:
         recipe = replace(recipe, differentiated=(True, True, match.bias is not None))
         if exact:
             wide = torch.float64
-            recipe = replace(recipe, compute=wide, wide=wide, out=wide, kernel=False)
+            recipe = replace(recipe, compute=wide, wide=wide, out=wide)
 
         def function(x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
             *bias, labels = rest
@@ -219,6 +223,8 @@ def _proven(gm: GraphModule, match: Match, region: Region) -> str:
 def _replace(gm: GraphModule, match: Match, each: ChunkedLoss) -> None:
     loss, recipe = match.loss, replace(match.recipe, kernel=each.kernel)
     logits = example_value(match.logits)
+    if each.kernel and logits.is_cuda:
+        expect_kernel(recipe, logits.device)
     tokens = logits.shape[0] if isinstance(logits.shape[0], int) else None
     columns = insert_call(loss, torch.arange, (logits.shape[1],), {"device": logits.device})
     arguments = (

@@ -173,6 +173,14 @@ def take_over(
     return optimizer
 
 
+def compile_steps(
+    optimizer: Optimizer, dtypes: Sequence[tuple[torch.dtype, torch.dtype | None]]
+) -> None:
+    """Let the kernels of an optimizer that was taken over compile; see FusedStep.compile_ahead."""
+    if isinstance(optimizer, TakenOver):
+        optimizer._magi_step.compile_ahead(optimizer, dtypes)
+
+
 def taken_parameters(optimizer: Optimizer) -> list[Tensor]:
     """Return the parameters whose steps the kernel takes; none of an optimizer left as it is."""
     if not isinstance(optimizer, TakenOver):

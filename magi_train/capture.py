@@ -574,6 +574,9 @@ class Region:
         narrow = [i for i, x in _examples(gm) if in_graph and runtime.narrow_gradients.takes(x)]
         if narrow:
             backward.insert(0, SkipGradientCasts(narrow))
+        if has_backward:
+            low = None if shadows is None else getattr(torch, shadows.layout.dtype)
+            runtime.compile_steps(low, narrow=bool(narrow))
         limit = None
         if runtime.memory is not None:
             limit = runtime.memory.limit(

@@ -30,6 +30,7 @@ from magi_train.core import compat
 from magi_train.core.device_graphs import DeviceGraphs
 from magi_train.core.report import PassRow, Report
 from magi_train.core.slots import Layout, RefusedError, Slot, refusal
+from magi_train.fusion.ahead import wait_for_all
 from magi_train.recording import Call, Recording
 
 WARM, TIMED = 2, 4
@@ -213,6 +214,7 @@ class Replayer:
             self._plain_ms = statistics.median(self._times("plain"))
         self._marks = []
         self._made += 1
+        wait_for_all()  # no other thread may allocate while a graph is captured
         if not _capturing.acquire(blocking=False):
             return "another thread was capturing a graph"
         try:

@@ -32,7 +32,7 @@ from magi_train.core.record import Recorder
 from magi_train.core.report import FILE_NAME, Report
 from magi_train.core.world import World, join_from_environment
 from magi_train.fusion.narrow_gradients import NarrowGradients
-from magi_train.fusion.optimizer import take_over, taken_parameters
+from magi_train.fusion.optimizer import compile_steps, take_over, taken_parameters
 from magi_train.fusion.shadow import WeightShadows
 from magi_train.memory.engine import choose, replica
 from magi_train.memory.exhausted import explain, is_exhausted
@@ -321,6 +321,20 @@ class Runtime:
                 on_written=shadows.after_step,
                 drift=shadows.drift.flag,
             )
+
+    def compile_steps(self, shadows: torch.dtype | None, *, narrow: bool) -> None:
+        """Let the optimizers' kernels compile while a graph does.
+
+        Args:
+            shadows: Of which dtype the graph reads shadows.
+            narrow: Whether it gives gradients in that dtype, too.
+        """
+        dtypes: list[tuple[torch.dtype, torch.dtype | None]] = []
+        if shadows is not None:
+            dtypes += [(shadows, shadows)] * narrow + [(torch.float32, shadows)]
+        dtypes.append((torch.float32, None))
+        for optimizer in filter(None, (reference() for reference in self.optimizers)):
+            compile_steps(optimizer, dtypes)
 
     def _keep_shadows(self, optimizer: Optimizer, shards: Shards) -> None:
         """Let the kernel write pieces of shadows; the rest is cast from what is gathered."""

@@ -42,7 +42,12 @@ def _stepped(x, inner, outer, CAPPED: tl.constexpr):
     return z
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "vocabulary", "units_from_row", "units_of_row", "units_to_row", "ignore_index"
+    ],
+    do_not_specialize_on_alignment=["labels", "losses"],
+)  # fmt: skip
 def _cross_entropy(
     logits, labels, losses, gradients, vocabulary, units_from_row, units_of_row, units_to_row,
     ignore_index, smoothing, inner, outer, CAPPED: tl.constexpr, SMOOTHED: tl.constexpr,
@@ -153,8 +158,7 @@ def cross_entropy(
             -(-width // unit), gradients.stride(0) // ROW_ALIGNMENT, ignore_index, smoothing,
             inner, 1.0 if outer is None else outer, CAPPED=outer is not None,
             SMOOTHED=smoothing != 0, UNIT=unit, ALIGNMENT=ROW_ALIGNMENT,
-            BLOCK=min(tile[0], max(ROW_ALIGNMENT, triton.next_power_of_2(vocabulary))),
-            num_warps=tile[1],
+            BLOCK=tile[0], num_warps=tile[1],
         )  # fmt: skip
     return losses, gradients
 

@@ -28,7 +28,7 @@ def _pair(word, limit, place: tl.constexpr):
     return (low << place) | (high << (place + 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["index", "limit"])
 def _dropout_bits(seeds, bits, index, count, limit, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):
     """A block of bytes."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -190,7 +190,7 @@ class AddressTable:
         return [*addresses, numel, flags]
 
     def _upload(self, data: Tensor) -> Tensor:
-        if self.device.type == "cpu":
-            return data
+        if self.device.type != "cuda":
+            return data.to(self.device)
         # a fresh pinned buffer each time: torch keeps it until the copy is done
         return data.pin_memory().to(self.device, non_blocking=True)

@@ -10,6 +10,7 @@ is listed there, and capture then falls to the EAGER tier with a warning instead
 | torch._inductor.choices.InductorChoices, virtualized.V.set_choices_handler | what is fused |
 | codegen.cpp.CppScheduling._can_fuse_nodes_with_compatible_ranges | what is not, on the CPU |
 | torch._inductor.runtime.cache_dir_utils.cache_dir | where PyTorch keeps compiled code |
+| torch._inductor.runtime.cache_dir_utils.triton_cache_dir | where Inductor lets Triton do so |
 | torch._functorch._aot_autograd.descriptors | what graph inputs and outputs are gradients of |
 | torch._functorch.partitioners.min_cut_rematerialization_partition | the partition to bound |
 | torch._functorch.config | eager backward lowering, no cache of joint graphs |
@@ -85,6 +86,7 @@ import functools
 import json
 import logging
 import math
+import os
 import re
 import time
 import warnings
@@ -275,6 +277,13 @@ def torch_version() -> tuple[int, int]:
 def problems() -> tuple[str, ...]:
     """Return the private names that this torch lacks; empty means that capture can be tried."""
     return tuple(_missing)
+
+
+def share_triton_cache(device: torch.device) -> None:
+    """Let Triton keep what it compiles where Inductor lets it, from its first kernel on."""
+    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+
+    os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device.index or 0))
 
 
 def forced_backward_lowering() -> Any:
