@@ -4,6 +4,8 @@ import logging
 import os
 from collections.abc import Iterator
 
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # before torch: else it tries the compiler
+
 import pytest
 import torch
 
@@ -32,3 +34,15 @@ def _fresh() -> Iterator[None]:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture
+def idle_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Generated code runs, but its C++ kernels do nothing: for tests of plans and of code."""
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codecache import PyCodeCache
+
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *_: lambda *args: None)
+    PyCodeCache.cache_clear()
+    yield
+    PyCodeCache.cache_clear()  # modules that hold these kernels are kept by the text of their code

@@ -1,7 +1,12 @@
-"""Run a function in N gloo processes and get each rank's result, or how it failed."""
+"""Run a function in N gloo processes and get each rank's result, or how it failed.
+
+A rank is a process of its own. Where CUDA is not available it is forked off a server that did
+nothing but import what every rank imports, instead of importing it once more.
+"""
 
 import contextlib
 import datetime
+import multiprocessing.forkserver
 import os
 import pickle
 import socket
@@ -16,6 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+IMPORTED = ["torch", "torch._dynamo", "torch._inductor.compile_fx", "magi_train.api"]
+ENVIRONMENT = dict(os.environ)
+"""Before any test: some variables are read by those imports."""
 
 
 @dataclass
@@ -35,9 +44,29 @@ class Outcome:
     exit_code: int | None = None
 
 
-def _join(rank: int, world_size: int, port: int, folder: str) -> None:
+def _context() -> Any:
+    if torch.cuda.is_available():
+        return mp.get_context("spawn")  # CUDA may not be used behind a fork
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    variables = dict(os.environ)
+    _set_environment(ENVIRONMENT)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        _set_environment(variables)
+    return context
+
+
+def _set_environment(variables: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
+
+
+def _join(rank: int, world_size: int, port: int, folder: str, variables: dict[str, str]) -> None:
     """Make this process a gloo rank that writes its output to a file."""
     torch.set_num_threads(1)
+    _set_environment(variables)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank))
     os.environ.update(WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     log = os.open(f"{folder}/{rank}.log", os.O_CREAT | os.O_WRONLY)
@@ -58,8 +87,9 @@ def _call(fn: Callable[..., Any], *args: Any) -> Outcome:
     return outcome
 
 
-def _child(rank: int, world_size: int, port: int, folder: str, fn: Any, args: Any) -> None:
-    _join(rank, world_size, port, folder)
+def _child(joined: tuple[Any, ...], fn: Any, args: Any) -> None:
+    _join(*joined)
+    rank, world_size, _, folder, _ = joined
     outcome = _call(fn, rank, world_size, *args)
     Path(f"{folder}/{rank}.pickle").write_bytes(pickle.dumps(outcome))
     if not outcome.error:
@@ -68,10 +98,13 @@ def _child(rank: int, world_size: int, port: int, folder: str, fn: Any, args: An
     os._exit(0 if not outcome.error else 1)  # a failed rank cannot take part in a clean end
 
 
-def _serve(rank: int, world_size: int, port: int, folder: str, pipe: Any) -> None:
-    _join(rank, world_size, port, folder)
+def _serve(joined: tuple[Any, ...], pipe: Any) -> None:
+    _join(*joined)
+    rank, world_size = joined[:2]
+    variables = dict(os.environ)
     while (work := pipe.recv()) is not None:
         torch._dynamo.reset()
+        _set_environment(variables)  # the work before may have changed them
         pipe.send(_call(work[0], rank, world_size, *work[1]))
     os._exit(0)
 
@@ -108,12 +141,12 @@ class RankPool:
         return outcomes
 
     def _start(self) -> None:
-        context, port = mp.get_context("spawn"), free_port()
+        context, port = _context(), free_port()
         self._folder = tempfile.mkdtemp()
         for rank in range(2):
             mine, theirs = context.Pipe()
-            target = (rank, 2, port, self._folder, theirs)
-            process = context.Process(target=_serve, args=target, daemon=True)
+            joined = (rank, 2, port, self._folder, dict(os.environ))
+            process = context.Process(target=_serve, args=(joined, theirs), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -135,12 +168,10 @@ def run_ranks(
     fn: Callable[..., Any], *args: Any, world_size: int = 2, timeout: float = 240
 ) -> list[Outcome]:
     """Run `fn(rank, world_size, *args)` on every rank; `fn` must be importable."""
-    context, port = mp.get_context("spawn"), free_port()
+    context, port = _context(), free_port()
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            context.Process(target=_child, args=(rank, world_size, port, folder, fn, args))
-            for rank in range(world_size)
-        ]
+        joined = [(r, world_size, port, folder, dict(os.environ)) for r in range(world_size)]
+        processes = [context.Process(target=_child, args=(each, fn, args)) for each in joined]
         for p in processes:
             p.start()
         deadline = time.monotonic() + timeout

@@ -18,8 +18,10 @@ from tests.ranks import free_port, run_ranks, values
 SECONDS = 30
 
 
-def end_times(outcomes):
-    return [o.ended_at for o in outcomes if o.ended_at is not None]
+def hasty(rank, world_size, fn, *args):
+    """Run `fn` with shorter waits than a job of hours has: in a process of its own."""
+    world.SILENCE_SECONDS, world.GRACE_SECONDS, world.MEET_SECONDS = 5.0, 2.0, 1.0
+    return fn(rank, world_size, *args)
 
 
 def different_config(rank, world_size):
@@ -127,11 +129,11 @@ def stops_early(rank, world_size):
         model(tokens(step), tokens(1)).backward()
     if rank == 1:
         model._magi_runtime.world.close()  # as at the end of a script
-        time.sleep(6)  # the process lives on: only its training has ended
+        time.sleep(4)  # the process lives on: only its training has ended
 
 
 def test_a_rank_that_ends_early_is_named():
-    first = run_ranks(stops_early)[0]
+    first = run_ranks(hasty, stops_early)[0]
     assert "RemoteRankError: ranks [1] ended their program while rank 0 still waits" in first.error
     assert "bucket 0 (" in first.error
 
@@ -146,7 +148,7 @@ def killed(rank, world_size):
 
 def test_a_killed_rank_ends_the_other():
     begin = time.monotonic()
-    first, second = run_ranks(killed)
+    first, second = run_ranks(hasty, killed)
     assert second.exit_code == -signal.SIGKILL
     assert "RemoteRankError" in first.error
     assert time.monotonic() - begin < 60
@@ -157,13 +159,13 @@ def stuck_elsewhere(rank, world_size):
     if rank == 1:
         error = RuntimeError("rank 1 gives up")
         model._magi_runtime.world.fail(error)
-        time.sleep(14)
+        time.sleep(6)
         raise error
     torch.distributed.barrier()  # no code of ours is waiting here
 
 
 def test_a_rank_that_is_stuck_in_a_foreign_call_is_ended():
-    first, _ = run_ranks(stuck_elsewhere)
+    first, _ = run_ranks(hasty, stuck_elsewhere)
     assert first.exit_code == 1
     assert "magi-train: rank 0 is ended because it is stuck and rank 1 failed" in first.error
     assert "rank 1 gives up" in first.error
@@ -177,7 +179,7 @@ def slow_compile(rank, world_size):
 
     def slowly(*args, **kwargs):
         if rank == 1:
-            time.sleep(17)  # longer than SILENCE_SECONDS
+            time.sleep(world.SILENCE_SECONDS + 4)
         return compile_graph(*args, **kwargs)
 
     region.compile_graph = slowly
@@ -186,18 +188,18 @@ def slow_compile(rank, world_size):
 
 
 def test_a_rank_that_compiles_long_is_waited_for():
-    assert [o.value for o in run_ranks(slow_compile)] == ["graph", "graph"]
+    assert [o.value for o in run_ranks(hasty, slow_compile)] == ["graph", "graph"]
 
 
 def never_asks(rank, world_size):
     if rank == 0:
-        magi_train.prepare(Small(), config=Config(timeout_seconds=3))
-    time.sleep(5)
+        magi_train.prepare(Small(), config=Config(timeout_seconds=1))
+    time.sleep(3)
 
 
 def test_a_rank_that_never_prepares_is_named():
-    first = run_ranks(never_asks)[0]
-    assert "rank 1 did not answer 'settings' within 3 s" in first.error
+    first = run_ranks(hasty, never_asks)[0]
+    assert "rank 1 did not answer 'settings' within 1 s" in first.error
 
 
 def runs_alone(rank, world_size):
@@ -295,14 +297,14 @@ def test_an_error_in_the_backward_that_all_ranks_catch_costs_that_step_only(two_
     ids=["on one rank", "at two places"],
 )
 def test_an_error_in_the_backward_that_ranks_catch_unequally_ends_all(broken, words, compression):
-    for outcome in run_ranks(catches_in_step_three, broken, compression):
+    for outcome in run_ranks(hasty, catches_in_step_three, broken, compression):
         assert words in outcome.error, outcome.error
 
 
 def test_an_error_before_the_only_bucket_is_no_step_of_other_ranks():
     """Else they would average their gradients with those of the step behind it."""
     broken, words = ("", "a.bias"), "the backward of ranks [1] ended with an error"
-    for outcome in run_ranks(catches_in_step_three, broken, None, 1.0):
+    for outcome in run_ranks(hasty, catches_in_step_three, broken, None, 1.0):
         assert words in outcome.error, outcome.error
 
 

@@ -41,15 +41,15 @@ def compiled_backward(rank, world_size):
     from torch._inductor.utils import run_and_get_code
 
     torch.manual_seed(0)
-    torch._inductor.config.force_disable_caches = True
     model = magi_train.prepare(Deep(), config=Config(comm=CommConfig(bucket_mib=0.03)))
     x = torch.randn(16, 64)
-    _, codes = run_and_get_code(lambda: model(x).backward())
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        _, codes = run_and_get_code(lambda: model(x).backward())
     return [m for m in map(marks, codes) if ("bucket_launch", 0) in m]
 
 
-def test_launch_early_wait_late_in_plan_order():
-    for found in values(run_ranks(compiled_backward)):
+def test_launch_early_wait_late_in_plan_order(two_ranks):
+    for found in values(two_ranks(compiled_backward)):
         assert len(found) == 1, "one backward graph"
         order = found[0]
         launches = [m[1] for m in order if m != "mm" and m[0] == "bucket_launch"]
@@ -100,4 +100,5 @@ def test_a_second_process_hits_the_cache_with_the_same_result(tmp_path, monkeypa
         assert rows[0] == rows[1]
         assert any(cached for *_, cached in after["rows"])
     other = values(run_ranks(cached_run, world_size=3))
-    assert all(r["misses"] >= 1 for r in other), "another world must not take this code"
+    misses = [r["misses"] for r in other]  # a late rank may take what an early one has compiled
+    assert max(misses) >= 1, "another world must not take this code"

@@ -56,9 +56,12 @@ def test_pairwise(names, tier, bf16, accumulate, two_ranks):
     check(two_ranks(many, names, config, bf16, accumulate, timeout=400), config, bf16)
 
 
-def test_with_generated_code(two_ranks):
+@pytest.mark.parametrize(
+    "name", ["unused_frozen_tied", pytest.param("llama", marks=pytest.mark.full)]
+)
+def test_with_generated_code(name, two_ranks):
     config = Config(tier="graph")
-    check(two_ranks(many, ("llama",), config, False, 1, timeout=500), config, False)
+    check(two_ranks(many, (name,), config, False, 1, timeout=500), config, False)
 
 
 @pytest.mark.full

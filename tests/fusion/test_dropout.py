@@ -116,6 +116,7 @@ def test_masks_are_bits_forward_and_backward():
     assert not torch.equal(prepared(x) != 0, kept), "another step, another mask"
 
 
+@pytest.mark.usefixtures("idle_kernels")
 def test_each_of_several_masks_is_saved_as_bits():
     prepared, _ = train(Dropped(4), torch.randn(ROWS, WIDTH))
     (saved,) = [r for r in magi_train.report(prepared).rows if r.name == "saved_activations"]
@@ -123,6 +124,7 @@ def test_each_of_several_masks_is_saved_as_bits():
     assert saved.plan["saved_mib"] <= floats + 4 * ROWS * WIDTH / 8 / 2**20 + 0.001
 
 
+@pytest.mark.usefixtures("idle_kernels")
 def test_masks_are_written_in_the_forward_and_read_from_bits_in_the_backward(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     graphs = []
@@ -133,6 +135,7 @@ def test_masks_are_written_in_the_forward_and_read_from_bits_in_the_backward(mon
     assert [bool(masks[0].meta.get(compat.IN_MEMORY)) for masks in found] == [True, False]
 
 
+@pytest.mark.usefixtures("idle_kernels")
 def test_other_sizes_and_probabilities_are_left_alone():
     class Model(nn.Module):
         def __init__(self):

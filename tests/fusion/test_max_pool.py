@@ -193,6 +193,7 @@ def test_code_is_taken_from_pytorchs_cache(monkeypatch, tmp_path):
     assert hits["autograd_cache_hit"] == before + 1
 
 
+@pytest.mark.usefixtures("idle_kernels")
 def test_a_graph_without_channels_last_is_left_alone(monkeypatch):
     monkeypatch.setattr(compat, "wants_channels_last", lambda gm: False)
     _, plan, code = train(Pooled(channels=24), torch.randn(8, 3, 64, 64))

@@ -1,6 +1,8 @@
 """A user's script: trains a small LightningModule under the strategy it is given. No magi import.
 
-Usage: lightning_script.py NAMESPACE STRATEGY MODE DEVICES OUTPUT
+Usage: lightning_script.py NAMESPACE STRATEGY MODE[,MODE] DEVICES OUTPUT
+
+What several modes leave is one list; on one device, as others start processes.
 
 With "A+B" as the strategy, mode "resume" trains the first half under A and the second under B.
 "sharded" and "int8" are magi with a setting, so they have to import magi_train.
@@ -20,7 +22,8 @@ from torch.utils.data import DataLoader, TensorDataset
 warnings.simplefilter("ignore")
 
 
-namespace, strategy, mode, devices, output = sys.argv[1:]
+namespace, strategy, modes, devices, output = sys.argv[1:]
+mode = ""
 loaded = []  # for which parameters a checkpoint gave residuals
 pl = importlib.import_module(namespace)
 
@@ -110,6 +113,16 @@ def chosen(name):
 
 def main():
     torch.set_num_threads(1)
+    results = [train(each) for each in modes.split(",")]
+    if results[0] is not None:
+        Path(output).write_text(json.dumps(results if len(results) > 1 else results[0]))
+
+
+def train(this):
+    """Train in this mode; return what rank 0 has to tell."""
+    global mode
+    mode = this
+    torch._dynamo.reset()
     pl.seed_everything(3, verbose=False)
     g = torch.Generator().manual_seed(0)
     data = TensorDataset(
@@ -144,20 +157,21 @@ def main():
         fit = trainer(4, logs, halves[-1])
         fit.callbacks.append(Losses())
         fit.fit(model, loader, held_out, ckpt_path=path)
-    if fit.is_global_zero:
-        result = {
-            "strategy": type(fit.strategy).__name__,
-            "weights": {k: v.flatten().tolist() for k, v in model.state_dict().items()},
-            "logged": logs.seen,
-            "losses": model.losses,
-            "strict_load": strict,
-            "carried": loaded,
-            "extra": sorted(checkpoint.keys() & {"magi_compression"}) if strict else None,
-        }
-        if getattr(fit.strategy, "runtime", None) is not None:  # spawned: in the children
-            report = fit.strategy.report
-            result["report"] = {"tier": report.tier, "reason": report.reason}
-        Path(output).write_text(json.dumps(result))
+    if not fit.is_global_zero:
+        return None
+    result = {
+        "strategy": type(fit.strategy).__name__,
+        "weights": {k: v.flatten().tolist() for k, v in model.state_dict().items()},
+        "logged": logs.seen,
+        "losses": model.losses,
+        "strict_load": strict,
+        "carried": loaded,
+        "extra": sorted(checkpoint.keys() & {"magi_compression"}) if strict else None,
+    }
+    if getattr(fit.strategy, "runtime", None) is not None:  # spawned: in the children
+        report = fit.strategy.report
+        result["report"] = {"tier": report.tier, "reason": report.reason}
+    return result
 
 
 if __name__ == "__main__":
