@@ -93,8 +93,15 @@ def test_gelu_rounds_as_the_exact_one_or_one_step_beside(dtype):
     assert (got == want.to(dtype)).double().mean() > 0.99
 
 
-@pytest.mark.parametrize("tier", ["region", pytest.param("graph", marks=pytest.mark.full)])
-@pytest.mark.parametrize("kind", ["bert", "vit"])
+@pytest.mark.parametrize(
+    ("kind", "tier"),
+    [
+        ("bert", "graph"),  # a series that is 5 % off shows here and not in its blocks alone
+        ("vit", "region"),
+        pytest.param("bert", "region", marks=pytest.mark.full),
+        pytest.param("vit", "graph", marks=pytest.mark.full),
+    ],
+)
 def test_models_train_as_with_the_exact_one(kind, tier):
     torch.manual_seed(0)
     make, batch = MODELS[kind]
