@@ -1,4 +1,4 @@
-"""What compiles ahead is what the first step launches."""
+"""What compiles ahead is what the first step launches. Needs CUDA."""
 
 import pytest
 import torch
@@ -8,6 +8,8 @@ from torch.nn import functional as F
 import magi_train
 from magi_train import Config
 from magi_train.fusion import ahead
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 VOCABULARY, WIDTH, TOKENS = 8192, 256, 4096
 
