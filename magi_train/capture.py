@@ -774,9 +774,14 @@ def _examples(gm: GraphModule) -> list[tuple[int, Any]]:
 
 
 def _has_backward(gm: GraphModule) -> bool:
-    """Return whether an output of Dynamo's graph needs a gradient."""
+    """Return whether an output of Dynamo's graph needs a gradient, and is no view of an input."""
+    given = [example_value(n) for n in gm.graph.find_nodes(op="placeholder")]
+    inputs = {compat.storage_key(x) for x in given if isinstance(x, torch.Tensor)}
     values = [example_value(n) for n in outputs(gm.graph) if isinstance(n, Node)]
-    return any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
+    return any(
+        isinstance(v, torch.Tensor) and v.requires_grad and compat.storage_key(v) not in inputs
+        for v in values
+    )
 
 
 def _refuse_other_kinds(gm: GraphModule) -> None:

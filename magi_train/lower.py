@@ -365,7 +365,7 @@ def _lower(
     limit, partition = lowered.limit, _Joint(lowered)
     if how == "aot_eager":
         return _lower_without_code(gm, inputs, lowered, partition), lowered.report.rows
-    memory = _memory_of(gm, inputs, lowered)
+    memories = _memories_of(gm, inputs, lowered)
     patches: dict[str, Any] = {
         "joint_custom_pre_pass": _PreJoint(lowered),
         "post_grad_custom_pre_pass": _PostGrad(lowered),
@@ -396,7 +396,7 @@ def _lower(
         compiled = compat.compile_fx(
             gm, inputs, config_patches=patches, decompositions=decompositions
         )
-    return compiled, _remember(memory, lowered.report.rows)
+    return compiled, _remember(memories, lowered.report.rows)
 
 
 def _has_norm_of_two_kernels(gm: GraphModule) -> bool:
@@ -429,38 +429,51 @@ def _lower_without_code(
         return compiler(gm, inputs)  # type: ignore[no-any-return]
 
 
-def _memory_of(gm: GraphModule, inputs: Sequence[Any], lowered: Lowered) -> Path:
-    """Return the file that remembers the rows of this compilation."""
-    shapes = [
-        (tuple(map(str, x.shape)), str(x.dtype), str(x.device), x.requires_grad)
-        if isinstance(x, torch.Tensor)
-        else str(x)
-        for x in inputs
-    ]
+def _memories_of(gm: GraphModule, inputs: Sequence[Any], lowered: Lowered) -> list[Path]:
+    """Return the files that remember the rows of this compilation, the one that fits best first.
+
+    Code for dynamic sizes is taken from PyTorch's cache for other sizes than it was made with, so
+    there is a file for the sizes of `inputs`, and one for the graph's symbols in their place.
+    """
     bodies = {name: m.code for name, m in gm.named_modules() if isinstance(m, GraphModule)}
     autocast = compat.autocast_dtype(gm, lowered.context.device_type)
-    key = repr((bodies, shapes, autocast, lowered.fingerprint(), torch.__version__))
-    name = hashlib.sha256(key.encode()).hexdigest()[:32]
-    return Path(compat.cache_dir()) / "magi_train" / f"{name}.json"
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    traced = [graph.example_value(node) for node in placeholders]
+    symbolic = [x if v is None else v for v, x in zip(traced, inputs, strict=True)]
+    folder = Path(compat.cache_dir()) / "magi_train"
+    found = []
+    for values in (inputs, symbolic):
+        shapes = [
+            (tuple(map(str, x.shape)), str(x.dtype), str(x.device), x.requires_grad)
+            if isinstance(x, torch.Tensor)
+            else str(x)
+            for x in values
+        ]
+        key = repr((bodies, shapes, autocast, lowered.fingerprint(), torch.__version__))
+        found.append(folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json")
+    return list(dict.fromkeys(found))
 
 
-def _remember(memory: Path, rows: list[PassRow]) -> list[PassRow]:
+def _remember(memories: Sequence[Path], rows: list[PassRow]) -> list[PassRow]:
     """Return the rows of passes that ran, and of those that did not because code was cached.
 
-    Forward and backward are cached apart, and the other ranks of a host write the same file.
+    Forward and backward are cached apart, and the other ranks of a host write the same files.
     """
     have = {(row.name, row.stage) for row in rows}
-    old = [row for row in _recall(memory, patient=not rows) if (row.name, row.stage) not in have]
+    known = _recall(memories, patient=not rows)
+    old = [row for row in known if (row.name, row.stage) not in have]
     if rows:
-        write_atomically(memory, json.dumps([asdict(row) for row in rows + old]))
+        for memory in memories:
+            write_atomically(memory, json.dumps([asdict(row) for row in rows + old]))
     return rows + old
 
 
-def _recall(memory: Path, *, patient: bool) -> list[PassRow]:
+def _recall(memories: Sequence[Path], *, patient: bool) -> list[PassRow]:
     """Read what was remembered; if `patient`, the process that compiled may be about to write."""
     for _ in range(20 if patient else 1):
-        try:
-            return [PassRow(**{**row, "cached": True}) for row in json.loads(memory.read_text())]
-        except (OSError, ValueError):
-            time.sleep(0.05 if patient else 0)
+        for memory in memories:
+            with contextlib.suppress(OSError, ValueError):
+                rows = json.loads(memory.read_text())
+                return [PassRow(**{**row, "cached": True}) for row in rows]
+        time.sleep(0.05 if patient else 0)
     return []

@@ -70,6 +70,69 @@ def test_notes_of_cached_code_are_those_of_the_same_checkpointed_function(monkey
     assert hits["autograd_cache_hit"] == before + 1
 
 
+class TwoHeads(nn.Module):
+    """Two outputs, each of weights of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.first(x).sin(), self.second(x).cos()
+
+
+@pytest.mark.parametrize("tier", ["graph", "region"])
+def test_notes_of_cached_code_for_dynamic_sizes_hold_for_other_sizes(monkeypatch, tmp_path, tier):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    hits = torch._dynamo.utils.counters["aot_autograd"]
+    before = hits["autograd_cache_hit"]
+    for rows in (5, 7):
+        torch._dynamo.reset()
+        model = TwoHeads()
+        prepared = magi_train.prepare(model, config=Config(progress=False, tier=tier))
+        for size in (8, rows):
+            prepared(torch.ones(size, 4))[0].sum().backward()
+        assert model.second.weight.grad is None
+        report = magi_train.report(prepared)
+        assert not report.notes
+        assert len([row for row in report.rows if row.name == "unused_outputs"]) == 2
+    assert hits["autograd_cache_hit"] == before + 2
+
+
+class OnlyViews(nn.Module):
+    """Between its graph breaks is nothing but a view of what is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.linear(x)
+        torch._dynamo.graph_break()
+        y = y.view(-1, 2)
+        torch._dynamo.graph_break()
+        return y.sin()
+
+
+def test_a_graph_of_views_lacks_no_notes(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    model = magi_train.prepare(OnlyViews(), config=Config(progress=False, tier="region"))
+    model(torch.randn(3, 4)).sum().backward()
+    assert not magi_train.report(model).notes
+
+
+def test_notes_that_are_lost_are_missed(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for lost in (False, True):
+        torch._dynamo.reset()
+        model = magi_train.prepare(nn.Linear(4, 4), config=Config(progress=False))
+        model(torch.ones(2, 4)).sum().backward()
+        assert any("without the notes" in note for note in magi_train.report(model).notes) is lost
+        for file in (tmp_path / "magi_train").glob("*.json"):
+            file.unlink()
+
+
 class NormThenProducts(nn.Module):
     """The gradient behind the norm is float32, and cast for the product in front of it."""
 
