@@ -17,7 +17,7 @@ import pickle
 import select
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from types import SimpleNamespace
@@ -29,10 +29,12 @@ from magi_train.core import compat
 
 Launch = Callable[[torch.device], object]
 
+DEVICES = ("cuda",)
+"""Device types for which kernels compile ahead. Tests add "cpu", where a launch is any function."""
 SECONDS = 60.0
 """How long one kernel may compile, and how long the process waits for the next one."""
-_asked: set[tuple[str, torch.device, object]] = set()
-_running: dict[str, list[Future[None]]] = {}
+_asked: set[tuple[Hashable, torch.device, Hashable]] = set()
+_running: dict[Hashable, list[Future[None]]] = {}
 
 
 @lru_cache(maxsize=1)
@@ -41,26 +43,25 @@ def _thread() -> ThreadPoolExecutor:
 
 
 def compile_ahead(
-    kernel: str, device: torch.device, launch: Launch, variant: object = None
+    kernel: Hashable, device: torch.device, launch: Launch, variant: Hashable = None
 ) -> None:
     """Let a kernel compile, once for each device and variant.
 
     Args:
         kernel: What `wait` is told.
-        device: On which it will run.
+        device: On which it will run. On one that is not of DEVICES nothing compiles.
         launch: Launches it on next to nothing on a device, which is current if it is a CUDA one, or
             "meta". It can be pickled, and calls the kernel's function, not an op, which waits.
         variant: Tells apart what compiles to different code.
     """
     key = (kernel, device, variant)
-    if key not in _asked:
-        if device.type == "cuda":
-            compat.share_triton_cache(device)
+    if device.type in DEVICES and key not in _asked:
+        compat.share_triton_cache(device)
         _asked.add(key)
         _running.setdefault(kernel, []).append(_thread().submit(_compile, launch, device))
 
 
-def wait(kernel: str) -> None:
+def wait(kernel: Hashable) -> None:
     """Return once nothing of that name is being compiled; what has not begun will not."""
     if _running:
         for future in _running.pop(kernel, ()):
@@ -94,20 +95,24 @@ class Process:
     """
 
     def __init__(self, *target: str | int) -> None:
+        self._target = target
+        self._process = self._started()
+        atexit.register(self.close)
+
+    def _started(self) -> "subprocess.Popen[bytes]":
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; "
-            f"from magi_train.fusion.ahead import serve; serve(*{target!r})"
+            f"from magi_train.fusion.ahead import serve; serve(*{self._target!r})"
         )
         env = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
         env.pop("TRITON_INTERPRET", None)
-        self._process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        atexit.register(self.close)
 
     def close(self) -> None:
-        """End it."""
+        """End it; the next kernel starts another."""
         self._process.kill()
         self._process.communicate()
 
@@ -115,8 +120,11 @@ class Process:
         """Return whether it compiled what `launch` launches.
 
         Raises:
-            OSError: The process has ended.
+            OSError: It ended meanwhile, or cannot be started.
         """
+        if self._process.poll() is not None:  # after SECONDS without work
+            self.close()
+            self._process = self._started()
         jobs, answers = self._process.stdin, self._process.stdout
         assert jobs is not None, "a pipe"
         assert answers is not None, "a pipe"

@@ -91,8 +91,7 @@ class PackDropout:
         """Draw bits in place of numbers."""
         by_name = {n.name: n for n in gm.graph.nodes}
         for device in {by_name[name].meta["val"].device for name in plan.packed}:
-            if device.type == "cuda":
-                compile_ahead("dropout_bits", device, _on_nothing)
+            compile_ahead("dropout_bits", device, _on_nothing)
         for number, kept in enumerate(by_name[name] for name in plan.packed):
             drawn = _drawn(kept)
             size: Any = drawn.args[0]

@@ -153,9 +153,11 @@ class Sgd:
         sgd(table, settings, scalars, grad_dtype, shadow_dtype)
 
 
-def _kernel(algorithm: Algorithm, grad: torch.dtype, shadow: torch.dtype | None) -> str:
+def _kernel(
+    algorithm: Algorithm, grad: torch.dtype, shadow: torch.dtype | None
+) -> tuple[type[Algorithm], torch.dtype, torch.dtype | None]:
     """Return what the kernel of such a launch is called where it compiles ahead."""
-    return f"{type(algorithm).__name__}, {grad}, {shadow}"
+    return type(algorithm), grad, shadow
 
 
 def _on_nothing(
@@ -303,7 +305,7 @@ class FusedStep:
             p = next((p for p in group["params"] if self.why_never(p, group) is None), None)
             settings = {k: v for k, v in group.items() if k != "params"}
             held = any(isinstance(v, Tensor) for v in settings.values())
-            if p is None or p.device.type != "cuda" or held:  # no other process may have these
+            if p is None or held:  # no other process may have these
                 continue
             for grad, shadow in dtypes:
                 known = (self.algorithm, settings, self.drift is not None, grad, shadow)

@@ -440,7 +440,7 @@ def _memories_of(gm: GraphModule, inputs: Sequence[Any], lowered: Lowered) -> li
     placeholders = gm.graph.find_nodes(op="placeholder")
     traced = [graph.example_value(node) for node in placeholders]
     symbolic = [x if v is None else v for v, x in zip(traced, inputs, strict=True)]
-    folder = Path(compat.cache_dir()) / "magi_train"
+    folder, fingerprint = Path(compat.cache_dir()) / "magi_train", lowered.fingerprint()
     found = []
     for values in (inputs, symbolic):
         shapes = [
@@ -449,7 +449,7 @@ def _memories_of(gm: GraphModule, inputs: Sequence[Any], lowered: Lowered) -> li
             else str(x)
             for x in values
         ]
-        key = repr((bodies, shapes, autocast, lowered.fingerprint(), torch.__version__))
+        key = repr((bodies, shapes, autocast, fingerprint, torch.__version__))
         found.append(folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json")
     return list(dict.fromkeys(found))
 

@@ -66,10 +66,9 @@ def advice(
             f"; planned were {planned / GIB:.4g} GiB under a budget of {budget / GIB:.4g} GiB. Set "
             f"Config(memory_budget_gib={lower / GIB:.4g}), or free what else is on the device"
         )
-    spare = held - peak if peak else 0
-    if peak and spare > NOT_FULL * peak:
+    if peak and held - peak > NOT_FULL * peak:
         said += (
-            f". {spare / GIB:.4g} GiB lie in segments that were not full: with "
+            f". {(held - peak) / GIB:.4g} GiB lie in segments that were not full: with "
             "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the environment they may serve"
         )
     return f"{said}. A smaller batch helps as well; `magi explain --fits` says what fits"

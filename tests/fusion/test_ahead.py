@@ -18,6 +18,7 @@ HOST = torch.device("cpu")
 def nothing_asked(monkeypatch):
     monkeypatch.setattr(ahead, "_asked", set())
     monkeypatch.setattr(ahead, "_running", {})
+    monkeypatch.setattr(ahead, "DEVICES", ("cpu", "cuda"))
 
 
 @pytest.fixture
@@ -83,6 +84,13 @@ def test_nothing_is_compiled_while_a_graph_is_captured():
     assert len(done) == before
 
 
+def test_on_other_devices_nothing_compiles(monkeypatch):
+    monkeypatch.setattr(ahead, "DEVICES", ("cuda",))
+    ahead.compile_ahead("k", HOST, lambda device: None)
+    assert not ahead._asked
+    assert not ahead._running
+
+
 def test_a_failure_is_left_to_who_needs_the_kernel():
     def fails(device):
         raise RuntimeError("no compiler")
@@ -126,6 +134,8 @@ def test_another_process_compiles_for_a_device_that_is_not_here(tmp_path, monkey
     compiled = {path.stem for path in tmp_path.glob("*/*.cubin")}
     assert compiled == {"_adamw", "_advance", "_cross_entropy", "_dropout_bits"}
     process.close()
+    assert process.compile(dropout._on_nothing)  # by another one
+    process.close()
 
 
 def test_a_kernel_is_launched_here_though_the_process_fails(monkeypatch):
@@ -161,7 +171,8 @@ def test_an_optimizer_expects_each_kernel_that_its_groups_take(asked, monkeypatc
     pairs = [(torch.bfloat16, torch.bfloat16), (torch.float32, None)]
     step.compile_ahead(SimpleNamespace(param_groups=groups), pairs)
     assert [(kernel, kind) for kernel, kind, *_ in asked] == [
-        ("Adam, torch.bfloat16, torch.bfloat16", "cuda"), ("Adam, torch.float32, None", "cuda")
+        ((fused_step.Adam, torch.bfloat16, torch.bfloat16), "cuda"),
+        ((fused_step.Adam, torch.float32, None), "cuda"),
     ]  # fmt: skip
 
 
